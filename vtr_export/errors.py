@@ -1,0 +1,69 @@
+"""Every error a user can meet: a stable code, a place, and a way out."""
+
+from typing import ClassVar
+
+
+class VtrError(Exception):
+    """Base of all errors caused by what the user gave us; anything else is our bug."""
+
+    code: ClassVar[str] = "VTR000"
+
+    def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.where, self.hint = message, where, hint
+
+    def __str__(self) -> str:
+        lines = [f"error[{self.code}]: {self.message}"]
+        if self.where:
+            lines.append(f"  --> {self.where}")
+        if self.hint:
+            lines.append(f"  help: {self.hint}")
+        return "\n".join(lines)
+
+
+class ScheduleError(VtrError):
+    """The schedule is malformed or asks for the impossible."""
+
+    code = "VTR001"
+
+
+class CheckpointError(VtrError):
+    """The model folder cannot be read: missing, truncated, corrupt, quantised, unsupported."""
+
+    code = "VTR002"
+
+
+class WeightError(VtrError):
+    """A weight holds NaN, infinity, or leaves the range of the requested dtype."""
+
+    code = "VTR003"
+
+
+class AnalysisError(VtrError):
+    """A graph holds something the analysis cannot follow."""
+
+    code = "VTR101"
+
+
+class ArtifactError(VtrError):
+    """The artifact is missing, damaged, of another version, or cannot be published."""
+
+    code = "VTR201"
+
+
+class InputError(VtrError):
+    """An image, prompt or option given to a run does not fit the artifact."""
+
+    code = "VTR202"
+
+
+class UnavailableError(VtrError):
+    """Something that is not installed, or not present on this machine, is needed."""
+
+    code = "VTR301"
+
+
+class GateError(VtrError):
+    """A parity gate failed: the exported graph does not say what the checkpoint says (exit 1)."""
+
+    code = "VTR401"
