@@ -1,0 +1,326 @@
+"""Schedules: how many vision tokens survive at each decoder layer, and which."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import yaml
+
+from vtr_export import generators
+from vtr_export.errors import ScheduleError
+from vtr_export.generators import Ratio
+from vtr_export.schedule_document import (
+    Document,
+    Prefill,
+    check,
+    first_layer_error,
+    growth_error,
+    keep_values,
+    plain,
+    validate,
+)
+from vtr_export.schedule_yaml import MAX_BYTES, Key, Source, read_yaml, scalar
+
+Rounding = Literal["floor", "ceil"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """``numerator/denominator`` of the vision tokens, rounded; computed in integers."""
+
+    numerator: int
+    denominator: int
+    rounding: Rounding = "floor"
+
+    def of(self, v: int) -> int:
+        """How many of ``v`` tokens survive: never more than ``v``."""
+        up = self.denominator - 1 if self.rounding == "ceil" else 0
+        return min(v, (v * self.numerator + up) // self.denominator)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Before decoder layer ``before_layer``, ``keep`` of the call's vision tokens survive."""
+
+    before_layer: int
+    keep: Keep
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A schedule fitted to one model: cuts by ascending layer, keeps never growing.
+
+    With a fixed number N of tokens per image every keep is k/N, so that each image of a call
+    contributes exactly k; otherwise a keep is a share of the call's tokens.
+    """
+
+    layers: int
+    tokens_per_image: int | None
+    cuts: tuple[Cut, ...]
+    source: Literal["previous", "next"] = "previous"
+    query: Literal["last", "text"] = "last"
+    heads: Literal["mean", "max"] = "mean"
+    rank: Literal["joint", "per_image"] = "joint"
+    positions: Literal["original", "repacked"] = "original"
+    drop_point: Literal["between", "inside"] = "between"
+
+    def keep_per_layer(self, v: int) -> tuple[int, ...]:
+        """Vision tokens entering each decoder layer when the call brings ``v``."""
+        tokens = [v] * self.layers
+        for cut in self.cuts:
+            tokens[cut.before_layer :] = [cut.keep.of(v)] * (self.layers - cut.before_layer)
+        return tuple(tokens)
+
+
+class Model(Protocol):
+    """What a schedule must know of a model (``families.ModelFacts`` has it)."""
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        ...
+
+    @property
+    def tokens_per_image(self) -> int | None:
+        """Vision tokens of one image; None where it depends on the image."""
+        ...
+
+    @property
+    def mrope(self) -> bool:
+        """Whether positions have three components."""
+        ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A valid document of the schedule language; two are equal when they say the same."""
+
+    document: Document
+    source: Source = field(default_factory=Source, compare=False, repr=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Schedule":
+        """Read a file. Every mistake is a ScheduleError with file, line, value and remedy."""
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
+            text = content.decode("utf-8-sig") if len(content) <= MAX_BYTES else " " * len(content)
+        except OSError as error:
+            raise ScheduleError(
+                f"cannot read the schedule: {error.strerror or error}",
+                where=str(path),
+                hint="give the path of a YAML file",
+            ) from None
+        except UnicodeDecodeError:
+            raise ScheduleError(
+                "the schedule is not UTF-8 text", where=str(path), hint="save it as UTF-8"
+            ) from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str = "<text>") -> "Schedule":
+        """Read YAML text; ``where`` names it in errors, and relative ``model:`` starts there."""
+        return cls._of(*read_yaml(text, where))
+
+    @classmethod
+    def _of(cls, data: object, source: Source) -> "Schedule":
+        document = validate(data, source)
+        check(document, source)
+        return cls(document, source)
+
+    @classmethod
+    def fastv(cls, k: int = 2, r: Ratio = "50%", *, tokens: int | None = None) -> "Schedule":
+        """FastV: before layer ``k`` drop the share ``r``; ``tokens`` rounds as FastV does."""
+        return cls._of(generators.fastv(k, r, tokens), Source("Schedule.fastv"))
+
+    @classmethod
+    def pyramid(
+        cls, ratio: Ratio = "50%", *, layers: int = 32, parts: int = 4, tokens: int | None = None
+    ) -> "Schedule":
+        """PyramidDrop: ``parts`` equal runs of layers, each keeping ``ratio`` of the one before."""
+        return cls._of(generators.pyramid(ratio, layers, parts, tokens), Source("Schedule.pyramid"))
+
+    @classmethod
+    def vtw(cls, k: int = 16) -> "Schedule":
+        """VTW: drop all vision tokens before layer ``k``."""
+        return cls._of(generators.vtw(k), Source("Schedule.vtw"))
+
+    @classmethod
+    def from_keeps(
+        cls,
+        keeps: Sequence[int | str | Fraction],
+        *,
+        origin: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> "Schedule":
+        """One keep per decoder layer; ``options``: score, rank, positions, drop_point, rounding."""
+        data = generators.from_keeps(keeps, options, dict(origin or {"method": "list"}))
+        return cls._of(data, Source("Schedule.from_keeps"))
+
+    @classmethod
+    def from_deletions(cls, deletions: Sequence[int], *, tokens: int = 576) -> "Schedule":
+        """FitPrune's lists: tokens deleted inside each layer (``drop_point: inside``)."""
+        return cls._of(
+            generators.from_deletions(deletions, tokens), Source("Schedule.from_deletions")
+        )
+
+    @classmethod
+    def unpruned(cls) -> "Schedule":
+        """No cut at all."""
+        return cls._of({"version": 1, "prefill": {"stages": ()}}, Source("Schedule.unpruned"))
+
+    @property
+    def model(self) -> str | None:
+        """``model:`` as written; ``model_location`` says what it means."""
+        return self.document.model
+
+    @property
+    def prefill(self) -> Prefill:
+        """The decoder's part."""
+        return self.document.prefill
+
+    @property
+    def origin(self) -> Mapping[str, str | int | float | bool | None]:
+        """Provenance."""
+        return self.document.origin
+
+    def model_location(self) -> str | None:
+        """The folder ``model:`` names, taken from the schedule's own, or else its hub id."""
+        if self.model is None:
+            return None
+        folder = Path(self.source.name).parent / Path(self.model).expanduser()
+        is_path = self.model.startswith((".", "/", "~")) or folder.is_dir()
+        return str(folder) if is_path else self.model
+
+    def dump(self) -> str:
+        """YAML with every default written out; ``parse`` reads an equal schedule from it."""
+        return str(
+            yaml.dump(
+                plain(self.document),
+                Dumper=_Dumper,
+                sort_keys=False,
+                default_flow_style=None,
+                width=100,
+            )
+        )
+
+    def resolve(self, model: Model) -> Resolved:
+        """Fit the schedule to a model; a ScheduleError says what does not fit, and where."""
+        prefill = self.prefill
+        self._check_model(model)
+        keeps = [(key, _keep(value, prefill.rounding, model)) for key, value in self._values(model)]
+        firsts = [stage.before_layer for stage in prefill.stages or ()]
+        if prefill.keep is not None:
+            firsts = _changes([keep for _, keep in keeps])
+            keeps = [keeps[layer] for layer in firsts]
+        if firsts[:1] == [0] and prefill.score.source == "previous":
+            raise first_layer_error(self.source.at(keeps[0][0]))
+        cuts = tuple(Cut(layer, keep) for layer, (_, keep) in zip(firsts, keeps, strict=True))
+        return Resolved(
+            layers=model.layers,
+            tokens_per_image=model.tokens_per_image,
+            cuts=cuts,
+            source=prefill.score.source,
+            query=prefill.score.query,
+            heads=prefill.score.heads,
+            rank=prefill.rank,
+            positions=prefill.positions,
+            drop_point=prefill.drop_point,
+        )
+
+    def _check_model(self, model: Model) -> None:
+        """What this kind of model cannot do, whatever the numbers."""
+        if self.prefill.rank == "per_image" and model.tokens_per_image is None:
+            raise self._error(
+                ("prefill", "rank"),
+                "rank per_image needs a model with a fixed number of tokens per image",
+                "rank: joint",
+            )
+        if self.prefill.positions == "repacked" and model.mrope:
+            raise self._error(
+                ("prefill", "positions"),
+                "positions with three components (mRoPE) cannot be repacked",
+                "positions: original",
+            )
+        self._check_layers(model.layers)
+
+    def _check_layers(self, layers: int) -> None:
+        keep = self.prefill.keep
+        if keep is not None and len(keep) != layers:
+            raise self._error(
+                ("prefill", "keep"),
+                f"keep lists {len(keep)} layers, but the model has {layers}",
+                f"one number for each of the {layers} decoder layers, or stages",
+            )
+        for i, stage in enumerate(self.prefill.stages or ()):
+            if stage.before_layer >= layers:
+                raise self._error(
+                    ("prefill", "stages", i, "before_layer"),
+                    f"before_layer {stage.before_layer}, but the model has {layers} layers",
+                    f"the last cut possible is before layer {layers - 1}",
+                )
+
+    def _values(self, model: Model) -> list[tuple[Key, int | Fraction]]:
+        """Every keep, checked against the model's tokens and its predecessor."""
+        values, tokens = keep_values(self.prefill), model.tokens_per_image
+        most = Fraction(tokens or 1)
+        for i, (key, value) in enumerate(values):
+            if isinstance(value, int) and value and tokens is None:
+                raise self._error(
+                    key,
+                    f"keep is {value}, but this model's tokens per image vary",
+                    "write a share, 25% or 1/4",
+                )
+            if isinstance(value, int) and tokens is not None and value > tokens:
+                raise self._error(
+                    key,
+                    f"keep is {value}, but an image has only {tokens} tokens",
+                    f"keep at most {tokens}, or a share (50%)",
+                )
+            amount = _amount(value, self.prefill.rounding, tokens)
+            if amount > most:
+                raise growth_error(values[i - 1][1], value, self.source.at(key))
+            most = amount
+        return values
+
+    def _error(self, key: Key, message: str, hint: str) -> ScheduleError:
+        return ScheduleError(message, where=self.source.at(key), hint=hint)
+
+
+def _amount(value: int | Fraction, rounding: Rounding, tokens: int | None) -> Fraction:
+    """Tokens of one image that survive, or the share of them where that is all we know."""
+    if tokens is None or isinstance(value, int):
+        return Fraction(value)
+    return Fraction(Keep(value.numerator, value.denominator, rounding).of(tokens))
+
+
+def _keep(value: int | Fraction, rounding: Rounding, model: Model) -> Keep:
+    tokens = model.tokens_per_image
+    amount = _amount(value, rounding, tokens)
+    if tokens is None:
+        return Keep(amount.numerator, amount.denominator, rounding)
+    return Keep(int(amount), tokens)
+
+
+def _changes(keeps: Sequence[Keep]) -> list[int]:
+    """Layers before which the keep differs from the one before; it starts with everything."""
+    shares = [Fraction(1), *(Fraction(keep.numerator, keep.denominator) for keep in keeps)]
+    return [i for i, keep in enumerate(shares[1:]) if keep != shares[i]]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that our reader would not take for itself."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def text(self, data: str) -> yaml.ScalarNode:
+        is_plain = data.isascii() and data.isprintable() and scalar(data) == data
+        style = None if is_plain else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.text)
