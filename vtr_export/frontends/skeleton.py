@@ -1,0 +1,112 @@
+"""A checkpoint's model without its weights: fake parameters, real buffers, renamed tensors."""
+
+from collections.abc import Mapping
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Module, Parameter
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from vtr_export.checkpoint import Checkpoint, TensorRef
+from vtr_export.errors import CheckpointError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode) -> Module:
+    """The model of ``config`` with parameters that have a shape and no data, and real buffers."""
+    config._attn_implementation = "vtr"
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model = model.eval()
+    for module in model.modules():
+        _fill_buffers(model, module)
+        _fake_parameters(module, mode)
+    return model
+
+
+def _fill_buffers(model: PreTrainedModel, module: Module) -> None:
+    """Compute the buffers that no checkpoint holds (inverse frequencies, position ids)."""
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    for name in names:
+        meta = module._buffers[name]
+        module._buffers[name] = torch.zeros_like(meta, device="cpu")
+    if names:
+        model._init_weights(module)
+
+
+def _fake_parameters(module: Module, mode: FakeTensorMode) -> None:
+    with mode:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = Parameter(fake, requires_grad=False)
+
+
+def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """transformers' own reading of ``config.json``; runs no code of the checkpoint."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"transformers cannot read this configuration: {error}",
+            where=str(checkpoint.folder / "config.json"),
+            hint="check it against a fresh download of the model",
+        ) from error
+
+
+def name_tensors(model: Module, checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
+    """Parameter name → checkpoint tensor, renamed as transformers renames hub names on load."""
+    wanted = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found: dict[str, TensorRef] = {}
+    for source, ref in checkpoint.tensors.items():
+        args = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": wanted}
+        name, pattern = rename_source_key(source, renamings, converters, **args)
+        if name not in wanted:
+            name, pattern = rename_source_key(source, [], [], **args)
+        if pattern is None and name in wanted:
+            found[name] = ref
+    _tie(model, wanted, found)
+    _check(model, checkpoint, wanted, found)
+    return found
+
+
+def _tie(model: Module, wanted: Mapping[str, object], found: dict[str, TensorRef]) -> None:
+    """Give tied parameters the one tensor that the checkpoint holds for them."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False) and not getattr(
+        model.config, "tie_word_embeddings", False
+    ):
+        return
+    for target, source in (model._tied_weights_keys or {}).items():
+        for one, other in ((target, source), (source, target)):
+            if one in wanted and one not in found and other in found:
+                found[one] = found[other]
+
+
+def _check(
+    model: Module,
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, torch.Tensor],
+    found: Mapping[str, TensorRef],
+) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = sorted(name for name in parameters if name not in found)
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of the model's parameters are in no shard, the first: {missing[0]}",
+            where=str(checkpoint.folder),
+            hint="download the missing shards again, or check `architectures` in config.json",
+        )
+    for name, ref in found.items():
+        if name in parameters and tuple(wanted[name].shape) != tuple(ref.shape):
+            raise CheckpointError(
+                f"{ref.name} has shape {list(ref.shape)}, "
+                f"but config.json asks for {list(wanted[name].shape)}",
+                where=str(ref.shard),
+                hint="config.json and the weights belong to different models",
+            )

@@ -1,0 +1,100 @@
+"""torch modules with fake weights to onnx_ir graphs with named inputs, outputs and dimensions."""
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers import AttentionInterface
+
+OPSET = 24
+DynamicShapes = Any
+
+
+def attention(
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """One ONNX ``Attention`` node. query [B,H,S,d], key and value [B,kv_heads,T,d]."""
+    output = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scaling)[0]
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register("vtr", attention)
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Silence torch's exporter about wheels and deprecations that do not concern a user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def trace(
+    module: Module,
+    args: Sequence[Any],
+    dynamic_shapes: DynamicShapes,
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dimensions: Mapping[str, tuple[str, int]],
+) -> ir.Model:
+    """``module`` as ONNX, its weights nameless bytes still to be bound.
+
+    ``dimensions`` names symbolic dimensions: name → (input, axis) that has it.
+    """
+    with _quiet():
+        program = torch.export.export(
+            module, tuple(args), dynamic_shapes=dynamic_shapes, strict=False
+        )
+        exported = torch.onnx.export(program, optimize=False, opset_version=OPSET, verbose=False)
+    assert exported is not None
+    model = exported.model
+    for value, name in zip(model.graph.inputs, inputs, strict=True):
+        value.name = name
+    for value, name in zip(model.graph.outputs, outputs, strict=True):
+        value.name = name
+    _name_dimensions(model, dimensions)
+    return model
+
+
+def _name_dimensions(model: ir.Model, dimensions: Mapping[str, tuple[str, int]]) -> None:
+    """Replace torch's symbols (``s26``) by ``dimensions``' names in every shape."""
+    by_input = {value.name: value for value in model.graph.inputs}
+    names: dict[str, str] = {}
+    for name, (source, axis) in dimensions.items():
+        shape = by_input[source].shape
+        assert shape is not None
+        names[str(shape[axis])] = name
+    for value in _values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
+
+
+def _renamed(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    text = str(dim)
+    return names.get(text, text if text != "?" else None)
+
+
+def _values(graph: ir.Graph) -> Sequence[ir.Value]:
+    produced = [value for node in graph for value in node.outputs]
+    return [*graph.inputs, *graph.initializers.values(), *produced]

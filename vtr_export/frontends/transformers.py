@@ -1,0 +1,196 @@
+"""A checkpoint folder to three graphs, traced by transformers' own code on fake tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.nn import Module
+from transformers import DynamicCache
+
+from vtr_export.checkpoint import Checkpoint, TensorRef
+from vtr_export.families import ModelFacts
+from vtr_export.frontends.skeleton import DTYPES, build_skeleton, name_tensors, read_config
+from vtr_export.frontends.trace import trace
+from vtr_export.weights import CheckpointTensor
+
+IR_DTYPES = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The three parts of a VLM, each with lazy weights."""
+
+    vision_encoder: ir.Model
+    embed_tokens: ir.Model
+    decoder: ir.Model
+
+    def parts(self) -> dict[str, ir.Model]:
+        """File stem (the onnx-community layout) → graph."""
+        return {
+            "vision_encoder": self.vision_encoder,
+            "embed_tokens": self.embed_tokens,
+            "decoder_model_merged": self.decoder,
+        }
+
+
+def llava_features(model: Module, pixel_values: Tensor) -> Tensor:
+    """[images, channels, H, W] → [images, tokens, hidden]: LLaVA's selected layers, projected."""
+    config = model.config
+    layers = config.vision_feature_layer
+    hidden = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    first = 1 if config.vision_feature_select_strategy == "default" else 0
+    chosen = [layers] if isinstance(layers, int) else layers
+    features = torch.cat([hidden[layer][:, first:] for layer in chosen], dim=-1)
+    return model.multi_modal_projector(features)
+
+
+FEATURES: dict[str, Callable[[Module, Tensor], Tensor]] = {"llava": llava_features}
+
+
+class VisionEncoder(Module):
+    """pixel_values [images, channels, H, W] → image_features [images, tokens, hidden]."""
+
+    def __init__(self, model: Module, model_type: str) -> None:
+        super().__init__()
+        self.model, self.features = model, FEATURES[model_type]
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode and project."""
+        return self.features(self.model.model, pixel_values)
+
+
+class EmbedTokens(Module):
+    """input_ids [B,S] → inputs_embeds [B,S,hidden]."""
+
+    def __init__(self, model: Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Look the tokens up."""
+        return self.model.get_input_embeddings()(input_ids)
+
+
+class Decoder(Module):
+    """One call of the language model with a cache: the last position's logits, and the cache.
+
+    ``mask`` is a stand-in of shape [1,1,1,1]; the graph's real mask is attached by a pass.
+    """
+
+    def __init__(self, model: Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, inputs_embeds: Tensor, mask: Tensor, position_ids: Tensor, past: list[list[Tensor]]
+    ) -> list[Tensor]:
+        """Logits [B,1,vocab] in fp32, then key and value of every layer."""
+        cache = DynamicCache([(key, value) for key, value in past])
+        output = self.model.model.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = self.model.lm_head(output.last_hidden_state[:, -1:]).float()
+        return [logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))]
+
+
+def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
+    """Trace the checkpoint's model in ``dtype`` (fp32, fp16 or bf16); no weight is read."""
+    mode = FakeTensorMode()
+    model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode)
+    tensors = name_tensors(model, checkpoint)
+    with mode:
+        graphs = Graphs(
+            vision_encoder=_trace_vision(model, facts, DTYPES[dtype]),
+            embed_tokens=_trace_embedding(model),
+            decoder=_trace_decoder(model, facts, DTYPES[dtype]),
+        )
+    for graph in graphs.parts().values():
+        _bind_weights(graph, model, tensors, IR_DTYPES[dtype])
+    return graphs
+
+
+def _trace_vision(model: Module, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
+    vision = facts.vision
+    assert vision is not None
+    pixels = torch.empty(2, vision.channels, vision.image_size, vision.image_size, dtype=dtype)
+    return trace(
+        VisionEncoder(model, facts.model_type),
+        (pixels,),
+        ({0: Dim("images")},),
+        inputs=["pixel_values"],
+        outputs=["image_features"],
+        dimensions={"images": ("pixel_values", 0)},
+    )
+
+
+def _trace_embedding(model: Module) -> ir.Model:
+    return trace(
+        EmbedTokens(model),
+        (torch.zeros(2, 3, dtype=torch.long),),
+        ({0: Dim("batch"), 1: Dim("sequence")},),
+        inputs=["input_ids"],
+        outputs=["inputs_embeds"],
+        dimensions={"batch": ("input_ids", 0), "sequence": ("input_ids", 1)},
+    )
+
+
+def _trace_decoder(model: Module, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
+    batch, sequence, past = 2, 3, 5
+    dims = Dim("batch"), Dim("sequence"), Dim("past")
+    shape = (batch, facts.kv_heads, past, facts.head_dim)
+    names = [f"{n}.{part}" for n in range(facts.layers) for part in ("key", "value")]
+    return trace(
+        Decoder(model),
+        (
+            torch.empty(batch, sequence, facts.hidden, dtype=dtype),
+            torch.ones(1, 1, 1, 1, dtype=torch.bool),
+            torch.zeros(batch, sequence, dtype=torch.long),
+            [[torch.empty(shape, dtype=dtype) for _ in range(2)] for _ in range(facts.layers)],
+        ),
+        (
+            {0: dims[0], 1: dims[1]},
+            None,
+            {0: dims[0], 1: dims[1]},
+            [[{0: dims[0], 2: dims[2]} for _ in range(2)] for _ in range(facts.layers)],
+        ),
+        inputs=[
+            "inputs_embeds",
+            "mask",
+            "position_ids",
+            *(f"past_key_values.{name}" for name in names),
+        ],
+        outputs=["logits", *(f"present.{name}" for name in names)],
+        dimensions={
+            "batch": ("inputs_embeds", 0),
+            "sequence": ("inputs_embeds", 1),
+            "past": ("past_key_values.0.key", 2),
+        },
+    )
+
+
+def _bind_weights(
+    graph: ir.Model, model: Module, tensors: Mapping[str, TensorRef], dtype: ir.DataType
+) -> None:
+    """Give each used initializer its checkpoint tensor, or the buffer's values."""
+    buffers = dict(model.named_buffers())
+    for name, value in list(graph.graph.initializers.items()):
+        if not value.uses():
+            graph.graph.initializers.pop(name)
+            continue
+        key = name.removeprefix("model.")
+        if key in buffers:
+            value.const_value = ir.tensor(buffers[key].numpy(), name=name)
+        else:
+            value.const_value = CheckpointTensor(tensors[key], name=name, dtype=dtype)

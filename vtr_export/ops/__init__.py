@@ -1,0 +1,8 @@
+"""The operators we own: ONNX functions read from ``graphs/ops``, with bodies of standard ops.
+
+A backend may replace a body with a fused kernel; it may not change what it computes.
+"""
+
+from vtr_export.ops.functions import DOMAIN, Choice, declare
+
+__all__ = ["DOMAIN", "Choice", "declare"]

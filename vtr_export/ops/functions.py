@@ -1,0 +1,67 @@
+"""Read our ONNX functions from text and declare them, with all they call, in a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import onnx.parser
+import onnx_ir as ir
+
+DOMAIN = "vtr"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which variant stands behind each abstract operator of a body (VtrRows, VtrHeads …).
+
+    One schedule makes one choice, so one model holds one body of each composite.
+    """
+
+    query: Literal["last", "text"] = "last"
+    heads: Literal["mean", "max"] = "mean"
+    rank: Literal["joint", "per_image"] = "joint"
+
+    def names(self) -> Mapping[str, str]:
+        """Abstract operator → the function that implements it."""
+        return {
+            "VtrRows": {"last": "VtrRowsLast", "text": "VtrRowsText"}[self.query],
+            "VtrWeight": {"last": "VtrWeightLast", "text": "VtrWeightText"}[self.query],
+            "VtrHeads": {"mean": "VtrHeadsMean", "max": "VtrHeadsMax"}[self.heads],
+            "VtrRank": {"joint": "VtrRankJoint", "per_image": "VtrRankPerImage"}[self.rank],
+        }
+
+
+def folder() -> Path:
+    """Where the operators' text lies: beside this file in a wheel, ``graphs/ops`` in a clone."""
+    packaged = Path(__file__).parent / "graphs"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "graphs" / "ops"
+
+
+@cache
+def _parse(name: str) -> onnx.FunctionProto:
+    return onnx.parser.parse_function((folder() / f"{name}.onnxtxt").read_text(encoding="utf-8"))
+
+
+def load(name: str, choice: Choice) -> ir.Function:
+    """The function ``name``, its abstract operators resolved by ``choice``."""
+    function = ir.serde.deserialize_function(_parse(name))
+    for node in function:
+        node.op_type = choice.names().get(node.op_type, node.op_type)
+    return function
+
+
+def declare(model: ir.Model, name: str, choice: Choice | None = None) -> None:
+    """Add ``name`` and every function it calls to ``model``; twice is once."""
+    choice = choice or Choice()
+    function = load(choice.names().get(name, name), choice)
+    if function.identifier() in model.functions:
+        return
+    model.functions[function.identifier()] = function
+    model.graph.opset_imports[DOMAIN] = VERSION
+    for node in function:
+        if node.domain == DOMAIN:
+            declare(model, node.op_type, choice)
