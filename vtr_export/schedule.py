@@ -123,10 +123,12 @@ class Schedule:
     @classmethod
     def parse(cls, text: str, where: str = "<text>") -> "Schedule":
         """Read YAML text; ``where`` names it in errors, and relative ``model:`` starts there."""
-        return cls._of(*read_yaml(text, where))
+        return cls.from_data(*read_yaml(text, where))
 
     @classmethod
-    def _of(cls, data: object, source: Source) -> "Schedule":
+    def from_data(cls, data: object, source: Source | None = None) -> "Schedule":
+        """From dicts, tuples and scalars as the language spells them."""
+        source = source or Source("Schedule.from_data")
         document = validate(data, source)
         check(document, source)
         return cls(document, source)
@@ -134,19 +136,21 @@ class Schedule:
     @classmethod
     def fastv(cls, k: int = 2, r: Ratio = "50%", *, tokens: int | None = None) -> "Schedule":
         """FastV: before layer ``k`` drop the share ``r``; ``tokens`` rounds as FastV does."""
-        return cls._of(generators.fastv(k, r, tokens), Source("Schedule.fastv"))
+        return cls.from_data(generators.fastv(k, r, tokens), Source("Schedule.fastv"))
 
     @classmethod
     def pyramid(
         cls, ratio: Ratio = "50%", *, layers: int = 32, parts: int = 4, tokens: int | None = None
     ) -> "Schedule":
         """PyramidDrop: ``parts`` equal runs of layers, each keeping ``ratio`` of the one before."""
-        return cls._of(generators.pyramid(ratio, layers, parts, tokens), Source("Schedule.pyramid"))
+        return cls.from_data(
+            generators.pyramid(ratio, layers, parts, tokens), Source("Schedule.pyramid")
+        )
 
     @classmethod
     def vtw(cls, k: int = 16) -> "Schedule":
         """VTW: drop all vision tokens before layer ``k``."""
-        return cls._of(generators.vtw(k), Source("Schedule.vtw"))
+        return cls.from_data(generators.vtw(k), Source("Schedule.vtw"))
 
     @classmethod
     def from_keeps(
@@ -158,19 +162,19 @@ class Schedule:
     ) -> "Schedule":
         """One keep per decoder layer; ``options``: score, rank, positions, drop_point, rounding."""
         data = generators.from_keeps(keeps, options, dict(origin or {"method": "list"}))
-        return cls._of(data, Source("Schedule.from_keeps"))
+        return cls.from_data(data, Source("Schedule.from_keeps"))
 
     @classmethod
     def from_deletions(cls, deletions: Sequence[int], *, tokens: int = 576) -> "Schedule":
         """FitPrune's lists: tokens deleted inside each layer (``drop_point: inside``)."""
-        return cls._of(
+        return cls.from_data(
             generators.from_deletions(deletions, tokens), Source("Schedule.from_deletions")
         )
 
     @classmethod
     def unpruned(cls) -> "Schedule":
         """No cut at all."""
-        return cls._of({"version": 1, "prefill": {"stages": ()}}, Source("Schedule.unpruned"))
+        return cls.from_data({"version": 1, "prefill": {"stages": ()}}, Source("Schedule.unpruned"))
 
     @property
     def model(self) -> str | None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -15,6 +16,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    Strict,
     ValidationError,
     WithJsonSchema,
 )
@@ -34,7 +36,7 @@ def _refuse(message: str, hint: str) -> PydanticCustomError:
 
 
 def _read_version(value: object) -> object:
-    if isinstance(value, bool) or value != 1:
+    if type(value) is not int or value != 1:
         raise _refuse(f"version is {show(value)}", "this release reads version: 1")
     return value
 
@@ -94,9 +96,7 @@ Origin = str | int | float | bool | None
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_by_name=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Score(_Strict):
@@ -131,13 +131,16 @@ class Prefill(_Strict):
         default="original", description="Survivors keep their positions, or are numbered anew."
     )
     drop_point: Literal["between", "inside"] = Field(
-        default="between", description="Between two layers, or before the o_proj of the first."
+        default="between",
+        description="Between two layers, or inside the first of them, before its o_proj.",
     )
     rounding: Literal["floor", "ceil"] = Field(
         default="floor", description="How a share of the tokens becomes an integer."
     )
-    stages: tuple[Stage, ...] | None = Field(default=None, description="Only where it changes.")
-    keep: tuple[KeepValue, ...] | None = Field(
+    stages: Annotated[tuple[Stage, ...], Strict(False)] | None = Field(
+        default=None, description="Only where it changes."
+    )
+    keep: Annotated[tuple[KeepValue, ...], Strict(False)] | None = Field(
         default=None, description="Vision tokens entering each decoder layer, one per layer."
     )
 
@@ -332,3 +335,7 @@ def json_schema() -> str:
         "title": "vtr-export schedule",
     }
     return json.dumps(head | schema | {"title": head["title"]}, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("schedule.schema.json").write_text(json_schema(), encoding="utf-8")
