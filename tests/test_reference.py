@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import IMAGE, PAD, tiny_llava
+from tiny_models import IMAGE, PAD, pictures, prompt, tiny_llava
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtr_export.reference import Reference, Step, embed, pad_batch, positions_of
 from vtr_export.schedule import Cut, Keep, Resolved
@@ -43,19 +42,6 @@ def reference(model: Any, cuts: dict[int, int], **options: str) -> Reference:
     return Reference(decoder, model.lm_head, schedule(len(decoder.layers), cuts, tokens, **options))
 
 
-def prompt(generator: torch.Generator, tokens: int, images: int) -> list[int]:
-    """Random words with ``images`` runs of image tokens between them; the last is a word."""
-    words = torch.randint(5, 45, (images + 1, 4), generator=generator).tolist()
-    lengths = torch.randint(1, 5, (images + 1,), generator=generator).tolist()
-    parts = [row[:length] for row, length in zip(words, lengths, strict=True)]
-    return sum(([*part, *[IMAGE] * tokens] for part in parts[:-1]), []) + parts[-1]
-
-
-def pictures(model: Any, count: int, generator: torch.Generator) -> Tensor:
-    size = model.config.vision_config.image_size
-    return torch.randn(count, 3, size, size, generator=generator).to(model.dtype)
-
-
 # --- without cuts it is transformers' own model ---
 
 
@@ -77,7 +63,7 @@ def test_without_cuts_it_equals_transformers(variant: dict[str, Any]) -> None:
         pixel_values=pixels,
         use_cache=True,
     )
-    close = {"atol": TOLERANCE[model.dtype], "rtol": 0.0}
+    close: dict[str, Any] = {"atol": TOLERANCE[model.dtype], "rtol": 0.0}
     torch.testing.assert_close(step.logits[mask == 1], theirs.logits[mask == 1].float(), **close)
     for _ in range(8):
         token = theirs.logits[:, -1:].argmax(-1)

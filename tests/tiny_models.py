@@ -172,3 +172,21 @@ def save_checkpoint(
     model.save_pretrained(folder, max_shard_size=limit)
     tiny_processor(model).save_pretrained(folder)
     return folder
+
+
+def prompt(generator: torch.Generator, tokens: int, images: int) -> list[int]:
+    """Random words with ``images`` runs of image tokens between them; the last is a word."""
+    words = torch.randint(UNKNOWN + 2, 45, (images + 1, 4), generator=generator).tolist()
+    lengths = torch.randint(1, 5, (images + 1,), generator=generator).tolist()
+    row: list[int] = []
+    for length, part in zip(lengths, words, strict=True):
+        row += [IMAGE] * tokens * bool(row) + part[:length]
+    return row
+
+
+def pictures(
+    model: LlavaForConditionalGeneration, count: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Noise as the model takes it: ``pixel_values`` of ``count`` images."""
+    size = model.config.vision_config.image_size
+    return torch.randn(count, 3, size, size, generator=generator).to(model.dtype)
