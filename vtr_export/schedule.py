@@ -235,6 +235,13 @@ class Schedule:
             drop_point=prefill.drop_point,
         )
 
+    def place_of(self, before_layer: int) -> str:
+        """Where the cut before a layer is written."""
+        for i, stage in enumerate(self.prefill.stages or ()):
+            if stage.before_layer == before_layer:
+                return self.source.at(("prefill", "stages", i, "keep"))
+        return self.source.at(("prefill", "keep", before_layer))
+
     def _check_model(self, model: Model) -> None:
         """What this kind of model cannot do, whatever the numbers."""
         if self.prefill.rank == "per_image" and model.tokens_per_image is None:

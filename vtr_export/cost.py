@@ -1,0 +1,153 @@
+"""What a prefill costs: the four counting rules in use, and what our graph really computes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Final
+
+from vtr_export.errors import InputError
+from vtr_export.families import ModelFacts
+from vtr_export.schedule import Resolved
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of one decoder layer: ``entering`` it, and ``leaving`` its attention (o_proj, MLP).
+
+    They differ in the layer before a cut with ``drop_point: inside``.
+    """
+
+    entering: int
+    leaving: int
+
+
+def layer_rows(resolved: Resolved, vision_tokens: int, text_tokens: int) -> tuple[Rows, ...]:
+    """Rows per decoder layer of one prompt."""
+    tokens = [v + text_tokens for v in resolved.keep_per_layer(vision_tokens)]
+    after = [*tokens[1:], tokens[-1]] if resolved.drop_point == "inside" else tokens
+    return tuple(Rows(*pair) for pair in zip(tokens, after, strict=True))
+
+
+def without_cuts(resolved: Resolved) -> Resolved:
+    """The same model, unpruned."""
+    return replace(resolved, cuts=())
+
+
+def _macs(facts: ModelFacts, rows: Rows, mlp_matrices: int) -> int:
+    """Multiply-adds of one layer: projections, full n x n attention, MLP."""
+    n, a, d = rows.entering, rows.leaving, facts.hidden
+    q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    projections = n * d * (q + 2 * kv) + a * q * d
+    return projections + 2 * n * n * q + mlp_matrices * a * d * facts.intermediate
+
+
+def _f_a(facts: ModelFacts, rows: Rows) -> int:
+    return _macs(facts, rows, 3 if facts.gated else 2)
+
+
+def _f_b(facts: ModelFacts, rows: Rows) -> int:
+    return _macs(facts, rows, 2)
+
+
+def _f_c(facts: ModelFacts, rows: Rows) -> int:
+    return 2 * _f_a(facts, rows)
+
+
+def _f_d(facts: ModelFacts, rows: Rows) -> int:
+    """Knows nothing of key-value heads or the MLP's width: m = 4d, 24nd² + 4n²d."""
+    n, a, d = rows.entering, rows.leaving, facts.hidden
+    return 6 * n * d * d + 18 * a * d * d + 4 * n * n * d
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A way to count a decoder layer's prefill, from its facts and rows."""
+
+    name: str
+    unit: str
+    formula: str
+    users: str
+    layer: Callable[[ModelFacts, Rows], int]
+
+
+_MACS: Final = "multiply-adds, published as FLOPs"
+_LAYER_RULES: Final = (
+    Convention("F-A", _MACS, "4nd² + 2n²d + 3ndm", "PyramidDrop, SparseVLM, FitPrune", _f_a),
+    Convention("F-B", _MACS, "4nd² + 2n²d + 2ndm", "FastV, DivPrune", _f_b),
+    Convention("F-C", "FLOPs", "2 (4nd² + 2n²d + 3ndm)", "FiCoCo, LLM-Viewer", _f_c),
+    Convention("F-D", "FLOPs", "24nd² + 4n²d", "VisPCO's text", _f_d),
+    Convention(
+        "exact",
+        "FLOPs",
+        "2 (4nd² + 2n²d + 3ndm), the cuts' scores and the last position's logits",
+        "what the exported graph computes; matrix products only",
+        _f_c,
+    ),
+)
+# n rows, d width, m MLP width. Grouped key-value heads narrow k and v (F-A to F-C, exact), an MLP
+# without gate has two matrices (F-A, F-C, exact). F-A to F-D know no cut, logits or embedding.
+CONVENTIONS: Final[Mapping[str, Convention]] = {rule.name: rule for rule in _LAYER_RULES}
+
+
+def get_convention(name: str) -> Convention:
+    """A counting rule by name."""
+    if (convention := CONVENTIONS.get(name)) is None:
+        raise InputError(f"no convention {name!r}", hint=f"one of: {', '.join(CONVENTIONS)}")
+    return convention
+
+
+def prefill_cost(
+    facts: ModelFacts, resolved: Resolved, vision_tokens: int, text_tokens: int, convention: str
+) -> int:
+    """The decoder's prefill of one prompt, in the convention's unit."""
+    rule = get_convention(convention)
+    rows = layer_rows(resolved, vision_tokens, text_tokens)
+    total = sum(rule.layer(facts, row) for row in rows)
+    if rule.name == "exact":
+        cuts = cut_flops(facts, resolved, vision_tokens, text_tokens)
+        total += sum(cuts) + 2 * facts.hidden * facts.vocab
+    return total
+
+
+def ideal_speedup(
+    facts: ModelFacts, resolved: Resolved, vision_tokens: int, text_tokens: int
+) -> float:
+    """Prefill FLOPs unpruned by pruned, counted ``exact`` on both sides."""
+    whole, pruned = (
+        prefill_cost(facts, r, vision_tokens, text_tokens, "exact")
+        for r in (without_cuts(resolved), resolved)
+    )
+    return whole / pruned
+
+
+def cut_flops(
+    facts: ModelFacts, resolved: Resolved, vision_tokens: int, text_tokens: int
+) -> tuple[int, ...]:
+    """FLOPs that each cut adds.
+
+    Its query rows meet all keys; with ``from: next`` they are projected, and so are the keys of
+    the tokens then dropped. ``query: text`` counts all ``text_tokens`` as rows, an upper bound.
+    """
+    keeps = (vision_tokens, *(cut.keep.of(vision_tokens) for cut in resolved.cuts))
+    rows = text_tokens if resolved.query == "text" else 1
+    q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    costs = []
+    for before, after in pairwise(keeps):
+        cost = 2 * rows * (before + text_tokens) * q
+        if resolved.source == "next":
+            cost += 2 * facts.hidden * (rows * q + (before - after) * kv)
+        costs.append(cost if vision_tokens else 0)
+    return tuple(costs)
+
+
+def vision_flops(facts: ModelFacts, images: int) -> int:
+    """FLOPs of the encoder's layers that run, and of the projector, for ``images`` images."""
+    vision = facts.vision
+    if vision is None or facts.tokens_per_image is None:
+        return 0
+    n, d, m = vision.tokens, vision.hidden, vision.intermediate
+    patches = (vision.image_size // vision.patch_size) ** 2
+    macs = patches * vision.channels * vision.patch_size**2 * d
+    macs += vision.layers_run * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
+    macs += facts.tokens_per_image * facts.projector_macs
+    return 2 * macs * images

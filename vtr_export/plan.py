@@ -1,0 +1,257 @@
+"""What would happen: tokens, cost, bytes and time of a schedule on a model, from facts alone."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from vtr_export.cost import (
+    get_convention,
+    ideal_speedup,
+    prefill_cost,
+    vision_flops,
+    without_cuts,
+)
+from vtr_export.devices import get_device
+from vtr_export.errors import InputError, ScheduleError
+from vtr_export.families import ModelFacts
+from vtr_export.memory import (
+    Peak,
+    WeightType,
+    Workload,
+    get_weight_type,
+    kv_bytes,
+    parse_bytes,
+    peak_bytes,
+    weight_bytes,
+)
+from vtr_export.roofline import first_token_parts, next_token_parts, seconds
+from vtr_export.schedule import Resolved, Schedule
+
+TENSORRT_TOP_K: Final = 3840  # the largest k of TensorRT's TopK layer
+TARGETS: Final = ("onnxruntime", "tensorrt")
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A prediction. Names ending in ``_unpruned`` are the same model without cuts.
+
+    ``total`` and ``unpruned`` are the decoder's prefill of one prompt in the convention's unit;
+    bytes and times are the whole batch's. ``ttft_ms`` (time to first token, vision encoder
+    included) and ``tpot_ms`` (time per output token) are lower bounds by roofline.
+    """
+
+    model_type: str
+    convention: str
+    unit: str
+    formula: str
+    text_tokens: int
+    vision_tokens: int
+    images: int
+    batch: int
+    new_tokens: int
+    weights: str
+    vision_tokens_per_layer: tuple[int, ...]
+    total: int
+    unpruned: int
+    ratio: float
+    ideal_speedup: float
+    vision_flops: int
+    weight_bytes: int
+    kv_bytes: int
+    kv_bytes_unpruned: int
+    peak_bytes: int
+    peak_bytes_unpruned: int
+    dominant: str
+    memory_bytes: int | None
+    fits: bool | None
+    fits_unpruned: bool | None
+    device: str | None
+    ttft_ms: float | None
+    ttft_ms_unpruned: float | None
+    tpot_ms: float | None
+    tpot_ms_unpruned: float | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        values = asdict(self)
+        lists = {name: list(v) for name, v in values.items() if isinstance(v, tuple)}
+        return values | lists
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Lines of (what, unpruned, pruned)."""
+        whole = self.vision_tokens * len(self.vision_tokens_per_layer)
+        lines = [
+            ("vision tokens, over layers", f"{whole:,}", f"{sum(self.vision_tokens_per_layer):,}"),
+            (f"prefill, {self.convention}", f"{self.unpruned:.4g}", f"{self.total:.4g}"),
+            ("weights", _size(self.weight_bytes), _size(self.weight_bytes)),
+            ("KV cache", _size(self.kv_bytes_unpruned), _size(self.kv_bytes)),
+            ("peak memory", _size(self.peak_bytes_unpruned), _size(self.peak_bytes)),
+        ]
+        if self.memory_bytes is not None:
+            label = f"fits {_size(self.memory_bytes)}"
+            lines.append((label, _yes(self.fits_unpruned), _yes(self.fits)))
+        if self.device is not None:
+            times = f"{self.ttft_ms_unpruned:.1f} ms", f"{self.ttft_ms:.1f} ms"
+            lines.append((f"first token, {self.device}", *times))
+            times = f"{self.tpot_ms_unpruned:.2f} ms", f"{self.tpot_ms:.2f} ms"
+            lines.append((f"each next token, {self.device}", *times))
+        return lines
+
+
+def plan(
+    schedule: Schedule,
+    facts: ModelFacts,
+    *,
+    convention: str = "F-A",
+    text_tokens: int = 64,
+    images: int = 1,
+    batch: int = 1,
+    new_tokens: int = 128,
+    vision_tokens: int | None = None,
+    device: str | None = None,
+    weights: str = "fp16",
+    memory: str | int | None = None,
+    target: str = "onnxruntime",
+) -> PlanReport:
+    """Predict a schedule on a model.
+
+    ``vision_tokens`` (per prompt) is needed only where the tokens of an image vary. Raises
+    ScheduleError for a schedule that does not fit model or target, InputError for an option.
+    """
+    resolved = schedule.resolve(facts)
+    counts = {"text_tokens": text_tokens, "images": images, "new_tokens": new_tokens}
+    for name, value in counts.items():
+        _check_count(name, value, 0)
+    _check_count("batch", batch, 1)
+    v = _vision_tokens(facts, images, vision_tokens)
+    work = Workload(v, text_tokens, images, batch, new_tokens)
+    check_target(schedule, resolved, v, target)
+    kind, whole = get_weight_type(weights), without_cuts(resolved)
+    rule = get_convention(convention)
+    total = prefill_cost(facts, resolved, v, text_tokens, convention)
+    unpruned = prefill_cost(facts, whole, v, text_tokens, convention)
+    return PlanReport(
+        model_type=facts.model_type,
+        convention=rule.name,
+        unit=rule.unit,
+        formula=rule.formula,
+        text_tokens=text_tokens,
+        vision_tokens=v,
+        images=images,
+        batch=batch,
+        new_tokens=new_tokens,
+        weights=weights,
+        vision_tokens_per_layer=resolved.keep_per_layer(v),
+        total=total,
+        unpruned=unpruned,
+        ratio=total / unpruned if unpruned else 1.0,
+        ideal_speedup=ideal_speedup(facts, resolved, v, text_tokens),
+        vision_flops=vision_flops(facts, images),
+        weight_bytes=weight_bytes(facts, kind),
+        kv_bytes=kv_bytes(facts, resolved, work, kind, new_tokens),
+        kv_bytes_unpruned=kv_bytes(facts, whole, work, kind, new_tokens),
+        notes=_notes(facts, work),
+        **_memory(facts, resolved, work, kind, device, memory),
+        **_times(facts, resolved, work, kind, device),
+    )
+
+
+def check_target(schedule: Schedule, resolved: Resolved, vision_tokens: int, target: str) -> None:
+    """Refuse what the target cannot run: TensorRT's TopK selects at most 3840.
+
+    With ``rank: per_image`` each image selects its own keep, else a call selects for all.
+    """
+    if target not in TARGETS:
+        raise InputError(f"no target {target!r}", hint=f"one of: {', '.join(TARGETS)}")
+    if target != "tensorrt":
+        return
+    for cut in resolved.cuts:
+        per_image = resolved.rank == "per_image"
+        keep = cut.keep.numerator if per_image else cut.keep.of(vision_tokens)
+        if keep > TENSORRT_TOP_K:
+            raise ScheduleError(
+                f"{keep} tokens kept before layer {cut.before_layer}, "
+                f"but TensorRT selects at most {TENSORRT_TOP_K}",
+                where=schedule.place_of(cut.before_layer),
+                hint=f"keep at most {TENSORRT_TOP_K}, fewer images a call, or target onnxruntime",
+            )
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} is {value!r}", hint=f"give an integer from {least} on")
+
+
+def _vision_tokens(facts: ModelFacts, images: int, vision_tokens: int | None) -> int:
+    if vision_tokens is not None:
+        _check_count("vision_tokens", vision_tokens, 0)
+        return vision_tokens
+    if facts.tokens_per_image is None:
+        raise InputError(
+            "the tokens of an image vary with this model", hint="say how many: vision_tokens"
+        )
+    return images * facts.tokens_per_image
+
+
+def _notes(facts: ModelFacts, work: Workload) -> tuple[str, ...]:
+    length = work.vision_tokens + work.text_tokens + work.new_tokens
+    if length <= facts.context:
+        return ()
+    return (f"{length} positions, but the model was trained for {facts.context}",)
+
+
+def _memory(
+    facts: ModelFacts,
+    resolved: Resolved,
+    work: Workload,
+    kind: WeightType,
+    device: str | None,
+    memory: str | int | None,
+) -> dict[str, Any]:
+    """Peaks, and whether they fit; without a device, attention as ONNX Runtime's CPU holds it."""
+    fused = device is not None and get_device(device).fused_attention
+    limit = parse_bytes(memory) if isinstance(memory, str) else memory
+    pruned, whole = (
+        peak_bytes(facts, r, work, kind, fused) for r in (resolved, without_cuts(resolved))
+    )
+
+    def fits(peak: Peak) -> bool | None:
+        return None if limit is None else peak.total <= limit
+
+    return {
+        "peak_bytes": pruned.total,
+        "peak_bytes_unpruned": whole.total,
+        "dominant": pruned.dominant,
+        "memory_bytes": limit,
+        "fits": fits(pruned),
+        "fits_unpruned": fits(whole),
+    }
+
+
+def _times(
+    facts: ModelFacts, resolved: Resolved, work: Workload, kind: WeightType, device: str | None
+) -> dict[str, Any]:
+    """Milliseconds on a device; None without one."""
+    names = ("ttft_ms", "ttft_ms_unpruned", "tpot_ms", "tpot_ms_unpruned")
+    if device is None:
+        return {"device": None, **dict.fromkeys(names)}
+    machine, both = get_device(device), (resolved, without_cuts(resolved))
+    times = [
+        1e3 * seconds(parts(facts, r, work, kind), machine, kind.name)
+        for parts in (first_token_parts, next_token_parts)
+        for r in both
+    ]
+    return {"device": device, **dict(zip(names, times, strict=True))}
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.4g} {unit}"
+
+
+def _yes(value: bool | None) -> str:
+    return "yes" if value else "no"
