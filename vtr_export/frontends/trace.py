@@ -58,7 +58,7 @@ def trace(
 ) -> ir.Model:
     """``module`` as ONNX, its weights nameless bytes still to be bound.
 
-    ``dimensions`` names symbolic dimensions: name → (input, axis) that has it.
+    ``dimensions`` names symbolic dimensions: name → (input or output, axis) that has it.
     """
     with _quiet():
         program = torch.export.export(
@@ -77,10 +77,10 @@ def trace(
 
 def _name_dimensions(model: ir.Model, dimensions: Mapping[str, tuple[str, int]]) -> None:
     """Replace torch's symbols (``s26``) by ``dimensions``' names in every shape."""
-    by_input = {value.name: value for value in model.graph.inputs}
+    signature = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
     names: dict[str, str] = {}
     for name, (source, axis) in dimensions.items():
-        shape = by_input[source].shape
+        shape = signature[source].shape
         assert shape is not None
         names[str(shape[axis])] = name
     for value in _values(model.graph):

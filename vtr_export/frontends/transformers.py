@@ -176,6 +176,7 @@ def _trace_decoder(model: Module, facts: ModelFacts, dtype: torch.dtype) -> ir.M
             "batch": ("inputs_embeds", 0),
             "sequence": ("inputs_embeds", 1),
             "past": ("past_key_values.0.key", 2),
+            "total": ("present.0.key", 2),
         },
     )
 

@@ -1,0 +1,1 @@
+"""Passes: graph to graph. One file, one pass."""

@@ -1,0 +1,40 @@
+"""Give every attention node of a decoder its mask: causal, and blind to padding."""
+
+import onnx_ir as ir
+
+from vtr_export import ops
+
+
+class AttachMask(ir.passes.InPlacePass):
+    """Replace the stand-in input ``mask`` by one computed from ``attention_mask``.
+
+    Before::
+
+        Attention(query, keys, values, mask)
+
+    After::
+
+        mask = vtr.VtrCausalMask(attention_mask, inputs_embeds)     # [B,1,S,T], lower right
+        Attention(query, keys, values, mask)
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Swap the graph input and every use of the stand-in."""
+        graph = model.graph
+        inputs = {value.name: value for value in graph.inputs}
+        if "mask" not in inputs:
+            return ir.passes.PassResult(model, modified=False)
+        padding = ir.Input(
+            "attention_mask",
+            ir.Shape(["batch", "total"]),
+            ir.TensorType(ir.DataType.INT64),
+        )
+        mask = ir.Node(ops.DOMAIN, "VtrCausalMask", [padding, inputs["inputs_embeds"]])
+        mask.outputs[0].name = "mask.0"
+        mask.outputs[0].shape = ir.Shape(["batch", 1, "sequence", "total"])
+        mask.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
+        ops.declare(model, "VtrCausalMask")
+        inputs["mask"].replace_all_uses_with(mask.outputs[0])
+        graph.inputs[graph.inputs.index(inputs["mask"])] = padding
+        graph.insert_before(graph[0], mask)
+        return ir.passes.PassResult(model, modified=True)

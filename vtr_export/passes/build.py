@@ -1,0 +1,130 @@
+"""Append named nodes to a graph; the caller's topological sort puts them in order."""
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from vtr_export import ops
+from vtr_export.analysis.layers import ancestors, descendants
+
+
+class Build:
+    """Nodes named ``<prefix>.<what>``, operators declared as they are called."""
+
+    def __init__(self, model: ir.Model, choice: ops.Choice, prefix: str = "") -> None:
+        self.model, self.graph, self.choice, self.prefix = model, model.graph, choice, prefix
+
+    def op(self, op_type: str, inputs: Sequence[ir.Value], name: str, **attrs: int) -> ir.Value:
+        """One standard operator with integer attributes."""
+        return self._add("", op_type, inputs, [name], attrs)[0]
+
+    def call(self, operator: str, inputs: Sequence[ir.Value], name: str, **attrs: int) -> ir.Value:
+        """One of our operators (its abstract name stands for the chosen variant)."""
+        ops.declare(self.model, operator, self.choice)
+        chosen = self.choice.names().get(operator, operator)
+        return self._add(ops.DOMAIN, chosen, inputs, [name], attrs)[0]
+
+    def prune(
+        self, inputs: Sequence[ir.Value], scale: float
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """``VtrTopKPrune``: narrow hidden states, kept indices, narrow vision index."""
+        ops.declare(self.model, "VtrTopKPrune", self.choice)
+        names = ["hidden", "kept", "vision_index"]
+        hidden, kept, index = self._add(ops.DOMAIN, "VtrTopKPrune", inputs, names, {"scale": scale})
+        return hidden, kept, index
+
+    def narrow(self, value: ir.Value, kept: ir.Value, *, axis: int, name: str) -> ir.Value:
+        """``value`` at the indices ``kept`` [B,S'] of its token axis."""
+        rank = len(value.shape) if value.shape is not None else axis + 1
+        if axis == 1:
+            narrowed = self.call("VtrNarrow", [value, kept], name)
+        else:
+            order = [0, axis, *(i for i in range(1, rank) if i != axis)]
+            back = [order.index(i) for i in range(rank)]
+            front = self._permute(value, order, f"{name}.front")
+            gathered = self.call("VtrNarrow", [front, kept], f"{name}.gathered")
+            narrowed = self._permute(gathered, back, name)
+        narrowed.type = value.type
+        if value.shape is not None:
+            narrowed.shape = ir.Shape([None if i == axis else d for i, d in enumerate(value.shape)])
+        return narrowed
+
+    def constant(self, values: Sequence[int], name: str) -> ir.Value:
+        """An int64 vector."""
+        tensor = ir.tensor(list(values), dtype=ir.DataType.INT64, name=f"{self.prefix}.{name}")
+        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
+        node.outputs[0].name, node.outputs[0].const_value = tensor.name, tensor
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def graph_input(self, name: str, shape: Sequence[int | str], dtype: ir.DataType) -> ir.Value:
+        """A new input of the graph."""
+        value = ir.Input(name, ir.Shape(shape), ir.TensorType(dtype))
+        self.graph.inputs.append(value)
+        return value
+
+    def graph_output(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> None:
+        """Show ``value`` as output ``name`` (int64)."""
+        value.name = name
+        value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(shape)
+        self.graph.outputs.append(value)
+
+    def _permute(self, value: ir.Value, order: Sequence[int], name: str) -> ir.Value:
+        node = ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", order)])
+        node.outputs[0].name = f"{self.prefix}.{name}"
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def _add(
+        self,
+        domain: str,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        names: Sequence[str],
+        attrs: Mapping[str, int | float],
+    ) -> Sequence[ir.Value]:
+        attributes = [
+            ir.AttrFloat32(key, value) if isinstance(value, float) else ir.AttrInt64(key, value)
+            for key, value in attrs.items()
+        ]
+        node = ir.Node(domain, op_type, inputs, attributes, num_outputs=len(names))
+        node.name = f"{self.prefix}.{op_type}.{names[0]}"
+        for output, name in zip(node.outputs, names, strict=True):
+            output.name = f"{self.prefix}.{name}"
+        self.graph.append(node)
+        return node.outputs
+
+
+def replay(
+    build: Build,
+    value: ir.Value,
+    source: ir.Value,
+    substitutes: Mapping[ir.Value, ir.Value],
+    *,
+    missing_ok: bool = False,
+) -> ir.Value | None:
+    """``value`` computed a second time with ``substitutes`` in place of what it was computed from.
+
+    None if ``value`` does not depend on ``source`` and ``missing_ok``.
+    """
+    path = ancestors([value]) & descendants(source)
+    if value.producer() not in path:
+        assert missing_ok, f"{value.name} does not depend on {source.name}"
+        return None
+    copies = dict(substitutes)
+    for node in [node for node in build.graph if node in path]:
+        inputs = [copies.get(v, v) if v is not None else None for v in node.inputs]
+        clone = ir.Node(
+            node.domain,
+            node.op_type,
+            inputs,
+            list(node.attributes.values()),
+            num_outputs=len(node.outputs),
+        )
+        for old, new in zip(node.outputs, clone.outputs, strict=True):
+            new.name, new.type = f"{build.prefix}.replay.{len(build.graph)}.{old.name}", old.type
+            if old.shape is not None:
+                new.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in old.shape])
+            copies[old] = new
+        build.graph.append(clone)
+    return copies[value]

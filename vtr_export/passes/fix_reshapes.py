@@ -1,0 +1,65 @@
+"""Make reshapes say what they keep instead of computing it from another tensor's shape."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+
+class FixReshapes(ir.passes.InPlacePass):
+    """Replace a computed target shape by a constant, so that no length crosses a cut as a number.
+
+    Before::
+
+        Reshape(x: [batch, sequence, 32], Concat(Shape(…), Shape(…), [4, 8]))
+
+    After::
+
+        Reshape(x, [0, 0, 4, 8])
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite every Reshape whose symbolic shapes leave at most one dimension open."""
+        plans = []
+        for node in model.graph:
+            if node.op_type == "Reshape" and node.domain == "":
+                target = constant_target(node)
+                if target is not None and not _is_constant(node.inputs[1]):
+                    plans.append((node, target))
+        for number, (node, target) in enumerate(plans):
+            _set_target(model.graph, node, target, f"reshape.{number}.shape")
+        return ir.passes.PassResult(model, modified=bool(plans))
+
+
+def constant_target(node: ir.Node) -> list[int] | None:
+    """The target with 0 for kept and -1 for one open dimension; None if two stay open."""
+    before, after = node.inputs[0], node.outputs[0]
+    if before is None or before.shape is None or after.shape is None:
+        return None
+    target: list[int] = []
+    for axis, dim in enumerate(after.shape):
+        if isinstance(dim, int):
+            target.append(dim)
+        elif _kept(before.shape, dim, axis):
+            target.append(0)
+        else:
+            target.append(-1)
+    return target if target.count(-1) <= 1 else None
+
+
+def _kept(before: Sequence[int | ir.SymbolicDim], dim: ir.SymbolicDim, axis: int) -> bool:
+    return axis < len(before) and dim.value is not None and str(before[axis]) == str(dim)
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and ir.convenience.get_const_tensor(value) is not None
+
+
+def _set_target(graph: ir.Graph, node: ir.Node, target: list[int], name: str) -> None:
+    tensor = ir.tensor(np.array(target, dtype=np.int64), name=name)
+    constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1)
+    constant.outputs[0].name = name
+    constant.outputs[0].const_value = tensor
+    graph.insert_before(node, constant)
+    node.replace_input_with(1, constant.outputs[0])
+    node.attributes.pop("allowzero", None)
