@@ -176,6 +176,11 @@ def test_the_best_tokens_stay_and_ties_go_to_the_lower_index(source: str) -> Non
     assert [key.shape[2] for key in step.cache.keys] == [6, 4, 4]
 
 
+def test_three_hundred_equal_tokens_keep_their_first_hundred() -> None:
+    step = toy(weigh(*[1] * 302), [list(range(1, 301))], {1: 100}, tokens=300)
+    assert step.kept[0].tolist() == [[*range(101), 301]]
+
+
 def test_a_second_cut_counts_from_the_first_ones_survivors() -> None:
     step = toy(weigh(1, 2, 1, 3, 2, 1), [[1, 2, 3, 4]], {1: 2, 2: 1})
     torch.testing.assert_close(step.scores[1], torch.tensor([[2, 3]]) / 7)
