@@ -117,6 +117,8 @@ def test_tensorrt_selects_at_most_3840() -> None:
         plan(schedule, LLAVA, images=14, target="tensorrt")
     assert caught.value.where == "s.yaml:4: prefill.stages[0].keep"
     assert caught.value.hint
+    many = replace(LLAVA, tokens_per_image=3840)
+    plan(Schedule.parse(schedule.dump().replace("50%", "3840")), many, target="tensorrt")
     each = Schedule.from_keeps([576, *[288] * 31], rank="per_image")
     plan(each, LLAVA, images=14, target="tensorrt")
     with pytest.raises(ScheduleError) as caught:

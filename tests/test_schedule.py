@@ -79,6 +79,7 @@ def prefill(text: str) -> str:
 # Keep
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(1, 10**6))
 def test_keep_is_the_exact_rounded_share(v: int, numerator: int, denominator: int) -> None:
     share = Fraction(v * numerator, denominator)
@@ -86,6 +87,7 @@ def test_keep_is_the_exact_rounded_share(v: int, numerator: int, denominator: in
     assert Keep(numerator, denominator, "ceil").of(v) == min(v, math.ceil(share))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4000), st.integers(1, 9), st.data())
 def test_images_contribute_the_same_number_each(
     tokens: int, images: int, data: st.DataObject
@@ -94,6 +96,7 @@ def test_images_contribute_the_same_number_each(
     assert Keep(k, tokens).of(images * tokens) == images * k
 
 
+@settings(deadline=None)
 @given(st.integers(0, MAX_PART) | st.fractions(0, 1, max_denominator=MAX_PART))
 def test_a_keep_reads_back_as_written(keep: int | Fraction) -> None:
     assert read_keep(write_keep(keep)) == keep
@@ -164,6 +167,7 @@ def test_a_cut_before_the_first_layer_is_fine_from_next() -> None:
 keeps = st.integers(0, 144) | st.fractions(0, 1, max_denominator=999)
 
 
+@settings(deadline=None)
 @given(
     st.lists(keeps, min_size=8, max_size=8), st.sampled_from(["floor", "ceil"]), st.integers(0, 5)
 )
@@ -232,6 +236,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     )
 
 
+@settings(deadline=None)
 @given(schedules())
 def test_a_dump_parses_to_the_same_schedule(schedule: Schedule) -> None:
     again = Schedule.parse(schedule.dump())
