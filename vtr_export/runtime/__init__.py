@@ -1,0 +1,1 @@
+"""Running an artifact: image and prompt in, answer out; without torch and transformers."""

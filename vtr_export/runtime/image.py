@@ -1,0 +1,293 @@
+"""Images become pixel values, to the bit those of transformers' PIL image processors."""
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vtr_export.errors import ArtifactError, InputError
+from vtr_export.runtime.json_files import read_json
+from vtr_export.runtime.resize import Size, read_crop, read_size, target_size
+
+Picture: TypeAlias = str | Path | bytes | Image.Image  # a file, its content, or what Pillow opened
+Pixels: TypeAlias = NDArray[Any]  # [channels, height, width]
+
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+_OPENAI: Final[Mapping[str, Any]] = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+_HALF: Final[Mapping[str, Any]] = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_CLIP: Final[Mapping[str, Any]] = {
+    **_OPENAI,
+    "resample": 3,
+    "size": {"shortest_edge": 224},
+    "default_to_square": False,
+    "crop_size": {"height": 224, "width": 224},
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+}
+_SQUARE: Final[Mapping[str, Any]] = {
+    **_HALF,
+    "size": {"height": 224, "width": 224},
+    "default_to_square": True,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+}
+# what a processor does where its file is silent, read in transformers' classes
+PROCESSORS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "CLIPImageProcessor": _CLIP,
+    "LlavaImageProcessor": {**_CLIP, "do_pad": False},
+    "SiglipImageProcessor": {**_SQUARE, "resample": 3, "do_convert_rgb": True},
+    "ViTImageProcessor": {**_SQUARE, "resample": 2},
+}
+_STEPS = frozenset(
+    ("convert_rgb", "pad", "resize", "center_crop", "rescale", "normalize")
+)  # each is do_<step> in the file
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What happens to an image, in this order; None leaves a step out."""
+
+    convert_rgb: bool
+    pad_square: tuple[int, ...] | None  # colour by channel; before the resize
+    resize: Size | None
+    resample: int  # Pillow's number of the filter
+    crop: tuple[int, int] | None  # height, width; zeros are put around what is smaller
+    rescale: float | None
+    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean, standard deviation
+    pad: tuple[int, int] | None = None  # height, width; zeros below and to the right, at the end
+    where: str = field(default="", compare=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> "ImageFacts":
+        """From ``processor_config.json`` or ``preprocessor_config.json``, as transformers looks.
+
+        ArtifactError when neither says anything of images, and for facts we cannot follow.
+        """
+        for name in (PROCESSOR, PREPROCESSOR):
+            data = read_json(folder / name)
+            facts = data.get("image_processor") if name == PROCESSOR else data
+            if facts:
+                return cls.read(facts, str(folder / name))
+        raise ArtifactError(
+            "the artifact does not say how images are prepared",
+            where=str(folder),
+            hint=f"put the checkpoint's {PREPROCESSOR} there, or export from a folder with it",
+        )
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], where: str) -> "ImageFacts":
+        """From an image processor's own JSON; a step we do not know is refused by name."""
+        kind = _kind(config, where)
+        facts = dict(PROCESSORS[kind])
+        facts |= {name: value for name, value in config.items() if value is not None}
+        for name, value in facts.items():
+            if name.startswith("do_") and value and name.removeprefix("do_") not in _STEPS:
+                _refuse(f"the image processor asks for {name}, which is not supported", where)
+        does = {step: bool(facts.get(f"do_{step}")) for step in _STEPS}
+        try:
+            return cls._read(kind, facts, does, where)
+        except (KeyError, TypeError, ValueError) as error:
+            _refuse(f"the image processor's facts make no sense: {error}", where)
+
+    @classmethod
+    def _read(
+        cls, kind: str, facts: Mapping[str, Any], does: Mapping[str, bool], where: str
+    ) -> "ImageFacts":
+        mean, std = facts["image_mean"], facts["image_std"]
+        square = does["pad"] and kind == "LlavaImageProcessor"
+        pad_size = facts.get("pad_size") if does["pad"] and not square else None
+        return cls(
+            convert_rgb=does["convert_rgb"],
+            pad_square=tuple(int(x * 255) for x in _channels(mean)) if square else None,
+            resize=read_size(facts["size"], facts["default_to_square"]) if does["resize"] else None,
+            resample=int(facts["resample"]),
+            crop=read_crop(facts["crop_size"]) if does["center_crop"] else None,
+            rescale=float(facts.get("rescale_factor", 1 / 255)) if does["rescale"] else None,
+            normalize=(_channels(mean), _channels(std)) if does["normalize"] else None,
+            pad=read_crop(pad_size) if pad_size else None,
+            where=where,
+        )
+
+    def pixel_values(self, images: Sequence[Picture]) -> Pixels:
+        """``[images, channels, height, width]``, float32 unless the facts neither scale nor norm.
+
+        A file is turned as its EXIF says and loses its transparency; an image that Pillow opened
+        is taken as it is and laid on white: so does transformers. InputError for what is no
+        image, and for images that end in different sizes.
+        """
+        prepared = [self._prepare(load(image)) for image in images]
+        if len(shapes := {one.shape for one in prepared}) > 1:
+            sizes = ", ".join(f"{w}x{h}" for _, h, w in sorted(shapes))
+            raise InputError(f"the images of one call end in different sizes ({sizes})")
+        return np.stack(prepared)
+
+    def _prepare(self, image: Image.Image) -> Pixels:
+        pixels = np.moveaxis(np.array(to_rgb(image) if self.convert_rgb else image), -1, 0)
+        if pixels.ndim != 3 or pixels.dtype != np.uint8 or len(pixels) != 3:
+            raise InputError(
+                f"the image has mode {image.mode}, and this model's processor converts none",
+                where=self.where,
+                hint="convert it to RGB first",
+            )
+        if self.pad_square is not None:
+            pixels = _pad_square(pixels, self.pad_square)
+        if self.resize is not None:
+            pixels = self._resize(pixels)
+        if self.crop is not None:
+            pixels = _center_crop(pixels, self.crop)
+        if self.rescale is not None:
+            pixels = (pixels.astype(np.float64) * self.rescale).astype(np.float32)
+        if self.normalize is not None:
+            pixels = _normalize(pixels, *self.normalize)
+        return pixels if self.pad is None else _pad_end(pixels, self.pad)
+
+    def _resize(self, pixels: Pixels) -> Pixels:
+        assert self.resize is not None
+        height, width = target_size(self.resize, pixels.shape[1], pixels.shape[2])
+        limit = Image.MAX_IMAGE_PIXELS or math.inf
+        if not 0 < height * width <= limit:
+            raise InputError(
+                f"an image of {pixels.shape[2]}x{pixels.shape[1]} would be resized to "
+                f"{width}x{height} pixels",
+                hint="crop it to a less extreme shape first",
+            )
+        image = Image.fromarray(np.moveaxis(pixels, 0, -1))
+        resized = image.resize((width, height), resample=Image.Resampling(self.resample))
+        return np.moveaxis(np.array(resized), -1, 0)
+
+    def view(self, pixels: Pixels) -> Image.Image:
+        """What the model sees: one image's pixel values ``[3, H, W]`` as a picture again."""
+        values = np.moveaxis(pixels.astype(np.float64), 0, -1)
+        if self.normalize is not None:
+            mean, std = self.normalize
+            values = values * np.array(std) + np.array(mean)
+        if self.rescale is not None:
+            values = values / self.rescale
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+
+
+def load(image: Picture) -> Image.Image:
+    """An image decoded to its last pixel. InputError for what is none, truncated or too large."""
+    if isinstance(image, Image.Image):
+        with _decoding(str(getattr(image, "filename", ""))):
+            image.load()
+        return image
+    if isinstance(image, str | Path) and not Path(image).is_file():
+        hint = "give the path of an image file; addresses are not fetched"
+        raise InputError("no such image file", where=str(image), hint=hint)
+    where = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
+    with (
+        _decoding(where),
+        Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file,
+    ):
+        _check_pixels(file, where)
+        return ImageOps.exif_transpose(file).convert("RGB")
+
+
+@contextmanager
+def _decoding(where: str) -> Iterator[None]:
+    """What a damaged file makes a decoder stumble over, as InputError."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        _refuse_file(error, where)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, transparency laid on white."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _kind(config: Mapping[str, Any], where: str) -> str:
+    """The processor's class without its backend; a model without one takes LLaVA's."""
+    legacy = str(config.get("feature_extractor_type", "LlavaImageProcessor"))
+    named = str(config.get("image_processor_type") or legacy)
+    kind = named.replace("FeatureExtractor", "ImageProcessor")
+    kind = kind.removesuffix("Fast").removesuffix("Pil")
+    if kind not in PROCESSORS:
+        known = ", ".join(sorted(PROCESSORS))
+        _refuse(f"image processor {named!r} is not supported", where, f"supported: {known}")
+    return kind
+
+
+def _channels(value: Any) -> tuple[float, ...]:
+    values = value if isinstance(value, list | tuple) else [value] * 3
+    if len(values) != 3:
+        raise ValueError(f"{len(values)} values for 3 channels")
+    return tuple(float(x) for x in values)
+
+
+def _check_pixels(image: Image.Image, where: str) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise InputError(
+            f"{image.width}x{image.height} pixels are more than Pillow's limit of {limit}",
+            where=where,
+            hint="scale the image down first",
+        )
+
+
+def _pad_square(pixels: Pixels, color: tuple[int, ...]) -> Pixels:
+    channels, height, width = pixels.shape
+    if height == width:
+        return pixels
+    side = max(height, width)
+    square = np.empty((channels, side, side), pixels.dtype)
+    square[:] = np.array(color, pixels.dtype)[:, None, None]
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, top : top + height, left : left + width] = pixels
+    return square
+
+
+def _center_crop(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    missing = [max(0, wanted - now) for wanted, now in zip(size, pixels.shape[1:], strict=True)]
+    pixels = np.pad(pixels, [(0, 0), *(((gap + 1) // 2, gap // 2) for gap in missing)])
+    top, left = ((now - wanted) // 2 for wanted, now in zip(size, pixels.shape[1:], strict=True))
+    return pixels[:, top : top + size[0], left : left + size[1]]
+
+
+def _normalize(pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:
+    values = pixels.astype(np.float32)
+    center, scale = (np.array(x, np.float32)[:, None, None] for x in (mean, std))
+    return (values - center) / scale
+
+
+def _pad_end(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    missing = [length - now for length, now in zip(size, pixels.shape[1:], strict=True)]
+    if min(missing) < 0:
+        raise InputError(f"an image of {pixels.shape[1:]} does not fit into {size}")
+    return np.pad(pixels, [(0, 0), (0, missing[0]), (0, missing[1])])
+
+
+def _refuse_file(error: Exception, where: str) -> NoReturn:
+    if isinstance(error, Image.DecompressionBombError):
+        message, hint = f"too many pixels: {error}", "scale the image down first"
+    elif isinstance(error, UnidentifiedImageError):
+        message, hint = "not an image, or of a format Pillow does not know", "try a PNG or JPEG"
+    else:
+        message, hint = f"the image is damaged: {error}", "copy or download it again"
+    raise InputError(message, where=where, hint=hint) from error
+
+
+def _refuse(message: str, where: str, hint: str = "") -> NoReturn:
+    raise ArtifactError(message, where=where, hint=hint)
