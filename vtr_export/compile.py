@@ -1,12 +1,15 @@
 """The compiler on one page: what happens, in what order."""
 
+from collections import Counter
 from collections.abc import Iterable, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from vtr_export.passes.attach_mask import AttachMask
+from vtr_export.passes.cast_linked import CastLinked
 from vtr_export.passes.fix_reshapes import FixReshapes
 from vtr_export.passes.fold_constants import FoldConstants
 from vtr_export.passes.fuse_norms import FuseNorms
@@ -14,6 +17,10 @@ from vtr_export.passes.fuse_rotary import FuseRotary
 from vtr_export.passes.insert_cuts import InsertCuts
 from vtr_export.passes.store_transposed import StoreTransposed
 from vtr_export.schedule import Resolved
+from vtr_export.weights import CheckpointTensor
+
+if TYPE_CHECKING:
+    from vtr_export.frontends.transformers import Graphs
 
 Passes = tuple[ir.passes.PassBase, ...]
 
@@ -46,10 +53,51 @@ def copied(shared: Set[str] = frozenset()) -> Passes:
     return (StoreTransposed(shared), common.RemoveUnusedNodesPass())
 
 
+def linked() -> Passes:
+    """The passes for weights that stay in the checkpoint: as they are stored."""
+    return (CastLinked(), common.TopologicalSortPass())
+
+
+def lower(
+    graphs: "Graphs",
+    schedule: Resolved,
+    *,
+    weights: str,
+    tunable: bool = False,
+    dump: Path | None = None,
+) -> dict[str, ir.Model]:
+    """The traced graphs, pruned and ready for their weights: file stem → model."""
+    shared = shared_weights(graphs)
+    lowered: dict[str, ir.Model] = {}
+    for name, model in graphs.parts().items():
+        first = decoder(schedule, tunable=tunable) if model is graphs.decoder else canonical()
+        last = linked() if weights == "link" else copied(shared)
+        folder = dump / name if dump is not None else None
+        passes = (*first, *last, common.ClearMetadataAndDocStringPass())
+        lowered[name] = run(passes, model, folder)
+    return lowered
+
+
+def shared_weights(graphs: "Graphs") -> frozenset[str]:
+    """Checkpoint tensors that several parts use (tied embeddings): stored once, as they are."""
+    uses = Counter(
+        name
+        for model in graphs.parts().values()
+        for name in {
+            value.const_value.ref.name
+            for value in model.graph.initializers.values()
+            if isinstance(value.const_value, CheckpointTensor)
+        }
+    )
+    return frozenset(name for name, count in uses.items() if count > 1)
+
+
 def run(
     passes: Iterable[ir.passes.PassBase], model: ir.Model, dump: Path | None = None
 ) -> ir.Model:
     """Apply each pass in turn; with ``dump``, leave a readable graph behind after each."""
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(passes):
         name = type(step).__name__
         try:

@@ -41,9 +41,8 @@ def label_axes(graph: ir.Graph, seeds: Labels) -> dict[ir.Value, Axes]:
         inputs = [labels.get(value, NONE) if value is not None else NONE for value in node.inputs]
         if not any(inputs):
             continue
-        for value, axes in zip(node.outputs, _rule(node, inputs), strict=False):
-            if axes:
-                labels[value] = axes
+        found = zip(node.outputs, _rule(node, inputs), strict=False)
+        labels |= {value: axes for value, axes in found if axes}
     return labels
 
 
@@ -78,16 +77,17 @@ def rank(value: ir.Value | None) -> int | None:
 def _broadcast(node: ir.Node, inputs: list[Axes]) -> Axes:
     widest = rank(node.outputs[0]) or max(rank(value) or 0 for value in node.inputs)
     ranks = [widest if (own := rank(value)) is None else own for value in node.inputs]
-    aligned = [
-        axes.moved(lambda axis, shift=widest - own: axis + shift)
-        for axes, own in zip(inputs, ranks, strict=True)
-        if axes
-    ]
+    pairs = zip(inputs, ranks, strict=True)
+    aligned = [_shifted(axes, widest - own) for axes, own in pairs if axes]
     tokens = {axes.token for axes in aligned if axes.token is not None}
     keys = {axes.key for axes in aligned if axes.key is not None}
     if len(tokens) > 1 or len(keys) > 1:
         return Axes(state=OPAQUE)
     return Axes(next(iter(tokens), None), next(iter(keys), None))
+
+
+def _shifted(axes: Axes, by: int) -> Axes:
+    return axes.moved(lambda axis: axis + by)
 
 
 def _matmul(node: ir.Node, inputs: list[Axes]) -> Axes:

@@ -62,7 +62,9 @@ def _layer(index: int, entry: ir.Value, node: ir.Node) -> Layer:
             hint="export the decoder with past keys concatenated before the attention",
         )
     past_key, key = concat.inputs
-    assert past_key is not None and key is not None and query.shape is not None
+    assert past_key is not None
+    assert key is not None
+    assert query.shape is not None
     width = query.shape[-1]
     scale = node.attributes.get("scale")
     if scale is None and not isinstance(width, int):

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from vtr_export import ops
 from vtr_export.analysis.axes import NONE, Axes, Labels
 from vtr_export.analysis.layers import Layer, descendants
-from vtr_export import ops
 from vtr_export.errors import AnalysisError
 from vtr_export.schedule import Cut, Resolved
 

@@ -15,7 +15,9 @@ from vtr_export.errors import CheckpointError
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode) -> Module:
+def build_skeleton(
+    config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode
+) -> PreTrainedModel:
     """The model of ``config`` with parameters that have a shape and no data, and real buffers."""
     config._attn_implementation = "vtr"
     with torch.device("meta"):
@@ -31,7 +33,7 @@ def _fill_buffers(model: PreTrainedModel, module: Module) -> None:
     """Compute the buffers that no checkpoint holds (inverse frequencies, position ids)."""
     names = [name for name, _ in module.named_buffers(recurse=False)]
     for name in names:
-        meta = module._buffers[name]
+        meta = module.get_buffer(name)
         module._buffers[name] = torch.zeros_like(meta, device="cpu")
     if names:
         model._init_weights(module)
@@ -46,7 +48,7 @@ def _fake_parameters(module: Module, mode: FakeTensorMode) -> None:
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """transformers' own reading of ``config.json``; runs no code of the checkpoint."""
+    """Transformers' own reading of ``config.json``; runs no code of the checkpoint."""
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -57,7 +59,7 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
         ) from error
 
 
-def name_tensors(model: Module, checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
+def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
     """Parameter name → checkpoint tensor, renamed as transformers renames hub names on load."""
     wanted = model.state_dict()
     mapping = get_model_conversion_mapping(model)
@@ -76,7 +78,7 @@ def name_tensors(model: Module, checkpoint: Checkpoint) -> Mapping[str, TensorRe
     return found
 
 
-def _tie(model: Module, wanted: Mapping[str, object], found: dict[str, TensorRef]) -> None:
+def _tie(model: PreTrainedModel, wanted: Mapping[str, object], found: dict[str, TensorRef]) -> None:
     """Give tied parameters the one tensor that the checkpoint holds for them."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False) and not getattr(
         model.config, "tie_word_embeddings", False
@@ -89,7 +91,7 @@ def _tie(model: Module, wanted: Mapping[str, object], found: dict[str, TensorRef
 
 
 def _check(
-    model: Module,
+    model: PreTrainedModel,
     checkpoint: Checkpoint,
     wanted: Mapping[str, torch.Tensor],
     found: Mapping[str, TensorRef],

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.nn import Module
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from vtr_export.checkpoint import Checkpoint, TensorRef
 from vtr_export.families import ModelFacts
@@ -41,7 +41,7 @@ class Graphs:
         }
 
 
-def llava_features(model: Module, pixel_values: Tensor) -> Tensor:
+def llava_features(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     """[images, channels, H, W] → [images, tokens, hidden]: LLaVA's selected layers, projected."""
     config = model.config
     layers = config.vision_feature_layer
@@ -49,16 +49,17 @@ def llava_features(model: Module, pixel_values: Tensor) -> Tensor:
     first = 1 if config.vision_feature_select_strategy == "default" else 0
     chosen = [layers] if isinstance(layers, int) else layers
     features = torch.cat([hidden[layer][:, first:] for layer in chosen], dim=-1)
-    return model.multi_modal_projector(features)
+    projected: Tensor = model.multi_modal_projector(features)
+    return projected
 
 
-FEATURES: dict[str, Callable[[Module, Tensor], Tensor]] = {"llava": llava_features}
+FEATURES: dict[str, Callable[[PreTrainedModel, Tensor], Tensor]] = {"llava": llava_features}
 
 
 class VisionEncoder(Module):
     """pixel_values [images, channels, H, W] → image_features [images, tokens, hidden]."""
 
-    def __init__(self, model: Module, model_type: str) -> None:
+    def __init__(self, model: PreTrainedModel, model_type: str) -> None:
         super().__init__()
         self.model, self.features = model, FEATURES[model_type]
 
@@ -70,13 +71,14 @@ class VisionEncoder(Module):
 class EmbedTokens(Module):
     """input_ids [B,S] → inputs_embeds [B,S,hidden]."""
 
-    def __init__(self, model: Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look the tokens up."""
-        return self.model.get_input_embeddings()(input_ids)
+        embedded: Tensor = self.model.get_input_embeddings()(input_ids)
+        return embedded
 
 
 class Decoder(Module):
@@ -85,7 +87,7 @@ class Decoder(Module):
     ``mask`` is a stand-in of shape [1,1,1,1]; the graph's real mask is attached by a pass.
     """
 
-    def __init__(self, model: Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
@@ -121,7 +123,7 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     return graphs
 
 
-def _trace_vision(model: Module, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
+def _trace_vision(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
     vision = facts.vision
     assert vision is not None
     pixels = torch.empty(2, vision.channels, vision.image_size, vision.image_size, dtype=dtype)
@@ -135,7 +137,7 @@ def _trace_vision(model: Module, facts: ModelFacts, dtype: torch.dtype) -> ir.Mo
     )
 
 
-def _trace_embedding(model: Module) -> ir.Model:
+def _trace_embedding(model: PreTrainedModel) -> ir.Model:
     return trace(
         EmbedTokens(model),
         (torch.zeros(2, 3, dtype=torch.long),),
@@ -146,7 +148,7 @@ def _trace_embedding(model: Module) -> ir.Model:
     )
 
 
-def _trace_decoder(model: Module, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
+def _trace_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
     batch, sequence, past = 2, 3, 5
     dims = Dim("batch"), Dim("sequence"), Dim("past")
     shape = (batch, facts.kv_heads, past, facts.head_dim)
@@ -182,7 +184,7 @@ def _trace_decoder(model: Module, facts: ModelFacts, dtype: torch.dtype) -> ir.M
 
 
 def _bind_weights(
-    graph: ir.Model, model: Module, tensors: Mapping[str, TensorRef], dtype: ir.DataType
+    graph: ir.Model, model: PreTrainedModel, tensors: Mapping[str, TensorRef], dtype: ir.DataType
 ) -> None:
     """Give each used initializer its checkpoint tensor, or the buffer's values."""
     buffers = dict(model.named_buffers())

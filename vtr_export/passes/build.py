@@ -95,22 +95,16 @@ class Build:
         return node.outputs
 
 
-def replay(
-    build: Build,
-    value: ir.Value,
-    source: ir.Value,
-    substitutes: Mapping[ir.Value, ir.Value],
-    *,
-    missing_ok: bool = False,
-) -> ir.Value | None:
-    """``value`` computed a second time with ``substitutes`` in place of what it was computed from.
+def depends(value: ir.Value, source: ir.Value) -> bool:
+    """Whether ``value`` is computed from ``source``."""
+    return value.producer() in descendants(source)
 
-    None if ``value`` does not depend on ``source`` and ``missing_ok``.
-    """
+
+def replay(
+    build: Build, value: ir.Value, source: ir.Value, substitutes: Mapping[ir.Value, ir.Value]
+) -> ir.Value:
+    """``value``, which depends on ``source``, computed again from ``substitutes``."""
     path = ancestors([value]) & descendants(source)
-    if value.producer() not in path:
-        assert missing_ok, f"{value.name} does not depend on {source.name}"
-        return None
     copies = dict(substitutes)
     for node in [node for node in build.graph if node in path]:
         inputs = [copies.get(v, v) if v is not None else None for v in node.inputs]

@@ -1,7 +1,5 @@
 """Make reshapes say what they keep instead of computing it from another tensor's shape."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
@@ -47,7 +45,7 @@ def constant_target(node: ir.Node) -> list[int] | None:
     return target if target.count(-1) <= 1 else None
 
 
-def _kept(before: Sequence[int | ir.SymbolicDim], dim: ir.SymbolicDim, axis: int) -> bool:
+def _kept(before: ir.Shape, dim: ir.SymbolicDim, axis: int) -> bool:
     return axis < len(before) and dim.value is not None and str(before[axis]) == str(dim)
 
 

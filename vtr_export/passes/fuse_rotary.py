@@ -123,7 +123,8 @@ def _halve(graph: ir.Graph, value: ir.Value, halves: dict[ir.Value, ir.Value]) -
     if value in halves:
         return halves[value]
     node = value.producer()
-    assert node is not None and node.inputs[0] is not None
+    assert node is not None
+    assert node.inputs[0] is not None
     if node.op_type == "Concat":
         halves[value] = node.inputs[0]
         return node.inputs[0]

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from vtr_export import ops
 from vtr_export.analysis import Axes, Site, find_layers, find_sites, label_axes
-from vtr_export.passes.build import Build, replay
+from vtr_export.passes.build import Build, depends, replay
 from vtr_export.schedule import Resolved
 
 
@@ -38,7 +38,7 @@ class InsertCuts(ir.passes.InPlacePass):
 
         hidden', kept, vision_index' = vtr.VtrTopKPrune(
             query, keys, mask, vision_index, keep, budget, hidden)
-        layer_2(hidden', VtrNarrow(cos, kept), VtrNarrow(sin, kept), VtrCausalMask(padding', hidden'))
+        layer_2(hidden', VtrNarrow(cos, kept), VtrNarrow(sin, kept), mask')
     """
 
     def __init__(self, schedule: Resolved, *, tunable: bool = False) -> None:
@@ -66,7 +66,7 @@ class _Surgeon:
         self.graph, self.schedule = model.graph, schedule
         self.build = Build(model, ops.Choice(schedule.query, schedule.heads, schedule.rank))
         self.inputs = {value.name: value for value in model.graph.inputs}
-        self.positions = self.inputs.get("position_ids")
+        self.positions = self.inputs["position_ids"]
         self.keep = (
             self.build.graph_input("keep", [len(schedule.cuts)], ir.DataType.INT64)
             if tunable
@@ -169,29 +169,20 @@ class _Surgeon:
     ) -> dict[ir.Value, ir.Value]:
         """The unpruned graph's values that cross the cut → their narrow versions."""
         build = self.build
-        streams = {site.entry: new.hidden, **{mask: new.mask for mask in site.masks}}
-        if self.schedule.positions == "repacked" and self.positions is not None:
+        streams = {site.entry: new.hidden, **dict.fromkeys(site.masks, new.mask)}
+        if self.schedule.positions == "repacked":
             packed = build.call("VtrPack", [new.padding, new.hidden], "positions")
             streams[self.positions] = packed
         for stream in site.streams:
             if stream.value in streams:
                 continue
-            replayed = self._replay_positions(stream.value, streams)
-            streams[stream.value] = replayed or build.narrow(
-                stage.streams.get(stream.value, stream.value),
-                kept,
-                axis=stream.axis,
-                name=stream.value.name or "stream",
-            )
+            if self.positions in streams and depends(stream.value, self.positions):
+                streams[stream.value] = replay(build, stream.value, self.positions, streams)
+                continue
+            wide = stage.streams.get(stream.value, stream.value)
+            name = stream.value.name or "stream"
+            streams[stream.value] = build.narrow(wide, kept, axis=stream.axis, name=name)
         return streams
-
-    def _replay_positions(
-        self, value: ir.Value, streams: dict[ir.Value, ir.Value]
-    ) -> ir.Value | None:
-        """``value`` computed again from repacked positions, if it depends on positions."""
-        if self.positions is None or self.positions not in streams:
-            return None
-        return replay(self.build, value, self.positions, streams, missing_ok=True)
 
     def _name_pasts(self, sites: list[Site]) -> None:
         """Say in the signature that each stage has a past of its own length."""

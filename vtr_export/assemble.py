@@ -1,0 +1,169 @@
+"""Lay out an artifact's folder: graphs, the checkpoint's own small files, the manifest's facts."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from vtr_export import __version__
+from vtr_export.checkpoint import Checkpoint
+from vtr_export.families import ModelFacts
+from vtr_export.manifest import (
+    DecoderFacts,
+    Graphs,
+    KeepShare,
+    ScheduleFacts,
+    Source,
+    Stage,
+    Versions,
+    Weights,
+)
+from vtr_export.schedule import Resolved, Schedule
+
+ONNX = "onnx"
+OPSET = 24
+ASSETS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+NEEDED_TO_RUN = {
+    "tokenizer.json": "token ids",
+    "preprocessor_config.json|processor_config.json": "pixel values",
+}
+PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors")
+
+
+def copy_assets(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Copy the checkpoint's small files; return a warning for each thing a run will miss."""
+    for name in ASSETS:
+        source = checkpoint.folder / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+    return missing_assets(checkpoint.folder)
+
+
+def missing_assets(folder: Path) -> list[str]:
+    """A warning for each thing that ``vtr run`` will miss in an artifact of this folder."""
+    return [
+        f"the checkpoint has no {names.replace('|', ' or ')}: "
+        f"`vtr run` cannot make {what} without it"
+        for names, what in NEEDED_TO_RUN.items()
+        if not any((folder / name).is_file() for name in names.split("|"))
+    ]
+
+
+def save_graphs(models: Mapping[str, ir.Model], folder: Path) -> None:
+    """Write ``<name>.onnx`` files whose weights are already placed."""
+    for name, model in models.items():
+        model.producer_name, model.producer_version = "vtr-export", __version__
+        ir.save(model, folder / f"{name}.onnx")
+
+
+def graph_files() -> Graphs:
+    """Where the graphs lie (the onnx-community layout)."""
+    return Graphs(
+        vision_encoder=f"{ONNX}/vision_encoder.onnx",
+        embed_tokens=f"{ONNX}/embed_tokens.onnx",
+        decoder=f"{ONNX}/decoder_model_merged.onnx",
+    )
+
+
+def versions() -> Versions:
+    """Our version and those of the packages that shaped the graphs."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return Versions(vtr_export=__version__, opset=OPSET, packages=found)
+
+
+def source(checkpoint: Checkpoint, shards: Mapping[str, str]) -> Source:
+    """The checkpoint's name and hashes."""
+    return Source(
+        model=checkpoint.folder.resolve().name,
+        config_sha256=checkpoint.config_sha256,
+        shards=dict(shards),
+    )
+
+
+def weights_place(checkpoint: Checkpoint, mode: str) -> Weights:
+    """Whether weights travel, and if not where they stay."""
+    folder = str(checkpoint.folder.absolute()) if mode == "link" else None
+    return Weights(mode="link" if mode == "link" else "copy", folder=folder)
+
+
+def schedule_facts(schedule: Schedule, resolved: Resolved) -> ScheduleFacts:
+    """The schedule as written and as resolved."""
+    tokens = resolved.tokens_per_image
+    return ScheduleFacts(
+        text=schedule.dump(),
+        keep_per_layer=None if tokens is None else tuple(resolved.keep_per_layer(tokens)),
+        score_from=resolved.source,
+        query=resolved.query,
+        heads=resolved.heads,
+        rank=resolved.rank,
+        positions=resolved.positions,
+        drop_point=resolved.drop_point,
+    )
+
+
+def decoder_facts(checkpoint: Checkpoint, facts: ModelFacts, resolved: Resolved) -> DecoderFacts:
+    """What a runtime must know to feed the graphs."""
+    return DecoderFacts(
+        model_type=facts.model_type,
+        layers=facts.layers,
+        hidden=facts.hidden,
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
+        head_dim=facts.head_dim,
+        vocab=facts.vocab,
+        context=facts.context,
+        image_token_id=facts.image_token_id,
+        tokens_per_image=facts.tokens_per_image,
+        eos_token_ids=_token_ids(checkpoint, "eos_token_id"),
+        pad_token_id=next(iter(_token_ids(checkpoint, "pad_token_id")), None),
+        stages=_stages(resolved),
+    )
+
+
+def _stages(resolved: Resolved) -> tuple[Stage, ...]:
+    cuts = [
+        Stage(
+            first_layer=cut.before_layer,
+            keep=KeepShare(
+                numerator=cut.keep.numerator,
+                denominator=cut.keep.denominator,
+                rounding=cut.keep.rounding,
+            ),
+        )
+        for cut in resolved.cuts
+    ]
+    return (Stage(first_layer=0), *cuts)
+
+
+def _token_ids(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """The ids under ``name`` in generation_config.json, else in the config or its text part."""
+    generation: dict[str, Any] = {}
+    path = checkpoint.folder / "generation_config.json"
+    if path.is_file():
+        generation = json.loads(path.read_text(encoding="utf-8"))
+    config = checkpoint.config
+    for place in (generation, config, config.get("text_config") or {}):
+        value = place.get(name)
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (int(value),)
+    return ()
