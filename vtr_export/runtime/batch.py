@@ -1,0 +1,39 @@
+"""Rows of token ids side by side: left padding and the place of the vision tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call's rows, left-padded to max(text) + max(vision tokens)."""
+
+    input_ids: Ints  # [B, S]
+    attention_mask: Ints  # [B, S] 1 = real
+    vision_index: Ints  # [B, V] columns, ascending; a row with fewer begins with leftmost pads
+
+
+def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, image_token_id: int | None) -> Batch:
+    """Put rows side by side. The width leaves every row the pads that its index needs."""
+    vision = [sum(token == image_token_id for token in row) for row in rows]
+    text = [len(row) - count for row, count in zip(rows, vision, strict=True)]
+    length, width = max(text) + max(vision), max(vision)
+    ids = np.full((len(rows), length), pad_id, np.int64)
+    mask = np.zeros((len(rows), length), np.int64)
+    index = np.empty((len(rows), width), np.int64)
+    for b, row in enumerate(rows):
+        ids[b, length - len(row) :] = row
+        mask[b, length - len(row) :] = 1
+        columns = np.flatnonzero((ids[b] == image_token_id) & (mask[b] == 1))
+        index[b] = np.concatenate((np.arange(width - len(columns)), columns))
+    return Batch(ids, mask, index)
+
+
+def positions(mask: Ints, length: int) -> Ints:
+    """``position_ids`` of the last ``length`` columns: how many real tokens came before."""
+    return np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -length:]

@@ -1,0 +1,151 @@
+"""What a model takes: images as pixel values, and a prompt as token ids with room for them."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from vtr_export.errors import ArtifactError, CheckpointError, InputError
+from vtr_export.families import ModelFacts, read_facts
+from vtr_export.runtime.chat import ChatTemplate, Message
+from vtr_export.runtime.image import PROCESSOR, ImageFacts, Picture, Pixels
+from vtr_export.runtime.json_files import read_json
+from vtr_export.runtime.text import Tokenizer
+
+Form: TypeAlias = Literal["plain", "chat", "continued"]
+
+
+class Processor:
+    """The checkpoint's processor, from the JSON files in ``folder`` alone.
+
+    Each file is read when it is first needed, and what is missing is named then.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @cached_property
+    def images(self) -> ImageFacts:
+        """How images are prepared."""
+        return ImageFacts.load(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer with all its special tokens."""
+        return Tokenizer.load(self.folder)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, if the checkpoint has one."""
+        return ChatTemplate.load(self.folder)
+
+    @cached_property
+    def image_token(self) -> str:
+        """The placeholder of an image in a prompt."""
+        named = self.tokenizer.special.get("image_token") or self._config.get("image_token")
+        return str(named or "<image>")
+
+    @cached_property
+    def image_token_id(self) -> int:
+        """Its id; ArtifactError when the tokenizer and the model mean different ones."""
+        ids = self.tokenizer.encode(self.image_token, special=False)
+        wanted = self._facts.image_token_id
+        if wanted is not None and ids[:1] != [wanted]:
+            raise ArtifactError(
+                f"the model's image token is {wanted}, but {self.image_token!r} becomes {ids}",
+                where=str(self.folder),
+                hint="the tokenizer belongs to another checkpoint",
+            )
+        return ids[0]
+
+    def pixel_values(self, images: Sequence[Picture]) -> Pixels:
+        """``[images, 3, H, W]``, as the checkpoint's own image processor gives them."""
+        return self.images.pixel_values(images)
+
+    def image_tokens(self, height: int, width: int) -> int:
+        """Vision tokens of an image whose pixel values are ``height`` x ``width``.
+
+        ArtifactError when the processor's file promises another number than the model gives.
+        """
+        fixed = self._facts.tokens_per_image
+        patch = self._config.get("patch_size")
+        if not isinstance(patch, int):
+            if fixed is None:
+                raise self._broken("patch_size is missing")
+            return fixed
+        strategy = self._config.get("vision_feature_select_strategy")
+        count = (height // patch) * (width // patch)
+        count += int(self._config.get("num_additional_image_tokens") or 0)
+        count -= strategy == "default"
+        if fixed is not None and count != fixed:
+            raise self._broken(f"it counts {count} tokens for an image, the model {fixed}")
+        return count
+
+    def messages(self, question: str, images: int) -> list[Message]:
+        """One user turn: the images, then the question."""
+        if self.template is not None and not self.template.lists:
+            return [{"role": "user", "content": self.image_token * images + question}]
+        parts = [{"type": "image"} for _ in range(images)]
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+    def render(self, messages: Sequence[Message], *, ask: bool = True) -> str:
+        """The text of a conversation by the checkpoint's chat template."""
+        if self.template is None:
+            raise ArtifactError(
+                "there is no chat template",
+                where=str(self.folder),
+                hint=f"write the prompt as the model expects it, with {self.image_token} in it, "
+                "or put the checkpoint's chat_template.jinja there",
+            )
+        return self.template.render(messages, self.tokenizer.special, ask=ask)
+
+    def is_written_out(self, prompt: str) -> bool:
+        """Whether a prompt is to be taken as it is: it places its images itself."""
+        return self.template is None or self.image_token in prompt
+
+    def token_ids(self, text: str, image_tokens: Sequence[int], form: Form = "plain") -> list[int]:
+        """Ids of a text whose n-th placeholder stands for ``image_tokens[n]`` vision tokens.
+
+        ``form``: ``chat`` came from the template, which may write ``<s>`` itself; ``continued``
+        follows what a cache holds already. InputError when placeholders and images differ in
+        number.
+        """
+        parts = text.split(self.image_token)
+        if len(parts) - 1 != len(image_tokens):
+            raise self._miscounted(len(parts) - 1, len(image_tokens))
+        spread = parts[0]
+        for count, part in zip(image_tokens, parts[1:], strict=True):
+            spread += self.image_token * count + part
+        if form == "continued":
+            return self.tokenizer.encode_continued(spread)
+        bos = self.tokenizer.special.get("bos_token")
+        has_bos = form == "chat" and bos is not None and text.startswith(bos)
+        return self.tokenizer.encode(spread, special=not has_bos)
+
+    @cached_property
+    def _config(self) -> Mapping[str, Any]:
+        return read_json(self.folder / PROCESSOR)
+
+    @cached_property
+    def _facts(self) -> ModelFacts:
+        where = self.folder / "config.json"
+        try:
+            return read_facts(read_json(where), str(where))
+        except CheckpointError as error:
+            raise ArtifactError(error.message, where=str(where), hint=error.hint) from error
+
+    def _broken(self, message: str) -> ArtifactError:
+        return ArtifactError(
+            f"the processor does not fit the model: {message}",
+            where=str(self.folder / PROCESSOR),
+            hint="see patch_size, num_additional_image_tokens, vision_feature_select_strategy",
+        )
+
+    def _miscounted(self, placeholders: int, images: int) -> InputError:
+        if not placeholders:
+            hint = f"write {self.image_token} where the image belongs"
+            return InputError(f"{images} images are given, but the prompt has no place", hint=hint)
+        return InputError(
+            f"the prompt has places for {placeholders} images, {images} are given",
+            hint=f"give one image for each {self.image_token}",
+        )
