@@ -16,6 +16,7 @@ import onnx_ir as ir
 import pytest
 from test_checkpoint import write_shard
 
+from vtr_export import streams, weights
 from vtr_export.checkpoint import Checkpoint, TensorRef, read_header
 from vtr_export.errors import CheckpointError, VtrError, WeightError
 from vtr_export.streams import CHUNK_BYTES, Sink
@@ -94,6 +95,48 @@ def test_odd_shapes_are_transposed_right(tmp_path: Path, shape: tuple[int, int])
     np.testing.assert_array_equal(stored(model, "w").numpy(), array.T)
 
 
+@pytest.mark.parametrize("shape", [(150, 333), (1, 200), (200, 1), (65, 64), (512, 129)])
+def test_many_chunks_and_one_weight_in_several_forms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    """Chunks of 1000 bytes, so that every loop turns often; one read serves one hash."""
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(streams, "CHUNK_BYTES", 1000)
+    first, second = normal(*shape).astype(np.float16), normal(*shape, seed=1).astype(np.float16)
+    refs = checkpoint(
+        tmp_path, {"gap": normal(999), "first": first, "second": second, "rest": normal(999)}
+    )
+    forms = list(itertools.product(("first", "second"), ("F16", "F32"), (False, True)))
+    model = graph(
+        *(
+            CheckpointTensor(
+                refs[name], name=f"{name}{dtype}{turn}", dtype=FLOATS[dtype], transpose=turn
+            )
+            for name, dtype, turn in forms
+        )
+    )
+    report = write_weights({"g": model}, tmp_path)
+    raw = (tmp_path / "model-00001-of-00001.safetensors").read_bytes()
+    assert list(report.shards.values()) == [hashlib.sha256(raw).hexdigest()]
+    for name, dtype, turn in forms:
+        want = {"first": first, "second": second}[name].astype(DTYPES[dtype])
+        got = stored(model, f"{name}{dtype}{turn}").numpy()
+        np.testing.assert_array_equal(got, want.T if turn else want)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_the_index_is_right_in_a_late_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transpose: bool
+) -> None:
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 1000)
+    array = normal(150, 333).astype(np.float16)
+    array[140, 321] = math.nan
+    ref = checkpoint(tmp_path, {"w": array})["w"]
+    model = graph(CheckpointTensor(ref, name="w", dtype=FLOATS["F16"], transpose=transpose))
+    with pytest.raises(WeightError, match=r"\[140, 321\]"):
+        write_weights({"g": model}, tmp_path)
+
+
 def test_files_hashes_order_and_alignment(tmp_path: Path) -> None:
     first = {
         "b": normal(100, 50).astype(np.float16),
@@ -137,8 +180,8 @@ def test_files_hashes_order_and_alignment(tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()
     tensors = [CheckpointTensor(refs[n], name=n, dtype=FLOATS[d]) for n, d in sources.items()]
-    repeat = {"one": graph(tensors[2], tensors[3]), "two": graph(integers, tensors[0], tensors[1])}
     integers = CheckpointTensor(refs["n"], name="n", dtype=ir.DataType.INT64)
+    repeat = {"one": graph(tensors[2], tensors[3]), "two": graph(integers, tensors[0], tensors[1])}
     assert write_weights(repeat, again).files == report.files
 
 
