@@ -36,7 +36,7 @@ def find_layers(graph: ir.Graph, labels: Labels) -> list[Layer]:
     layers: list[Layer] = []
     source = next(value for value in graph.inputs if value.name == "inputs_embeds")
     for index, node in enumerate(sites):
-        entry = source if index == 0 else _residual(graph, layers[-1].attention, node)
+        entry = source if index == 0 else residual(graph, layers[-1].attention, node)
         layers.append(_layer(index, entry, node))
     return layers
 
@@ -73,7 +73,7 @@ def _layer(index: int, entry: ir.Value, node: ir.Node) -> Layer:
     return Layer(index, entry, node, query, key, past_key, keys, mask, factor)
 
 
-def _residual(graph: ir.Graph, before: ir.Node, after: ir.Node) -> ir.Value:
+def residual(graph: ir.Graph, before: ir.Node, after: ir.Node) -> ir.Value:
     """The last value before ``after`` that everything computed from ``before`` passes through."""
     ahead = ancestors(after.inputs, before)
     between = {node for value in before.outputs for node in descendants(value, ahead)}

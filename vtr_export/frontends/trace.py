@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module
 from transformers import AttentionInterface
 
@@ -56,7 +57,7 @@ def trace(
     outputs: Sequence[str],
     dimensions: Mapping[str, tuple[str, int]],
 ) -> ir.Model:
-    """``module`` as ONNX, its weights nameless bytes still to be bound.
+    """``module`` as ONNX; its initializers have names and shapes, and no data yet.
 
     ``dimensions`` names symbolic dimensions: name → (input or output, axis) that has it.
     """
@@ -71,6 +72,10 @@ def trace(
         value.name = name
     for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = name
+    for value in model.graph.initializers.values():
+        raw = getattr(value.const_value, "raw", None)
+        if isinstance(raw, FakeTensor):
+            value.const_value = None
     _name_dimensions(model, dimensions)
     return model
 

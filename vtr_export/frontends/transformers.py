@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
@@ -15,6 +16,9 @@ from vtr_export.checkpoint import Checkpoint, TensorRef
 from vtr_export.families import ModelFacts
 from vtr_export.frontends.skeleton import DTYPES, build_skeleton, name_tensors, read_config
 from vtr_export.frontends.trace import trace
+from vtr_export.frontends.uniform import Stack, truncated
+from vtr_export.passes.fold_constants import FoldConstants
+from vtr_export.passes.stamp_layers import StampLayers
 from vtr_export.weights import CheckpointTensor
 
 IR_DTYPES = {
@@ -112,15 +116,30 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     mode = FakeTensorMode()
     model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode)
     tensors = name_tensors(model, checkpoint)
-    with mode:
+    buffers = dict(model.named_buffers())
+    with mode, truncated(model) as stacks:
         graphs = Graphs(
             vision_encoder=_trace_vision(model, facts, DTYPES[dtype]),
             embed_tokens=_trace_embedding(model),
             decoder=_trace_decoder(model, facts, DTYPES[dtype]),
         )
+    for graph, stack in ((graphs.vision_encoder, stacks.vision), (graphs.decoder, stacks.text)):
+        stamp(graph, stack)
     for graph in graphs.parts().values():
-        _bind_weights(graph, model, tensors, IR_DTYPES[dtype])
+        _bind_weights(graph, buffers, tensors, IR_DTYPES[dtype])
     return graphs
+
+
+def stamp(graph: ir.Model, stack: Stack) -> None:
+    """Bring a graph traced with few layers to the model's depth."""
+    if stack.is_truncated:
+        for step in (
+            FoldConstants(),
+            CommonSubexpressionEliminationPass(),
+            RemoveUnusedNodesPass(),
+        ):
+            step(graph)
+        StampLayers(stack.layers, f"model.{stack.name}")(graph)
 
 
 def _trace_vision(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
@@ -152,20 +171,21 @@ def _trace_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype
     batch, sequence, past = 2, 3, 5
     dims = Dim("batch"), Dim("sequence"), Dim("past")
     shape = (batch, facts.kv_heads, past, facts.head_dim)
-    names = [f"{n}.{part}" for n in range(facts.layers) for part in ("key", "value")]
+    layers = len(model.model.language_model.layers)
+    names = [f"{n}.{part}" for n in range(layers) for part in ("key", "value")]
     return trace(
         Decoder(model),
         (
             torch.empty(batch, sequence, facts.hidden, dtype=dtype),
             torch.ones(1, 1, 1, 1, dtype=torch.bool),
             torch.zeros(batch, sequence, dtype=torch.long),
-            [[torch.empty(shape, dtype=dtype) for _ in range(2)] for _ in range(facts.layers)],
+            [[torch.empty(shape, dtype=dtype) for _ in range(2)] for _ in range(layers)],
         ),
         (
             {0: dims[0], 1: dims[1]},
             None,
             {0: dims[0], 1: dims[1]},
-            [[{0: dims[0], 2: dims[2]} for _ in range(2)] for _ in range(facts.layers)],
+            [[{0: dims[0], 2: dims[2]} for _ in range(2)] for _ in range(layers)],
         ),
         inputs=[
             "inputs_embeds",
@@ -184,10 +204,12 @@ def _trace_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype
 
 
 def _bind_weights(
-    graph: ir.Model, model: PreTrainedModel, tensors: Mapping[str, TensorRef], dtype: ir.DataType
+    graph: ir.Model,
+    buffers: Mapping[str, Tensor],
+    tensors: Mapping[str, TensorRef],
+    dtype: ir.DataType,
 ) -> None:
     """Give each used initializer its checkpoint tensor, or the buffer's values."""
-    buffers = dict(model.named_buffers())
     for name, value in list(graph.graph.initializers.items()):
         if not value.uses():
             graph.graph.initializers.pop(name)
@@ -195,5 +217,5 @@ def _bind_weights(
         key = name.removeprefix("model.")
         if key in buffers:
             value.const_value = ir.tensor(buffers[key].numpy(), name=name)
-        else:
+        elif value.const_value is None:
             value.const_value = CheckpointTensor(tensors[key], name=name, dtype=dtype)
