@@ -96,7 +96,7 @@ class StampLayers(ir.passes.InPlacePass):
         return copies
 
     def _outside(self, graph: ir.Graph, value: ir.Value, number: int) -> ir.Value:
-        """This layer's own weight or past where the value is one, else the value itself."""
+        """The layer's own weight or past where ``value`` is one, else ``value`` itself."""
         name = self._renamed(value.name or "", 1, number)
         if name == value.name:
             return value
