@@ -48,6 +48,8 @@ def label_axes(graph: ir.Graph, seeds: Labels) -> dict[ir.Value, Axes]:
 
 def _rule(node: ir.Node, inputs: list[Axes]) -> list[Axes]:
     """Labels of the outputs of ``node``."""
+    if node.domain == "vtr" and node.op_type in OURS:
+        return OURS[node.op_type](inputs)
     if node.domain not in ("", "vtr", "com.microsoft"):
         return [Axes(state=OPAQUE)] * len(node.outputs)
     if node.op_type in ("Shape", "Size"):
@@ -187,10 +189,6 @@ def _attention(node: ir.Node, inputs: list[Axes]) -> Axes:
     return Axes(token=inputs[0].token)
 
 
-def _causal_mask(node: ir.Node, inputs: list[Axes]) -> Axes:
-    return Axes(token=2, key=3)
-
-
 SAME = {
     "Abs", "Cast", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid",
     "Identity", "IsNaN", "LayerNormalization", "LeakyRelu", "Log", "Neg", "Not",
@@ -215,5 +213,13 @@ RULES: dict[str, Callable[[ir.Node, list[Axes]], Axes]] = {
     "Squeeze": _squeeze,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
-    "VtrCausalMask": _causal_mask,
+}
+# Our operators, in graphs that were cut before: survivors are the tokens of the next stage.
+OURS: dict[str, Callable[[list[Axes]], list[Axes]]] = {
+    "VtrBudget": lambda inputs: [NONE],
+    "VtrCausalMask": lambda inputs: [Axes(token=2, key=3)],
+    "VtrNarrow": lambda inputs: [inputs[0]],
+    "VtrTail": lambda inputs: [NONE],
+    "VtrTopKPrune": lambda inputs: [Axes(token=1), NONE, NONE],
+    "VtrVisionCount": lambda inputs: [NONE],
 }
