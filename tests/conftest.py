@@ -1,0 +1,49 @@
+"""Options and fixtures of every test: goldens that only a developer rewrites, traced tiny models."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from hypothesis import settings
+
+Golden = Callable[[ir.Model, Path], None]
+
+settings.register_profile("vtr", deadline=None, derandomize=True, database=None)
+settings.load_profile("vtr")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-goldens",
+        action="store_true",
+        help="write graphs/*/*/after.onnxtxt anew (developers only; review the diff)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--update-goldens") and os.environ.get("CI"):
+        raise pytest.UsageError("CI compares goldens and never writes them")
+
+
+def golden_text(model: ir.Model) -> str:
+    """The graph alone: each of our functions is a file of its own in ``graphs/ops``."""
+    clone = model.clone()
+    clone.functions.clear()
+    return ir.to_onnx_text(clone, exclude_initializers=True)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Compare a model with the text it should have become; fails on a missing file."""
+    update = bool(request.config.getoption("--update-goldens"))
+
+    def compare(model: ir.Model, path: Path) -> None:
+        text = golden_text(model)
+        if update:
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"{path} is missing: pytest --update-goldens writes it"
+        assert text.splitlines() == path.read_text(encoding="utf-8").splitlines()
+
+    return compare

@@ -1,0 +1,119 @@
+"""What a cut computes, written from its definition in numpy, and random calls to compute it on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from vtr_export import ops
+
+Array = np.ndarray[Any, Any]
+FEW = st.integers(0, 6)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a cut sees of one call."""
+
+    past: Array  # [B,P] 1 = real
+    current: Array  # [B,S]
+    vision: Array  # [B,V] ascending columns; the row's leftmost pads first
+
+    @property
+    def padding(self) -> Array:
+        return np.concatenate([self.past, self.current], 1)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, P, S, V."""
+        return (*self.past.shape, self.current.shape[1], self.vision.shape[1])
+
+    @property
+    def counts(self) -> Array:
+        """Real vision tokens of each row."""
+        return np.take_along_axis(self.current, self.vision, 1).sum(1)
+
+    def hidden(self, dtype: Any = np.float32) -> Array:
+        """[B,S,2] rows that tell where they stand."""
+        rows = np.arange(self.current.shape[1])
+        return np.stack(
+            [np.stack([rows, rows + 100 * b], 1) for b in range(len(self.past))]
+        ).astype(dtype)
+
+
+@st.composite
+def calls(draw: st.DrawFn, tokens: st.SearchStrategy[int] = FEW, size: int = 1) -> Call:
+    """Left-padded rows of their own text and (in multiples of ``size``) vision tokens."""
+    batch, past = draw(st.integers(1, 3)), draw(st.integers(0, 4))
+    most = draw(tokens)
+    vision = [size * draw(st.integers(0, most // size)) for _ in range(batch - 1)] + [most]
+    text = [draw(st.integers(1, 5)) for _ in range(batch)]
+    length = max(text) + most
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    current = np.zeros((batch, length), np.int64)
+    index = np.zeros((batch, most), np.int64)
+    for b in range(batch):
+        pads = length - text[b] - vision[b]
+        current[b, pads:] = 1
+        chosen = np.sort(rng.permutation(np.arange(pads, length - 1))[: vision[b]])
+        index[b] = np.concatenate([np.arange(most - vision[b]), chosen])
+    return Call(rng.integers(0, 2, (batch, past)), current, index)
+
+
+def visible(padding: Array, rows: int) -> Array:
+    batch, total = padding.shape
+    mask = np.zeros((batch, 1, rows, total), bool)
+    for b, i, t in np.ndindex(batch, rows, total):
+        at = total - rows + i
+        mask[b, 0, i, t] = (t <= at and padding[b, t] == 1) or t == at
+    return mask
+
+
+def asking(call: Call, b: int, query: str) -> list[int]:
+    """The query rows of row ``b``."""
+    last = call.current.shape[1] - 1
+    if query == "last":
+        return [last]
+    real = [int(c) for c in call.vision[b] if call.current[b, c]]
+    first = max(real) + 1 if real else 0
+    return [i for i in range(last + 1) if i == last or (i >= first and call.current[b, i])]
+
+
+def scored(call: Call, query: Array, keys: Array, scale: float, choice: ops.Choice) -> Array:
+    """[B,V] in double precision."""
+    batch, past, _, tokens = call.sizes
+    mask, group = visible(call.padding, call.current.shape[1]), query.shape[1] // keys.shape[1]
+    score = np.zeros((batch, tokens))
+    for b in range(batch):
+        rows = []
+        for i in asking(call, b, choice.query):
+            heads = []
+            for h in range(query.shape[1]):
+                logits = keys[b, h // group].astype(float) @ query[b, h, i].astype(float) * scale
+                seen = mask[b, 0, i]
+                odds = np.where(seen, np.exp(np.where(seen, logits - logits[seen].max(), 0)), 0)
+                heads.append(odds / odds.sum())
+            rows.append(np.mean(heads, 0) if choice.heads == "mean" else np.max(heads, 0))
+        mean = np.mean(rows, 0)
+        for e, column in enumerate(call.vision[b]):
+            value = mean[past + column]
+            score[b, e] = -2 if not call.current[b, column] else -1 if np.isnan(value) else value
+    return score
+
+
+def ranked(score: Array, keep: int, budget: int) -> list[int]:
+    """Entries of one row that survive: best first, lower index first; then leftmost pads."""
+    order = sorted(range(len(score)), key=lambda e: (-score[e], e))
+    return [order[e] if e < budget else e - budget for e in range(keep)]
+
+
+def selected(call: Call, chosen: list[list[int]]) -> tuple[Array, Array]:
+    """Surviving columns of each row, and where vision tokens stand among them."""
+    indices, places = [], []
+    for b, entries in enumerate(chosen):
+        kept = {int(call.vision[b, e]) for e in entries}
+        alive = [c for c in range(call.current.shape[1]) if c in kept or c not in call.vision[b]]
+        indices.append(alive)
+        places.append([at for at, column in enumerate(alive) if column in kept])
+    return np.array(indices), np.array(places, np.int64).reshape(len(chosen), -1)
