@@ -272,9 +272,12 @@ def test_streamed_pieces_are_the_whole_and_split_no_character(
     for style in ("byte-level", "prepend", "metaspace"):
         tokenizer = streaming_tokenizer(style)
         ids = tokenizer.encode(written) + noise + tokenizer.encode(written)
-        detokenizer = Detokenizer(tokenizer)
-        pieces = [detokenizer.push(token) for token in ids]
-        assert "".join([*pieces, detokenizer.flush()]) == tokenizer.decode(ids)
+        pieces: list[str] = []
+        detokenizer = Detokenizer(tokenizer, pieces.append)
+        for token in ids:
+            detokenizer.push(token)
+        detokenizer.flush()
+        assert "".join(pieces) == tokenizer.decode(ids)
         if not noise:
             assert not any("\ufffd" in piece for piece in pieces)
 

@@ -49,7 +49,7 @@ class Processor:
     def image_token_id(self) -> int:
         """Its id; ArtifactError when the tokenizer and the model mean different ones."""
         ids = self.tokenizer.encode(self.image_token, special=False)
-        wanted = self._facts.image_token_id
+        wanted = self.facts.image_token_id
         if wanted is not None and ids[:1] != [wanted]:
             raise ArtifactError(
                 f"the model's image token is {wanted}, but {self.image_token!r} becomes {ids}",
@@ -67,7 +67,7 @@ class Processor:
 
         ArtifactError when the processor's file promises another number than the model gives.
         """
-        fixed = self._facts.tokens_per_image
+        fixed = self.facts.tokens_per_image
         patch = self._config.get("patch_size")
         if not isinstance(patch, int):
             if fixed is None:
@@ -127,7 +127,8 @@ class Processor:
         return read_json(self.folder / PROCESSOR)
 
     @cached_property
-    def _facts(self) -> ModelFacts:
+    def facts(self) -> ModelFacts:
+        """What the model's own config.json says."""
         where = self.folder / "config.json"
         try:
             return read_facts(read_json(where), str(where))

@@ -1,6 +1,6 @@
 """Text becomes token ids and comes back, as transformers' tokenizer of the checkpoint does it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,30 +85,28 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Text piece by piece while tokens arrive; half a character waits for its other half."""
+    """Hands out text piece by piece while tokens arrive; half a character waits for the rest."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, show: Callable[[str], None]) -> None:
+        self._tokenizer, self._show = tokenizer, show
         self._ids: list[int] = []
-        self._sent = ""
+        self._shown = ""
 
-    def push(self, token_id: int) -> str:
-        """What can be shown now; the pieces joined are the decoded whole, but for the tail."""
+    def push(self, token_id: int) -> None:
+        """Take a token; show what is whole."""
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
-        if text.endswith(_UNFINISHED):
-            return ""
-        return self._advance(text)
+        if not text.endswith(_UNFINISHED):
+            self._advance(text)
 
-    def flush(self) -> str:
-        """What was held back, finished or not."""
-        return self._advance(self._tokenizer.decode(self._ids))
+    def flush(self) -> None:
+        """Show what was held back, whole or not: then the pieces are the decoded text."""
+        self._advance(self._tokenizer.decode(self._ids))
 
-    def _advance(self, text: str) -> str:
-        if not text.startswith(self._sent):
-            return ""
-        piece, self._sent = text[len(self._sent) :], text
-        return piece
+    def _advance(self, text: str) -> None:
+        if text.startswith(self._shown) and len(text) > len(self._shown):
+            piece, self._shown = text[len(self._shown) :], text
+            self._show(piece)
 
 
 def _content(token: object) -> str:

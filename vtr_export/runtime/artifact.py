@@ -1,0 +1,316 @@
+"""An artifact, loaded: images and a prompt in, an answer out."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vtr_export.errors import ArtifactError, InputError, UnavailableError
+from vtr_export.manifest import Manifest
+from vtr_export.runtime.batch import Ints
+from vtr_export.runtime.decoder import Cache, Decoder
+from vtr_export.runtime.generation import Finish, Generated, generate
+from vtr_export.runtime.image import Picture
+from vtr_export.runtime.model import Model
+from vtr_export.runtime.processor import Form, Processor
+from vtr_export.runtime.sampling import Options
+from vtr_export.runtime.session import Array, open_session
+from vtr_export.runtime.show_kept import Grid, Panel, draw
+from vtr_export.runtime.text import Detokenizer
+
+Stream = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of one call; a batch's answers share them."""
+
+    preprocess: float
+    vision: float
+    prefill: float
+    decode: float
+    steps: int  # decoder calls after the prefill
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of decoding, for one row; 0 when the prefill gave the whole answer."""
+        return self.steps / self.decode if self.steps else 0.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said. ``kept[J]``: numbers of the call's vision tokens left after cut J."""
+
+    text: str
+    token_ids: tuple[int, ...]  # without the token that ended it
+    finish: Finish
+    kept: tuple[Ints, ...]
+    prompt_tokens: int  # vision tokens included
+    vision_tokens: int
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row: a prompt and its images, in the order of their places."""
+
+    prompt: str
+    images: Sequence[Picture] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt as the model takes it."""
+
+    ids: tuple[int, ...]
+    images: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One call: rows, and the pixel values of all their images."""
+
+    rows: tuple[Row, ...]
+    pixel_values: Array | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published model with its schedule, on one device."""
+
+    folder: Path
+    manifest: Manifest
+    processor: Processor
+    model: Model
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        keep: Sequence[int] | None = None,
+    ) -> "Artifact":
+        """Check the folder against its manifest and open its graphs.
+
+        ``device`` cpu or cuda, that one or not at all; ``keep``: what a tunable artifact keeps at
+        each cut, per image. Raises ArtifactError, UnavailableError, InputError.
+        """
+        folder = Path(path)
+        manifest = Manifest.load(folder)
+        if manifest.dtype == "bf16" and device == "cpu":
+            raise UnavailableError(
+                "a bf16 artifact does not run on the CPU: ONNX Runtime has no bf16 kernels there",
+                where=str(folder),
+                hint="run it with --device cuda, or export with --dtype fp16 or fp32",
+            )
+        keeps, shards = _keeps(manifest, keep), manifest.linked_shards()
+        graphs = manifest.graphs
+        vision, embedding, decoder = (
+            open_session(folder / graph, device=device, threads=threads, shards=shards)
+            for graph in (graphs.vision_encoder, graphs.embed_tokens, graphs.decoder)
+        )
+        facts = manifest.model
+        model = Model(
+            vision,
+            embedding,
+            Decoder(decoder, keep=keeps),
+            facts.image_token_id,
+            facts.pad_token_id or 0,
+        )
+        return cls(folder, manifest, Processor(folder), model)
+
+    def generate(
+        self,
+        images: Sequence[Picture] | Picture | None,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stream: Stream | None = None,
+    ) -> Answer:
+        """Answer a prompt about images.
+
+        A prompt that places its images itself (``<image>``), or a model without a chat template,
+        is taken as written; any other becomes the user's turn of a chat. ``temperature`` 0 takes
+        the best token each time. ``stream`` gets the text piece by piece. Raises InputError.
+        """
+        options = Options(max_new_tokens, temperature, top_p, top_k, seed)
+        prepared = self.prepare([Request(prompt, as_list(images))])
+        return self.answer(self.model.decoder.empty(1), prepared, options, stream)[0][0]
+
+    def generate_batch(
+        self, requests: Sequence[Request], options: Options | None = None
+    ) -> list[Answer]:
+        """Answer several prompts in one batch; each may have its own number of images."""
+        if not requests:
+            return []
+        cache = self.model.decoder.empty(len(requests))
+        return self.answer(cache, self.prepare(requests), options or Options())[0]
+
+    def prepare(self, requests: Sequence[Request]) -> Prepared:
+        """Pixel values and token ids of a first call."""
+        start = time.perf_counter()
+        texts = [self.written(request.prompt, len(request.images)) for request in requests]
+        pixels, counts = self.pixels([image for request in requests for image in request.images])
+        rows = []
+        for (text, form), request in zip(texts, requests, strict=True):
+            own, counts = counts[: len(request.images)], counts[len(request.images) :]
+            rows.append(Row(tuple(self.processor.token_ids(text, own, form)), len(own)))
+        return Prepared(tuple(rows), pixels, time.perf_counter() - start)
+
+    def written(self, prompt: str, images: int) -> tuple[str, Form]:
+        """A first prompt as text, and how to encode it."""
+        if self.processor.is_written_out(prompt):
+            return prompt, "plain"
+        return self.processor.render(self.processor.messages(prompt, images)), "chat"
+
+    def pixels(self, images: Sequence[Picture]) -> tuple[Array | None, list[int]]:
+        """Pixel values, and how many vision tokens each image becomes."""
+        if not images:
+            return None, []
+        pixels = self.processor.pixel_values(images)
+        height, width = pixels.shape[-2:]
+        takes = self.model.image_size()
+        if any(size not in (None, now) for size, now in zip(takes, (height, width), strict=True)):
+            raise ArtifactError(
+                f"images are prepared as {width}x{height}, the vision encoder takes {takes[::-1]}",
+                where=self.processor.images.where,
+                hint="the preprocessor's file belongs to another checkpoint",
+            )
+        return pixels, [self.processor.image_tokens(height, width)] * len(images)
+
+    def answer(
+        self, cache: Cache, prepared: Prepared, options: Options, stream: Stream | None = None
+    ) -> tuple[list[Answer], Generated]:
+        """Run the call and what follows; ``cache`` holds what came before."""
+        start = time.perf_counter()
+        limit = min(options.max_new_tokens, self._room(cache, prepared.rows))
+        pixels = prepared.pixel_values
+        features = None if pixels is None else self.model.encode(pixels)
+        encoded = time.perf_counter() - start
+        written = None if stream is None else Detokenizer(self.processor.tokenizer, stream)
+        generated = generate(
+            self.model,
+            cache,
+            [row.ids for row in prepared.rows],
+            features,
+            options,
+            ends=self.manifest.model.eos_token_ids,
+            limit=limit,
+            on_token=None if written is None else written.push,
+        )
+        if written is not None:
+            written.flush()
+        timings = Timings(
+            prepared.seconds,
+            encoded,
+            generated.prefill_seconds,
+            generated.decode_seconds,
+            generated.steps,
+        )
+        return [
+            self._answer(row, generated, number, timings)
+            for number, row in enumerate(prepared.rows)
+        ], generated
+
+    def show_kept(self, images: Sequence[Picture] | Picture, answer: Answer) -> Image.Image:
+        """The images of ``answer``'s call, one panel a stage, dropped patches darkened."""
+        pixels, counts = self.pixels(as_list(images))
+        vision = self.processor.facts.vision
+        if pixels is None or vision is None or sum(counts) != answer.vision_tokens:
+            raise InputError("the images are not those of this answer's call")
+        height, width = pixels.shape[-2:]
+        grid = Grid.of(height, width, vision.patch_size, counts[0])
+        kept = (np.arange(answer.vision_tokens), *answer.kept)
+        stages = [
+            (layers, left)
+            for layers, left in zip(self.stage_layers(), kept, strict=True)
+            if layers[0] <= layers[1]
+        ]
+        panels = [
+            [_panel(layers, left, number * counts[0], counts[0]) for layers, left in stages]
+            for number in range(len(counts))
+        ]
+        return draw([self.processor.images.view(one) for one in pixels], grid, panels)
+
+    def stage_layers(self) -> list[tuple[int, int]]:
+        """First and last decoder layer of each stage; a stage without layers ends before it."""
+        firsts = [stage.first_layer for stage in self.manifest.model.stages]
+        nexts = [*firsts[1:], self.manifest.model.layers]
+        return [(first, after - 1) for first, after in zip(firsts, nexts, strict=True)]
+
+    def _room(self, cache: Cache, rows: Sequence[Row]) -> int:
+        """Tokens that fit after the longest row. InputError when none does."""
+        for row in rows:
+            if row.ids and row.ids[-1] == self.model.image_token_id:
+                raise InputError(
+                    "the prompt ends with an image",
+                    hint="put the question behind it: both belong into one call",
+                )
+            if not row.ids:
+                raise InputError("the prompt is empty")
+        past = cache.lengths
+        longest = max(int(length) + len(row.ids) for length, row in zip(past, rows, strict=True))
+        context = self.manifest.model.context
+        if longest >= context:
+            raise InputError(
+                f"the prompt takes {longest} tokens, the model's context is {context}",
+                hint="ask less, or give fewer images",
+            )
+        return context - longest
+
+    def _answer(self, row: Row, generated: Generated, number: int, timings: Timings) -> Answer:
+        tokens = generated.tokens[number]
+        return Answer(
+            self.processor.tokenizer.decode(tokens),
+            tokens,
+            generated.finish[number],
+            generated.kept[number],
+            len(row.ids),
+            sum(token == self.model.image_token_id for token in row.ids),
+            timings,
+        )
+
+
+def as_list(images: Sequence[Picture] | Picture | None) -> Sequence[Picture]:
+    """One image, several or none as a sequence."""
+    if images is None:
+        return ()
+    return [images] if isinstance(images, str | Path | bytes | Image.Image) else images
+
+
+def _panel(layers: tuple[int, int], left: Ints, start: int, tokens: int) -> Panel:
+    own = left[(left >= start) & (left < start + tokens)] - start
+    first, last = layers
+    name = f"layers {first}-{last}" if last > first else f"layer {first}"
+    return Panel(f"{name}: {len(own)} of {tokens} tokens", own.tolist())
+
+
+def _keeps(manifest: Manifest, keep: Sequence[int] | None) -> Ints | None:
+    """The numerators of a tunable artifact, its own or ``keep``."""
+    shares = [stage.keep for stage in manifest.model.stages if stage.keep is not None]
+    if not manifest.tunable:
+        if keep is not None:
+            hint = "export it again with --tunable"
+            raise InputError("this artifact's keeps are frozen", hint=hint)
+        return None
+    wanted = [share.numerator for share in shares] if keep is None else list(keep)
+    limits = [share.denominator for share in shares]
+    fits = len(wanted) == len(limits) and all(
+        0 <= number <= limit for number, limit in zip(wanted, limits, strict=True)
+    )
+    if not fits or wanted != sorted(wanted, reverse=True):
+        raise InputError(
+            f"keep {wanted} does not fit",
+            hint=f"give {len(limits)} numbers, none above the one before or above {limits}",
+        )
+    return np.array(wanted, np.int64)

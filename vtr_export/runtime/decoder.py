@@ -1,0 +1,108 @@
+"""The decoder and its cache: what it presents is what it is given next; it knows no cuts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vtr_export.errors import ArtifactError
+from vtr_export.runtime.batch import Ints, positions
+from vtr_export.runtime.session import Array, Session, Value
+
+_CARRIED = {"present.": "past_key_values.", "present_mask.": "past_mask."}
+_KEPT = "kept."
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What one call leaves for the next: opaque tensors by input name, and the unpruned mask."""
+
+    values: Mapping[str, Value] = field(repr=False)
+    attention_mask: Ints  # [B, P] of all columns ever given, 1 = real
+
+    @property
+    def lengths(self) -> Ints:
+        """``[B]``: real tokens of each row so far."""
+        total: Ints = self.attention_mask.sum(axis=1)
+        return total
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call's result."""
+
+    logits: Array  # [B, vocab] fp32, of each row's last token
+    cache: Cache
+    kept: tuple[Ints, ...] = ()  # cut J: [B, S_{J+1}] columns of stage J's sequence
+
+
+class Decoder:
+    """A session with the inputs and outputs of a decoder graph, whatever their number."""
+
+    def __init__(self, session: Session, *, keep: Ints | None = None) -> None:
+        """``keep``: the numerators a tunable graph takes."""
+        self.session, self._keep = session, keep
+        self._carried = {
+            output: past + output.removeprefix(present)
+            for present, past in _CARRIED.items()
+            for output in session.outputs
+            if output.startswith(present)
+        }
+        lacking = set(self._carried.values()) ^ {
+            name for name in session.inputs if name.startswith(tuple(_CARRIED.values()))
+        }
+        if lacking:
+            raise ArtifactError(f"the decoder's cache does not close: {', '.join(sorted(lacking))}")
+        kept = (name for name in session.outputs if name.startswith(_KEPT))
+        self._kept = sorted(kept, key=lambda name: int(name.removeprefix(_KEPT)))
+
+    @property
+    def cuts(self) -> int:
+        """How many cuts report what they kept."""
+        return len(self._kept)
+
+    @property
+    def embedding_dtype(self) -> str:
+        """What ``inputs_embeds`` must be."""
+        return self.session.inputs["inputs_embeds"].dtype
+
+    def empty(self, batch: int) -> Cache:
+        """The cache before the first call: every dimension that grows is zero."""
+        values: dict[str, Value] = {}
+        for name in self._carried.values():
+            port = self.session.inputs[name]
+            tail = (size if isinstance(size, int) else 0 for size in port.shape[1:])
+            dtype = "float32" if port.dtype == "bfloat16" else port.dtype
+            values[name] = np.zeros((batch, *tail), dtype)
+        return Cache(values, np.zeros((batch, 0), np.int64))
+
+    def __call__(
+        self,
+        cache: Cache,
+        inputs_embeds: Array,
+        mask: Ints,
+        vision_index: Ints,
+        *,
+        kept: bool = False,
+    ) -> Step:
+        """Feed columns ``[B, S, D]``; ``mask`` ``[B, S]`` and ``vision_index`` are of these.
+
+        ``kept`` asks what each cut kept.
+        """
+        whole = np.concatenate((cache.attention_mask, mask), axis=1)
+        feeds: dict[str, Value] = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": whole,
+            "position_ids": positions(whole, mask.shape[1]),
+            "vision_index": vision_index,
+            **cache.values,
+        }
+        if "keep" in self.session.inputs and self._keep is not None:
+            feeds["keep"] = self._keep
+        feeds = {name: feeds[name] for name in self.session.inputs}
+        asked = ["logits", *self._carried, *(self._kept if kept else ())]
+        results = self.session.run(feeds, asked, resident=self._carried)
+        values = {past: results[present] for present, past in self._carried.items()}
+        logits = np.asarray(results["logits"], np.float32)[:, -1]
+        reported = tuple(np.asarray(results[name]) for name in asked if name.startswith(_KEPT))
+        return Step(logits, Cache(values, whole), reported)

@@ -1,0 +1,238 @@
+"""Loaded graphs that run: one Protocol, ONNX Runtime behind it."""
+
+import ctypes
+import math
+import mmap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vtr_export.errors import ArtifactError, InputError, UnavailableError
+
+Array: TypeAlias = NDArray[Any]
+Device: TypeAlias = Literal["cpu", "cuda"]
+
+PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PACKAGES: Final = {"cpu": "vtr-export[cpu]", "cuda": "vtr-export[gpu]"}
+DTYPES: Final = {
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
+    "tensor(double)": "float64", "tensor(int64)": "int64", "tensor(int32)": "int32",
+    "tensor(bool)": "bool", "tensor(uint8)": "uint8",
+}  # fmt: skip
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph; a dimension that varies has a name, or None."""
+
+    name: str
+    shape: tuple[int | str | None, ...]
+    dtype: str  # as numpy spells it, or bfloat16
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A tensor that stays where the session put it; only that kind of session reads it."""
+
+    value: Any
+    shape: tuple[int, ...]
+
+
+Value: TypeAlias = Array | Resident
+
+
+class Session(Protocol):
+    """A graph with its weights, ready to run."""
+
+    @property
+    def inputs(self) -> Mapping[str, Port]:
+        """What it takes, by name."""
+        ...
+
+    @property
+    def outputs(self) -> Mapping[str, Port]:
+        """What it gives, by name."""
+        ...
+
+    def run(
+        self,
+        feeds: Mapping[str, Value],
+        outputs: Sequence[str] | None = None,
+        *,
+        resident: Collection[str] = (),
+    ) -> dict[str, Value]:
+        """Run once. ``outputs`` None means all; those in ``resident`` stay on the device."""
+        ...
+
+
+class OnnxRuntime:
+    """ONNX Runtime. Every tensor is bound, so that resident ones never leave their device."""
+
+    def __init__(
+        self,
+        file: Path,
+        *,
+        device: Device = "cpu",
+        threads: int | None = None,
+        shards: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Open ``file``; ``shards`` are weight files that lie elsewhere, by location name.
+
+        UnavailableError where the device cannot be used, ArtifactError for a file that is gone or
+        that this ONNX Runtime does not take.
+        """
+        self._ort = _import(device)
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        mapped = [_Mapped(path) for path in (shards or {}).values()]
+        if shards:
+            options.add_external_initializers_from_files_in_memory(
+                list(shards), [part.data for part in mapped], [len(part.data) for part in mapped]
+            )
+        self._session = self._open(file, options, device)
+        for part in mapped:
+            part.close()
+        self._device = device
+        self.inputs = {port.name: port for port in map(_port, self._session.get_inputs())}
+        self.outputs = {port.name: port for port in map(_port, self._session.get_outputs())}
+
+    def run(
+        self,
+        feeds: Mapping[str, Value],
+        outputs: Sequence[str] | None = None,
+        *,
+        resident: Collection[str] = (),
+    ) -> dict[str, Value]:
+        """See :class:`Session`."""
+        names = list(self.outputs) if outputs is None else list(outputs)
+        binding = self._session.io_binding()
+        values = {name: self._ort_value(name, value) for name, value in feeds.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name, self._device if name in resident else "cpu")
+        self._session.run_with_iobinding(binding)
+        results = zip(names, binding.get_outputs(), strict=True)
+        return {name: _result(value, name in resident) for name, value in results}
+
+    def _open(self, file: Path, options: Any, device: Device) -> Any:
+        providers = [PROVIDERS[device]]
+        try:
+            session = self._ort.InferenceSession(str(file), options, providers=providers)
+        except _failures() as error:
+            if not file.is_file():
+                raise ArtifactError("a graph is missing", where=str(file)) from error
+            raise ArtifactError(
+                f"ONNX Runtime {self._ort.__version__} does not open the graph: {error}",
+                where=str(file),
+                hint="vtr verify ARTIFACT says whether a file is damaged; opset 24 needs >= 1.24",
+            ) from error
+        session.disable_fallback()
+        if (used := session.get_providers())[0] != PROVIDERS[device]:
+            raise UnavailableError(
+                f"ONNX Runtime could not start {PROVIDERS[device]} and offers {', '.join(used)}",
+                hint="vtr doctor says which CUDA or cuDNN library is missing",
+            )
+        return session
+
+    def _ort_value(self, name: str, value: Value) -> Any:
+        if isinstance(value, Resident):
+            return value.value
+        array = np.ascontiguousarray(value)
+        make = self._ort.OrtValue
+        if self.inputs[name].dtype != "bfloat16":
+            return make.ortvalue_from_numpy(array.astype(self.inputs[name].dtype, copy=False))
+        return make.ortvalue_from_numpy_with_onnx_type(_to_bfloat16_bits(array), _BFLOAT16)
+
+
+def open_session(
+    file: Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    shards: Mapping[str, Path] | None = None,
+) -> Session:
+    """Open a graph on ``device``, on that one or not at all."""
+    if device not in PROVIDERS:
+        raise InputError(
+            f"no device named {device!r}", hint=f"choose one of: {', '.join(PROVIDERS)}"
+        )
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, not {threads}")
+    return OnnxRuntime(file, device=device, threads=threads, shards=shards)  # type: ignore[arg-type]
+
+
+class _Mapped:
+    """A file's bytes, mapped rather than read; ONNX Runtime copies what it needs while opening."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.data = memoryview(self._map)
+
+    def close(self) -> None:
+        self.data.release()
+        self._map.close()
+
+
+def _import(device: Device) -> Any:
+    hint = f"pip install '{PACKAGES[device]}'"
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        message = "running an artifact needs onnxruntime, which is not installed"
+        raise UnavailableError(message, hint=hint) from error
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS[device] not in available:
+        raise UnavailableError(
+            f"this onnxruntime has no {PROVIDERS[device]} (it has {', '.join(available)})",
+            hint=f"pip uninstall -y onnxruntime && {hint}",
+        )
+    return onnxruntime
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises while it opens a graph; it has no common base."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = (
+        "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile",
+        "NotImplemented", "RuntimeException", "EPFail", "EngineError",
+    )  # fmt: skip
+    return tuple(getattr(state, name) for name in names if hasattr(state, name))
+
+
+def _port(node: Any) -> Port:
+    return Port(node.name, tuple(node.shape), DTYPES.get(node.type, node.type))
+
+
+def _result(value: Any, resident: bool) -> Value:
+    if resident:
+        return Resident(value, tuple(value.shape()))
+    if value.element_type() == _BFLOAT16:
+        return _from_bfloat16(value)
+    array: Array = value.numpy()
+    return array
+
+
+def _to_bfloat16_bits(array: Array) -> NDArray[np.uint16]:
+    import ml_dtypes
+
+    return array.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+def _from_bfloat16(value: Any) -> Array:
+    """A bfloat16 tensor in host memory as float32, which holds it exactly."""
+    shape = tuple(value.shape())
+    count = math.prod(shape)
+    if not count:
+        return np.zeros(shape, np.float32)
+    bits = np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(value.data_ptr()))
+    return (bits.astype(np.uint32) << 16).view(np.float32).reshape(shape)
