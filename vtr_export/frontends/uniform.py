@@ -61,7 +61,7 @@ def _name(model: PreTrainedModel, part: str) -> str:
     for name, module in model.named_modules():
         steps = name.split(".")
         if isinstance(module, ModuleList) and part in steps and steps[-1] == "layers":
-            return name
+            return str(name)
     return ""
 
 

@@ -50,10 +50,11 @@ class StampLayers(ir.passes.InPlacePass):
         for value, name in last.items():
             _rename(model.graph, value, name)
         stream, anchor = body.exit, body.nodes[-1]
+        tail = body.nodes[-1].outputs[0]
         followers = [use for use in body.exit.uses() if use.node not in body.nodes]
         for number in range(2, self.count - 1):
             copies = self._stamp(model.graph, body, stream, number, anchor)
-            stream, anchor = copies[body.exit], copies[body.nodes[-1].outputs[0]].producer()
+            stream, anchor = copies[body.exit], copies[tail].producer() or anchor
         for use in followers:
             use.node.replace_input_with(use.idx, stream)
         _sort_signature(model.graph)
