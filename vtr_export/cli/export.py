@@ -1,0 +1,103 @@
+"""``vtr export`` (= ``vtr-export``): checkpoint and schedule to artifact."""
+
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vtr_export.cli.output import Json, Verbose, columns, progress, report, runs, size, warn
+from vtr_export.errors import InputError
+
+if TYPE_CHECKING:
+    from vtr_export.exporter import Report
+
+
+class Dtype(StrEnum):
+    """What weights and activations are held in."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class Placing(StrEnum):
+    """Where the artifact's weights are."""
+
+    COPY = "copy"
+    LINK = "link"
+
+
+def export(
+    schedule: Annotated[Path, typer.Option("--schedule", "-s", help="Schedule to compile (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to publish the artifact.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Checkpoint folder or cached hub id; default: model: of the schedule.",
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.FP32,
+    weights: Annotated[
+        Placing, typer.Option(help="copy travels; link points into the checkpoint's shards.")
+    ] = Placing.COPY,
+    verify: Annotated[
+        str, typer.Option(help="auto, all, or layers:K for the first K layers.")
+    ] = "auto",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Publish unverified.")] = False,
+    tunable: Annotated[
+        bool, typer.Option("--tunable", help="Leave keep a graph input, one number per cut.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    dump: Annotated[
+        Path | None, typer.Option(help="Write each graph as text after every pass there.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, read no weight, write nothing.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compile a checkpoint and a schedule into a verified artifact."""
+    if no_verify and verify != "auto":
+        raise InputError("--verify and --no-verify exclude each other", hint="give one of them")
+    from vtr_export.exporter import export as compile_artifact
+
+    with progress() as announce:
+        done = compile_artifact(
+            schedule,
+            model,
+            out,
+            dtype=dtype.value,
+            weights=weights.value,
+            verify="none" if no_verify else verify,
+            tunable=tunable,
+            force=force,
+            dump=dump,
+            dry_run=dry_run,
+            progress=announce,
+        )
+    warn(done.warnings)
+    report(done.to_json(), _lines(done, verbose), as_json)
+
+
+def _lines(done: "Report", verbose: bool) -> Iterator[str]:
+    what = "would write" if done.dry_run else "wrote"
+    yield f"{what} {done.artifact}: {len(done.files)} files, {size(sum(done.files.values()))}"
+    if done.vision_tokens_per_layer is not None:
+        yield f"vision tokens per layer: {runs(done.vision_tokens_per_layer)}"
+    if not done.dry_run:
+        yield f"verified: {done.scope if done.verified else 'no'}"
+    yield f"{done.seconds:.1f} s, peak RSS {size(done.peak_rss_bytes)}"
+    if verbose:
+        yield from columns([(f"{seconds:8.2f} s", name) for name, seconds in done.steps.items()])
+        yield from columns(
+            [
+                (gate.name, f"{gate.measured:.6g}", f"bar {gate.bar:g}", gate.detail)
+                for gate in done.gates
+            ]
+        )
+        yield from columns([(name, size(count)) for name, count in done.files.items()])

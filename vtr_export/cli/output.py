@@ -1,0 +1,100 @@
+"""What every command prints: reports on stdout, progress and warnings on stderr."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Final
+
+import typer
+
+PLAIN: Final[dict[str, Any]] = {
+    "add_completion": False,
+    "rich_markup_mode": None,  # help without rich: it would cost half of the start
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 100},
+}
+Json = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+
+
+def report(values: Mapping[str, Any], lines: Iterable[str], as_json: bool) -> None:
+    """One JSON object on one line, or the lines for people."""
+    if as_json:
+        typer.echo(json.dumps(values, allow_nan=False))
+        return
+    for line in lines:
+        typer.echo(line)
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Each on a line of stderr."""
+    for message in messages:
+        typer.echo(f"warning: {message}", err=True)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned text."""
+    if not rows:
+        return []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """``576 x2, 288 x30``: equal neighbours counted."""
+    counted: list[list[int]] = []
+    for number in numbers:
+        if counted and counted[-1][0] == number:
+            counted[-1][1] += 1
+        else:
+            counted.append([number, 1])
+    return ", ".join(f"{number} x{count}" for number, count in counted)
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.4g} {unit}"
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A function that announces each step on stderr: a spinner on a terminal, else a line."""
+    if not sys.stderr.isatty():
+        yield lambda step: typer.echo(step, err=True)
+        return
+    from rich.console import Console
+
+    console, current = Console(stderr=True, highlight=False), _Step()
+    with console.status("starting") as status:
+
+        def announce(step: str) -> None:
+            current.end(console.print)
+            current.begin(step)
+            status.update(step)
+
+        yield announce
+        current.end(console.print)
+
+
+class _Step:
+    """The step under way, and since when."""
+
+    def __init__(self) -> None:
+        self.name, self.since = "", 0.0
+
+    def begin(self, name: str) -> None:
+        self.name, self.since = name, time.perf_counter()
+
+    def end(self, say: Callable[[str], None]) -> None:
+        if self.name:
+            say(f"{time.perf_counter() - self.since:7.1f} s  {self.name}")

@@ -1,0 +1,303 @@
+"""What an ONNX file or an artifact is made of: layers, token streams, cuts, and what is opaque."""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it ships no types
+
+from vtr_export.analysis import Axes, Layer, find_layers, find_sites, label_axes
+from vtr_export.analysis.axes import NONE, OPAQUE
+from vtr_export.analysis.layers import descendants
+from vtr_export.errors import AnalysisError, InputError
+from vtr_export.manifest import Manifest
+from vtr_export.schedule import Cut, Keep, Resolved
+
+SEEDS = ("inputs_embeds", "input_ids", "position_ids")  # axis 1 counts this call's tokens
+PRUNE, NARROW = "VtrTopKPrune", "VtrNarrow"
+MAX_TRAIL = 12
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output; ``axes`` says in words which of its axes count tokens."""
+
+    name: str
+    dtype: str
+    shape: str
+    axes: str = ""
+
+
+@dataclass(frozen=True)
+class LayerFound:
+    """A decoder layer: the stream that enters it, its attention node and what feeds that."""
+
+    index: int
+    entry: str
+    attention: str
+    past_key: str
+    mask: str
+
+
+@dataclass(frozen=True)
+class CutFound:
+    """A cut already in the graph: tokens dropped before a layer, and the streams narrowed there."""
+
+    before_layer: int | None
+    node: str
+    keep: str
+    streams: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Where tokens went in and the analysis lost them, and the way there from an input."""
+
+    value: str
+    node: str
+    operator: str
+    inputs: tuple[str, ...]
+    trail: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What a cut before a layer would narrow."""
+
+    before_layer: int
+    entry: str
+    streams: tuple[str, ...]
+    masks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """One ONNX file. ``why_no_layers`` is set where the layers could not be told."""
+
+    file: str
+    producer: str
+    opset: int | None
+    nodes: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    layers: tuple[LayerFound, ...]
+    why_no_layers: str
+    cuts: tuple[CutFound, ...]
+    lost: tuple[Lost, ...]
+    crossing: Crossing | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def inspect_path(path: Path, layer: int | None = None) -> tuple[Manifest | None, list[GraphFacts]]:
+    """The graphs of an artifact (with its manifest), or one ONNX file.
+
+    ``layer``: also what a cut before it would narrow; AnalysisError when it cannot be made.
+    Raises ArtifactError for a damaged artifact, InputError for a file that is no valid ONNX.
+    """
+    if not path.is_dir():
+        return None, [inspect_file(path, layer)]
+    manifest = Manifest.load(path)
+    files = [path / name for name in manifest.graphs.model_dump().values()]
+    decoder = path / manifest.graphs.decoder
+    return manifest, [inspect_file(file, layer if file == decoder else None) for file in files]
+
+
+def inspect_file(file: Path, layer: int | None = None) -> GraphFacts:
+    """One ONNX file, checked before it is read further; its weights are not read."""
+    model = _load(file)
+    graph = model.graph
+    seeds = {value: Axes(token=1) for value in graph.inputs if value.name in SEEDS}
+    labels = label_axes(graph, seeds)
+    layers, why = _layers(graph, labels)
+    return GraphFacts(
+        file=str(file),
+        producer=f"{model.producer_name or 'unknown'} {model.producer_version or ''}".strip(),
+        opset=model.opset_imports.get(""),
+        nodes=len(graph),
+        inputs=tuple(_tensor(value, labels) for value in graph.inputs),
+        outputs=tuple(_tensor(value, labels) for value in graph.outputs),
+        layers=tuple(_layer(found) for found in layers),
+        why_no_layers=why,
+        cuts=tuple(_cuts(graph, layers)),
+        lost=tuple(_lost(graph, labels)),
+        crossing=None if layer is None else _crossing(graph, layers, labels, layer, why),
+    )
+
+
+def _load(file: Path) -> ir.Model:
+    """A model that ``onnx.checker`` accepts. Weights outside the file may be missing."""
+    try:
+        proto = onnx.load(str(file), load_external_data=False)
+        onnx.checker.check_model(_without_external(proto))
+        return ir.serde.deserialize_model(proto)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except DecodeError:
+        reason = "it is no ONNX model"
+    except (onnx.checker.ValidationError, ir.serde.SerdeError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+    raise InputError(
+        f"cannot read the graph: {reason}", where=str(file), hint="give an ONNX file or an artifact"
+    )
+
+
+def _without_external(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, its external initializers made inputs: the checker then needs no other file."""
+    if all(each.data_location != onnx.TensorProto.EXTERNAL for each in proto.graph.initializer):
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    kept = []
+    known = {value.name for value in copy.graph.input}
+    for tensor in copy.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            kept.append(tensor)
+        elif tensor.name not in known:
+            info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            copy.graph.input.append(info)
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(kept)
+    return copy
+
+
+def _layers(graph: ir.Graph, labels: Mapping[ir.Value, Axes]) -> tuple[list[Layer], str]:
+    """The decoder layers, or why there are none."""
+    if not any(value.name == "inputs_embeds" for value in graph.inputs):
+        return [], "no input is called inputs_embeds: not a decoder that can be cut"
+    try:
+        layers = find_layers(graph, labels)
+    except AnalysisError as error:
+        return [], " ".join(part for part in (error.message, error.where) if part)
+    return layers, "" if layers else "no Attention node reads a value with a token axis"
+
+
+def _layer(found: Layer) -> LayerFound:
+    return LayerFound(
+        found.index,
+        _name(found.entry),
+        found.attention.name or "",
+        _name(found.past_key),
+        _name(found.mask),
+    )
+
+
+def _cuts(graph: ir.Graph, layers: list[Layer]) -> list[CutFound]:
+    """Every prune node, from shallow to deep."""
+    found = []
+    for node in graph:
+        if (node.domain, node.op_type) != ("vtr", PRUNE) or len(node.outputs) < 2:
+            continue
+        after = descendants(node.outputs[0])
+        deeper = (layer.index for layer in layers if layer.attention in after)
+        narrowed = [use.node for use in node.outputs[1].uses() if use.node.op_type == NARROW]
+        streams = tuple(sorted(_name(each.inputs[0]) for each in narrowed))
+        found.append(CutFound(next(deeper, None), node.name or "", _keep(node), streams))
+    return found
+
+
+def _keep(node: ir.Node) -> str:
+    """``4 of 16 tokens`` from the budget's constants, or the input that says it."""
+    width = node.inputs[4] if len(node.inputs) > 4 else None
+    budget = width.producer() if width is not None else None
+    if budget is None or budget.op_type != "VtrBudget" or len(budget.inputs) < 3:
+        return "unknown"
+    numerator, per = (_integer(value) for value in budget.inputs[1:3])
+    return f"{'as the input keep says' if numerator is None else numerator} of {per}"
+
+
+def _integer(value: ir.Value | None) -> int | None:
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return int(tensor.numpy().reshape(-1)[0]) if tensor is not None and tensor.size else None
+
+
+def _lost(graph: ir.Graph, labels: Mapping[ir.Value, Axes]) -> list[Lost]:
+    """The nodes at which tokens were lost first; what follows from them is not repeated."""
+    lost = []
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if any(labels.get(value, NONE).state == OPAQUE for value in inputs):
+            continue
+        for value in node.outputs:
+            if labels.get(value, NONE).state == OPAQUE:
+                said = tuple(f"{_name(each)}: {_axes(labels.get(each, NONE))}" for each in inputs)
+                trail = _trail(value, labels)
+                lost.append(Lost(_name(value), node.name or "", _operator(node), said, trail))
+    return lost
+
+
+def _trail(value: ir.Value, labels: Mapping[ir.Value, Axes]) -> tuple[str, ...]:
+    """The shortest way from an input with a token axis to ``value``, in value names."""
+    before: dict[ir.Value, ir.Value | None] = {value: None}
+    queue = deque([value])
+    while queue:
+        current = queue.popleft()
+        producer = current.producer()
+        if producer is None:
+            return _forwards(current, before)
+        for each in producer.inputs:
+            if each is not None and each in labels and each not in before:
+                before[each] = current
+                queue.append(each)
+    return (_name(value),)
+
+
+def _forwards(start: ir.Value, before: Mapping[ir.Value, ir.Value | None]) -> tuple[str, ...]:
+    names, value = [], before[start]
+    names.append(_name(start))
+    while value is not None:
+        names.append(_name(value))
+        value = before[value]
+    if len(names) <= MAX_TRAIL:
+        return tuple(names)
+    half = MAX_TRAIL // 2
+    return (*names[:half], f"… {len(names) - MAX_TRAIL} more …", *names[-half:])
+
+
+def _crossing(
+    graph: ir.Graph, layers: list[Layer], labels: Mapping[ir.Value, Axes], layer: int, why: str
+) -> Crossing:
+    if any(node.op_type == PRUNE for node in graph):
+        why = "the graph has cuts already"
+    if why:
+        raise AnalysisError(f"no cut can be made: {why}", hint="vtr inspect without --layer")
+    if not 0 < layer < len(layers):
+        raise InputError(
+            f"layer is {layer}, but the graph has {len(layers)} layers",
+            hint=f"a cut comes before one of the layers 1 to {len(layers) - 1}",
+        )
+    schedule = Resolved(len(layers), None, (Cut(layer, Keep(1, 2)),))
+    site = find_sites(layers, labels, schedule)[0]
+    streams = tuple(_name(stream.value) for stream in site.streams)
+    return Crossing(layer, _name(site.entry), streams, tuple(_name(mask) for mask in site.masks))
+
+
+def _tensor(value: ir.Value, labels: Mapping[ir.Value, Axes]) -> Tensor:
+    dtype = str(value.dtype).lower() if value.dtype is not None else "?"
+    shape = str(value.shape).replace(",", ", ") if value.shape is not None else "?"
+    axes = labels.get(value, NONE)
+    return Tensor(_name(value), dtype, shape, _axes(axes) if axes else "")
+
+
+def _axes(axes: Axes) -> str:
+    """``tokens on axis 1``."""
+    said = [
+        f"{what} on axis {axis}"
+        for what, axis in (("tokens", axes.token), ("keys", axes.key))
+        if axis is not None
+    ]
+    return ", ".join(said) or axes.state or "no tokens"
+
+
+def _operator(node: ir.Node) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def _name(value: ir.Value | None) -> str:
+    return value.name or "" if value is not None else ""
