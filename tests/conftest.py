@@ -3,10 +3,14 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from cut_graphs import Traced, Tracer
 
 Golden = Callable[[ir.Model, Path], None]
 
@@ -47,3 +51,19 @@ def golden(request: pytest.FixtureRequest) -> Golden:
         assert text.splitlines() == path.read_text(encoding="utf-8").splitlines()
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> "Tracer":
+    """A tiny model of a variant (``cut_graphs.VARIANTS``), traced once a session."""
+    from cut_graphs import trace  # brings torch, which not every test needs
+
+    folder = tmp_path_factory.mktemp("traced")
+    known: dict[str, Traced] = {}
+
+    def get(variant: str) -> "Traced":
+        if variant not in known:
+            known[variant] = trace(variant, folder)
+        return known[variant]
+
+    return get

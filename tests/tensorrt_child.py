@@ -1,0 +1,101 @@
+"""Parse and build one ONNX file with TensorRT-RTX, without a GPU, and print what came of it.
+
+A process of its own, because the builder may abort: ``python tensorrt_child.py decoder.onnx``.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import tensorrt_rtx_bindings.tensorrt_rtx as trt
+
+# (least, best, most) of each named dimension; a dimension's stage number plays no part
+BATCH = (1, 1, 2)
+CONTEXT = {"sequence": (1, 40, 64), "vision": (0, 16, 32), "past": (0, 0, 64)}
+GENERATION = {"sequence": (1, 1, 1), "vision": (0, 0, 0), "past": (1, 64, 128)}
+Range = tuple[int, int, int]
+
+
+class Log(trt.ILogger):  # type: ignore[misc]
+    """Keeps what is worse than a warning."""
+
+    def __init__(self) -> None:
+        trt.ILogger.__init__(self)
+        self.errors: list[str] = []
+
+    def log(self, severity: Any, message: str) -> None:
+        if severity <= trt.ILogger.ERROR:
+            self.errors.append(message)
+
+
+def ranges(name: str, axis: int, profile: dict[str, Range]) -> Range:
+    """Bounds of an open dimension of input ``name``."""
+    if axis == 0:
+        return BATCH
+    if name.startswith("past"):
+        return profile["past"]
+    if name == "attention_mask":
+        past, new = profile["past"], profile["sequence"]
+        return past[0] + new[0], past[1] + new[1], past[2] + new[2]
+    return profile["vision" if name == "vision_index" else "sequence"]
+
+
+def add_profile(builder: Any, config: Any, network: Any, profile: dict[str, Range]) -> None:
+    wanted = builder.create_optimization_profile()
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        shape = tuple(tensor.shape)
+        if tensor.is_shape_tensor:
+            wanted.set_shape_input(tensor.name, *([keep] * shape[0] for keep in (0, 8, 16)))
+            continue
+        bounds = [
+            (dim,) * 3 if dim >= 0 else ranges(tensor.name, axis, profile)
+            for axis, dim in enumerate(shape)
+        ]
+        wanted.set_shape(tensor.name, *zip(*bounds, strict=True))
+    config.add_optimization_profile(wanted)
+
+
+def describe(network: Any) -> dict[str, Any]:
+    """What a test asks about: layers, and which of them compute or keep what in which type."""
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    kind = {layer.name: str(layer.type).rpartition(".")[2] for layer in layers}
+    types: dict[str, Counter[str]] = {}
+    for layer in layers:
+        first = layer.get_input(0) if layer.num_inputs else layer.get_output(0)
+        types.setdefault(kind[layer.name], Counter())[str(first.dtype).rpartition(".")[2]] += 1
+    weights = Counter(
+        str(output.dtype).rpartition(".")[2]
+        for layer in layers
+        if kind[layer.name] == "CONSTANT" and len((output := layer.get_output(0)).shape) == 2
+    )
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    return {
+        "layers": Counter(kind.values()),
+        "types": types,
+        "matrices": weights,
+        "shape_inputs": [tensor.name for tensor in inputs if tensor.is_shape_tensor],
+    }
+
+
+def main(path: Path) -> dict[str, Any]:
+    log = Log()
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(path.read_bytes()) or not network.num_outputs:
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        return {"errors": [f"{e.node_operator()}: {e.desc()}" for e in errors] or log.errors}
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    for profile in (CONTEXT, GENERATION):
+        add_profile(builder, config, network, profile)
+    plan = builder.build_serialized_network(network, config)
+    size_bytes = 0 if plan is None else plan.nbytes
+    return {"errors": log.errors, "plan_bytes": size_bytes, **describe(network)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -1,0 +1,72 @@
+"""The canonical decoder with cuts parses and builds in TensorRT-RTX, on a machine without a GPU."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from cut_graphs import Tracer, serialized
+
+REFUSED = {"TRT_decomposable", "softmax_precision"}  # by ONNX Runtime; by TensorRT
+CHILD = Path(__file__).with_name("tensorrt_child.py")
+WHEEL = "tensorrt_rtx_bindings"
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec(WHEEL) is None,
+    reason=f"{WHEEL} is not installed: pip install 'vtr-export[rtx]' (x86-64 Linux)",
+)
+CASES: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
+    "uncut": ({}, {}),
+    "last": ({1: 8, 2: 3}, {}),
+    "text_max_and_nothing_left": ({1: 8, 2: 0}, {"query": "text", "heads": "max"}),
+    "next_text": ({0: 9, 2: 4}, {"source": "next", "query": "text"}),
+    "inside": ({1: 8, 2: 3}, {"drop_point": "inside"}),
+    "repacked": ({1: 8, 2: 3}, {"positions": "repacked"}),
+    "repacked_next": ({0: 8, 1: 3}, {"positions": "repacked", "source": "next"}),
+    "per_image": ({1: 8, 2: 3}, {"rank": "per_image"}),
+}
+
+
+def build(model: ir.Model, folder: Path) -> dict[str, Any]:
+    """What TensorRT made of ``model``; fails with its own words."""
+    path = folder / "decoder.onnx"
+    path.write_bytes(serialized(model))
+    done = subprocess.run(
+        [sys.executable, CHILD, path], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert found["errors"] == []
+    assert found["plan_bytes"] > 0
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_decoder_with_cuts_builds_with_fused_attention(
+    case: str, traced: Tracer, tmp_path: Path
+) -> None:
+    """No plan comes without a fused kernel: nothing allows TensorRT to decompose an Attention."""
+    tiny = traced("fp16")
+    cuts, options = CASES[case]
+    model = tiny.cut(tiny.schedule(cuts, **options))
+    nodes = [*model.graph, *(node for function in model.functions.values() for node in function)]
+    assert not any(set(node.attributes) & REFUSED for node in nodes)
+    found = build(model, tmp_path)
+    layers, types = found["layers"], found["types"]
+    assert layers["ATTENTION_INPUT"] == tiny.facts.layers
+    assert layers.get("SOFTMAX", 0) == layers.get("TOPK", 0) == len(cuts)
+    assert types["ATTENTION_INPUT"] == {"HALF": tiny.facts.layers}
+    assert set(found["matrices"]) == {"HALF"}
+    assert set(types["REDUCE"]) <= {"FLOAT", "INT64"}  # norms
+    for kind in ("SOFTMAX", "TOPK"):
+        assert set(types.get(kind, {})) <= {"FLOAT"}
+    assert found["shape_inputs"] == []
+
+
+def test_a_budget_can_stay_an_input(traced: Tracer, tmp_path: Path) -> None:
+    tiny = traced("fp16")
+    found = build(tiny.cut(tiny.schedule({1: 8, 2: 3}), tunable=True), tmp_path)
+    assert found["shape_inputs"] == ["keep"]
