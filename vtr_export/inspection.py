@@ -112,6 +112,17 @@ def inspect_path(path: Path, layer: int | None = None) -> tuple[Manifest | None,
 def inspect_file(file: Path, layer: int | None = None) -> GraphFacts:
     """One ONNX file, checked before it is read further; its weights are not read."""
     model = _load(file)
+    try:
+        return _facts(file, model, layer)
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise AnalysisError(
+            f"the analysis cannot follow the graph ({type(error).__name__}: {error})",
+            where=str(file),
+            hint="onnx.checker.check_model(path, full_check=True) may say what contradicts itself",
+        ) from error
+
+
+def _facts(file: Path, model: ir.Model, layer: int | None) -> GraphFacts:
     graph = model.graph
     seeds = {value: Axes(token=1) for value in graph.inputs if value.name in SEEDS}
     labels = label_axes(graph, seeds)
