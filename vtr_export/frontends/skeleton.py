@@ -1,10 +1,12 @@
 """A checkpoint's model without its weights: fake parameters, real buffers, renamed tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module, Parameter
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -15,28 +17,37 @@ from vtr_export.errors import CheckpointError
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Uninitialised and random tensors (parameters) take no memory; computed ones (buffers) do."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        placed = {"device": "meta"} if func in (torch.empty, torch.rand, torch.randn) else {}
+        return func(*args, **((kwargs or {}) | placed))
+
+
 def build_skeleton(
     config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode
 ) -> PreTrainedModel:
     """The model of ``config`` with parameters that have a shape and no data, and real buffers."""
     config._attn_implementation = "vtr"
-    with torch.device("meta"):
+    with _EmptyOnMeta():
         model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise CheckpointError(
+                f"the buffer {name!r} of this architecture is not computed when it is built",
+                hint="report the architecture; its checkpoint cannot be exported yet",
+            )
     model = model.eval()
     for module in model.modules():
-        _fill_buffers(model, module)
         _fake_parameters(module, mode)
     return model
-
-
-def _fill_buffers(model: PreTrainedModel, module: Module) -> None:
-    """Compute the buffers that no checkpoint holds (inverse frequencies, position ids)."""
-    names = [name for name, _ in module.named_buffers(recurse=False)]
-    for name in names:
-        meta = module.get_buffer(name)
-        module._buffers[name] = torch.zeros_like(meta, device="cpu")
-    if names:
-        model._init_weights(module)
 
 
 def _fake_parameters(module: Module, mode: FakeTensorMode) -> None:

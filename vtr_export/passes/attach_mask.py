@@ -24,11 +24,7 @@ class AttachMask(ir.passes.InPlacePass):
         inputs = {value.name: value for value in graph.inputs}
         if "mask" not in inputs:
             return ir.passes.PassResult(model, modified=False)
-        padding = ir.Input(
-            "attention_mask",
-            ir.Shape(["batch", "total"]),
-            ir.TensorType(ir.DataType.INT64),
-        )
+        padding = ir.val("attention_mask", ir.DataType.INT64, ["batch", "total"])
         mask = ir.Node(ops.DOMAIN, "VtrCausalMask", [padding, inputs["inputs_embeds"]])
         mask.outputs[0].name = "mask.0"
         mask.outputs[0].shape = ir.Shape(["batch", 1, "sequence", "total"])

@@ -59,7 +59,7 @@ class Build:
 
     def graph_input(self, name: str, shape: Sequence[int | str], dtype: ir.DataType) -> ir.Value:
         """A new input of the graph."""
-        value = ir.Input(name, ir.Shape(shape), ir.TensorType(dtype))
+        value = ir.val(name, dtype, shape)
         self.graph.inputs.append(value)
         return value
 

@@ -176,13 +176,17 @@ class _Surgeon:
         for stream in site.streams:
             if stream.value in streams:
                 continue
-            if self.positions in streams and depends(stream.value, self.positions):
+            if self.positions in streams and self._is_position(stream.value):
                 streams[stream.value] = replay(build, stream.value, self.positions, streams)
                 continue
             wide = stage.streams.get(stream.value, stream.value)
             name = stream.value.name or "stream"
             streams[stream.value] = build.narrow(wide, kept, axis=stream.axis, name=name)
         return streams
+
+    def _is_position(self, value: ir.Value) -> bool:
+        """Whether ``value`` follows from positions alone (what attention rotated does not)."""
+        return depends(value, self.positions) and not depends(value, self.inputs["inputs_embeds"])
 
     def _name_pasts(self, sites: list[Site]) -> None:
         """Say in the signature that each stage has a past of its own length."""

@@ -74,9 +74,10 @@ def _multiply_transposed(graph: ir.Graph, transpose: ir.Node, weight: ir.Value) 
             [ir.AttrInt64("transB", 1)],
         )
         widen = ir.Node("", "Unsqueeze", [gemm.outputs[0], constant.outputs[0]])
-        for node, suffix in ((constant, "axes"), (squeeze, "row"), (gemm, "gemm"), (widen, "out")):
+        for node, suffix in ((constant, "axes"), (squeeze, "row"), (gemm, "gemm")):
             node.outputs[0].name = f"{product.name}.{suffix}"
         widen.outputs[0].shape, widen.outputs[0].type = product.shape, product.type
+        widen.outputs[0].name, product.name = product.name, None
         graph.insert_before(matmul, [constant, squeeze, gemm, widen])
         product.replace_all_uses_with(widen.outputs[0], replace_graph_outputs=True)
         graph.remove(matmul, safe=True)
