@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vtr_export import __version__
-from vtr_export.cli import artifacts, export, machine, plan, run, schedule
+from vtr_export.cli import artifacts, export, machine, plan, run, schedule, verify
 from vtr_export.cli.output import PLAIN
 from vtr_export.errors import GateError, VtrError
 
@@ -22,7 +22,7 @@ app = typer.Typer(
 app.command()(export.export)
 app.command()(plan.plan)
 app.command()(run.run)
-app.command()(artifacts.verify)
+app.command()(verify.verify)
 app.command()(artifacts.bench)
 app.command()(artifacts.inspect)
 app.command()(machine.doctor)

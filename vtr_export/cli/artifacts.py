@@ -1,4 +1,4 @@
-"""``vtr verify``, ``vtr bench`` and ``vtr inspect``: look at what was made."""
+"""``vtr bench`` and ``vtr inspect``: look at what was made."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +14,6 @@ if TYPE_CHECKING:
     from vtr_export.manifest import Manifest
 
 Artifact = Annotated[Path, typer.Argument(help="Folder that vtr export published.")]
-
-
-def verify(artifact: Artifact, as_json: Json = False) -> None:
-    """Replay an artifact's golden vectors, without torch."""
-    from vtr_export.verify import verify_artifact
-
-    with progress():
-        done = verify_artifact(artifact)
-    report({"artifact": str(artifact)}, [str(done)], as_json)
 
 
 def bench(

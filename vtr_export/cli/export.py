@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vtr_export.cli.output import Json, Verbose, columns, progress, report, runs, size, warn
+from vtr_export.cli.verify import gate_lines
 from vtr_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -94,10 +95,5 @@ def _lines(done: "Report", verbose: bool) -> Iterator[str]:
     yield f"{done.seconds:.1f} s, peak RSS {size(done.peak_rss_bytes)}"
     if verbose:
         yield from columns([(f"{seconds:8.2f} s", name) for name, seconds in done.steps.items()])
-        yield from columns(
-            [
-                (gate.name, f"{gate.measured:.6g}", f"bar {gate.bar:g}", gate.detail)
-                for gate in done.gates
-            ]
-        )
+        yield from gate_lines(done.gates)
         yield from columns([(name, size(count)) for name, count in done.files.items()])

@@ -20,7 +20,10 @@ def doctor(
     from vtr_export.doctor import examine, foresee
 
     checks = examine()
-    values = {"ok": all(check.ok is not False for check in checks), "checks": [c.to_json() for c in checks]}
+    values = {
+        "ok": all(check.ok is not False for check in checks),
+        "checks": [c.to_json() for c in checks],
+    }
     lines = columns([(check.mark, check.name, check.found) for check in checks])
     lines += [f"{check.name}: {check.remedy}" for check in checks if check.remedy]
     if model is not None:

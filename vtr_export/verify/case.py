@@ -1,0 +1,82 @@
+"""One call with its decode steps, and what the reference made of it."""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
+Ints: TypeAlias = NDArray[np.int64]
+
+TOP, SPREAD = 32, 224  # logits of a position that golden vectors hold: the best, and a sample
+FEATURES = 1 << 16  # values of the image features they hold
+
+
+@dataclass(frozen=True)
+class Question:
+    """What goes in: B prompts side by side, left-padded, and their images in reading order."""
+
+    name: str
+    pixel_values: Array  # [images, 3, H, W] fp32
+    input_ids: Ints  # [B, S]
+    attention_mask: Ints  # [B, S] 1 = real
+    position_ids: Ints  # [B, S]
+    vision_index: Ints  # [B, V]
+
+    @property
+    def real_vision(self) -> NDArray[np.bool_]:
+        """``[B, V]``: entries of the vision index that are no pads."""
+        real: NDArray[np.bool_] = np.take_along_axis(self.attention_mask, self.vision_index, 1) != 0
+        return real
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What only a failure is explained with, and no golden vector holds."""
+
+    text_embeds: Array  # [B, S, D] before image features come in; zeros in their places
+    streams: Array  # [layers + 1, B, D] the last row as it enters each layer, and the final norm
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question and the reference's answer. Tuples hold one entry a cut, as in its ``Step``."""
+
+    question: Question
+    tokens: Ints  # [B, n] the reference's own choices, fed to both
+    logits: Array  # [B, 1 + n, m] fp32: prefill, then each step
+    logit_ids: Ints  # [B, 1 + n, m] the ids these logits belong to, the best first
+    features: Array  # [m] fp32, every so many of all image features
+    kept: tuple[Ints, ...]
+    kept_vision: tuple[Ints, ...]
+    scores: tuple[Array, ...]
+    margins: tuple[Array, ...]
+    ties: tuple[Ints, ...]  # kept when every score is NaN: then only the order of columns decides
+    trace: Trace | None = None
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return len(self.tokens)
+
+
+def sampled(features: Array) -> Array:
+    """At most FEATURES values, evenly spaced over all."""
+    flat = features.reshape(-1)
+    if flat.size <= FEATURES:
+        return flat
+    return flat[np.linspace(0, flat.size - 1, FEATURES).astype(np.int64)]
+
+
+def noted(logits: Array) -> tuple[Array, Ints]:
+    """The TOP best logits and SPREAD evenly spaced ones of each position, and their ids."""
+    vocab = logits.shape[-1]
+    order = np.argsort(-logits, axis=-1, kind="stable").astype(np.int64)
+    if vocab <= TOP + SPREAD:
+        ids = order
+    else:
+        spread = np.linspace(0, vocab - 1, SPREAD).astype(np.int64)
+        tail = np.broadcast_to(spread, (*logits.shape[:-1], SPREAD))
+        ids = np.concatenate((order[..., :TOP], tail), axis=-1)
+    return np.take_along_axis(logits, ids, -1), ids

@@ -1,0 +1,90 @@
+"""An artifact beside its checkpoint: everything that is checked, in order, in this process."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtr_export.checkpoint import Checkpoint
+from vtr_export.families import read_facts
+from vtr_export.manifest import Gate, Manifest
+from vtr_export.schedule import Resolved
+from vtr_export.verify.case import Case, Question
+from vtr_export.verify.compare import compare
+from vtr_export.verify.first_layers import build_decoder, first_layers
+from vtr_export.verify.gates import BARS, at_most
+from vtr_export.verify.golden import FOLDER, write_golden
+from vtr_export.verify.oracle import Oracle, differing_inputs
+from vtr_export.verify.questions import Asked, ask, draw_picture, question
+from vtr_export.verify.scope import layers_of
+from vtr_export.verify.sessions import Parts
+
+CASES = {"single": ((0,), 16), "batch": ((0, 1), 4)}  # prompts side by side, decode steps
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to verify, and how."""
+
+    artifact: Path
+    checkpoint: Path
+    schedule: Resolved
+    dtype: str
+    scope: str = "all"
+    image: Path | None = None
+    prompt: str | None = None
+    golden: bool = True
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured; ``golden`` names the files that were written."""
+
+    gates: tuple[Gate, ...]
+    warnings: tuple[str, ...] = ()
+    golden: tuple[str, ...] = ()
+
+
+def check(job: Job) -> Findings:
+    """Run every gate; golden vectors are written when a whole model passes them all."""
+    checkpoint = Checkpoint.open(job.checkpoint)
+    facts = read_facts(checkpoint.config, str(checkpoint.folder / "config.json"))
+    manifest = Manifest.load(job.artifact)
+    parts, schedule, config = Parts.of(job.artifact, manifest), job.schedule, checkpoint.folder
+    pad = manifest.model.pad_token_id or 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        image = job.image or draw_picture(folder / "picture.png")
+        asked = ask(job.artifact, checkpoint.folder, facts, image, job.prompt)
+        questions = [question(name, asked, rows, facts, pad) for name, (rows, _) in CASES.items()]
+        count = layers_of(job.scope, facts.layers)
+        if count is not None:
+            schedule = first_layers(schedule, count)
+            parts = build_decoder(parts, checkpoint, manifest, schedule, folder)
+            config = folder
+        gates = [*asked.gates, _inputs_gate(asked, questions, pad, facts.image_token_id)]
+        oracle = Oracle(checkpoint.folder, config, schedule, job.dtype)
+        cases = _answers(oracle, questions)
+        del oracle
+        gates += compare(parts, cases, BARS[job.dtype])
+    golden: tuple[str, ...] = ()
+    if job.golden and count is None and all(gate.passed for gate in gates):
+        golden = write_golden(cases, job.artifact / FOLDER)
+    return Findings(tuple(gates), asked.warnings, golden)
+
+
+def _answers(oracle: Oracle, questions: Sequence[Question]) -> list[Case]:
+    return [
+        oracle.answer(each, steps)
+        for each, (_, steps) in zip(questions, CASES.values(), strict=True)
+    ]
+
+
+def _inputs_gate(asked: Asked, questions: Sequence[Question], pad: int, image: int | None) -> Gate:
+    """The runtime's batches, masks, positions and vision indices beside the reference's."""
+    token = -1 if image is None else image
+    counts = [
+        differing_inputs(each, [asked.rows[row] for row in rows], pad, token)
+        for each, (rows, _) in zip(questions, CASES.values(), strict=True)
+    ]
+    return at_most("batch.differences", sum(counts), 0)

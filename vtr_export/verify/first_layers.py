@@ -1,0 +1,60 @@
+"""The first layers of a checkpoint, exported again for a verification that fits into memory."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtr_export.assemble import save_graphs
+from vtr_export.checkpoint import Checkpoint
+from vtr_export.compile import lower
+from vtr_export.families import read_facts
+from vtr_export.manifest import Manifest
+from vtr_export.schedule import Resolved
+from vtr_export.verify.sessions import Parts
+from vtr_export.weights import link_weights, write_weights
+
+DECODER = "decoder_model_merged"
+
+
+def first_layers(schedule: Resolved, count: int) -> Resolved:
+    """What ``schedule`` says of the first ``count`` layers."""
+    cuts = tuple(cut for cut in schedule.cuts if cut.before_layer < count)
+    return replace(schedule, layers=count, cuts=cuts)
+
+
+def truncate(checkpoint: Checkpoint, count: int, folder: Path) -> Checkpoint:
+    """The same weights under a config of ``count`` decoder layers, which ``folder`` gets."""
+    config: dict[str, Any] = json.loads(json.dumps(checkpoint.config))
+    text = config.setdefault("text_config", {})
+    text["num_hidden_layers"] = count
+    if isinstance(kinds := text.get("layer_types"), list):
+        text["layer_types"] = kinds[:count]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return replace(checkpoint, folder=folder, config=config)
+
+
+def build_decoder(
+    parts: Parts, checkpoint: Checkpoint, manifest: Manifest, schedule: Resolved, folder: Path
+) -> Parts:
+    """``parts`` with a decoder of ``schedule.layers`` layers, made by the same passes.
+
+    Its weights are copied into ``folder``, or linked like those of the artifact.
+    """
+    from vtr_export.frontends.transformers import load
+
+    short = truncate(checkpoint, schedule.layers, folder)
+    facts = read_facts(short.config, str(folder / "config.json"))
+    graphs = load(short, facts, manifest.dtype)
+    mode = manifest.weights.mode
+    models = lower(graphs, schedule, weights=mode, tunable=manifest.tunable)
+    models = {DECODER: models[DECODER]}
+    if mode == "link":
+        link_weights(models, checkpoint.folder)
+    else:
+        write_weights(models, folder)
+    save_graphs(models, folder)
+    keep = np.array([cut.keep.numerator for cut in schedule.cuts], np.int64)
+    return parts.with_decoder(folder / f"{DECODER}.onnx", keep)

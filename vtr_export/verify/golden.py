@@ -1,0 +1,103 @@
+"""Golden vectors: cases an artifact carries, replayed where neither torch nor checkpoint exist."""
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+
+from vtr_export.errors import ArtifactError
+from vtr_export.manifest import Gate, Manifest
+from vtr_export.verify.case import Array, Case, Question
+from vtr_export.verify.compare import compare
+from vtr_export.verify.gates import BARS
+from vtr_export.verify.sessions import Parts
+
+FOLDER = "golden"
+MAX_BYTES = 8 << 20
+MAX_UNPACKED_BYTES = 256 << 20
+_CUTS = ("kept", "kept_vision", "scores", "margins", "ties")  # one array a cut: kept.0, …
+
+
+def write_golden(cases: Sequence[Case], folder: Path) -> tuple[str, ...]:
+    """Write ``<case>.npz`` files into ``folder``; return the names of those that fit 8 MB."""
+    folder.mkdir(exist_ok=True)
+    names, room = [], MAX_BYTES
+    for case in cases:
+        file = folder / f"{case.question.name}.npz"
+        np.savez_compressed(file, **_pack(case))
+        size_bytes = file.stat().st_size
+        if size_bytes > room:
+            file.unlink()
+            continue
+        room -= size_bytes
+        names.append(file.name)
+    return tuple(names)
+
+
+def _pack(case: Case) -> dict[str, Array]:
+    arrays: dict[str, Array] = {
+        field.name: getattr(case.question, field.name)
+        for field in fields(Question)
+        if field.name != "name"
+    }
+    arrays |= {name: getattr(case, name) for name in ("tokens", "logits", "logit_ids", "features")}
+    for name in _CUTS:
+        arrays |= {f"{name}.{cut}": values for cut, values in enumerate(getattr(case, name))}
+    return arrays
+
+
+def load_golden(file: Path) -> Case:
+    """One case; ArtifactError for a file that is none. Runs no code of it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_UNPACKED_BYTES:
+                raise ValueError(f"they unpack to more than {MAX_UNPACKED_BYTES} bytes")
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = dict(stored)
+        return _unpack(file.stem, arrays)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ArtifactError(
+            f"the golden vectors cannot be read: {error}", where=str(file)
+        ) from error
+
+
+def _unpack(name: str, arrays: dict[str, Array]) -> Case:
+    count = sum(each.startswith("kept.") for each in arrays)
+    kept, kept_vision, scores, margins, ties = (
+        tuple(arrays[f"{each}.{cut}"] for cut in range(count)) for each in _CUTS
+    )
+    names = [field.name for field in fields(Question) if field.name != "name"]
+    return Case(
+        question=Question(name, **{each: arrays[each] for each in names}),
+        tokens=arrays["tokens"],
+        logits=arrays["logits"],
+        logit_ids=arrays["logit_ids"],
+        features=arrays["features"],
+        kept=kept,
+        kept_vision=kept_vision,
+        scores=scores,
+        margins=margins,
+        ties=ties,
+    )
+
+
+def verify_artifact(path: str | Path) -> list[Gate]:
+    """Hash every file of an artifact and replay its golden vectors, on ONNX Runtime alone.
+
+    Both ways: with the keep-sets of the reference (logits), and free (keep-sets). Raises
+    ArtifactError for a damaged artifact and for one without golden vectors.
+    """
+    folder = Path(path)
+    manifest = Manifest.load(folder)
+    manifest.check_hashes(folder, full=True)
+    files = sorted(name for name in manifest.files if name.startswith(f"{FOLDER}/"))
+    if not files:
+        raise ArtifactError(
+            "the artifact carries no golden vectors",
+            where=str(folder),
+            hint="only a whole verified export has them: export again without --no-verify",
+        )
+    cases = [load_golden(folder / name) for name in files]
+    return compare(Parts.of(folder, manifest), cases, BARS[manifest.dtype])

@@ -1,0 +1,122 @@
+"""Two keep-sets side by side: how much they share, and whether rounding explains the rest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from vtr_export.manifest import Gate
+from vtr_export.verify.case import Case, Ints
+from vtr_export.verify.gates import Bars, at_least, at_most, differing
+
+Columns: TypeAlias = frozenset[int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of one call at one cut, in columns of the unpruned sequence."""
+
+    case: str
+    row: int
+    cut: int
+    vision: tuple[Columns, Columns]  # kept: by the graph, by the reference
+    others: tuple[Columns, Columns]  # text, and pads
+    excused: Columns  # the reference scores them within rounding of its boundary
+    margin: float
+
+    @property
+    def overlap(self) -> float:
+        """Intersection over union."""
+        ours, theirs = self.vision
+        return len(ours & theirs) / max(1, len(ours | theirs)) if ours | theirs else 1.0
+
+    @property
+    def excused_overlap(self) -> float:
+        """Intersection over union when swaps of near ties do not count."""
+        ours, theirs = self.vision
+        union = (ours | theirs) - (self.excused - (ours & theirs))
+        return len(ours & theirs) / len(union) if union else 1.0
+
+
+def compare(case: Case, kept: Sequence[Ints], near_tie: float) -> list[Row]:
+    """Every row of ``case`` at every cut; ``kept`` is what the graph kept."""
+    return [row for b in range(case.batch) for row in _compare_row(case, kept, b, near_tie)]
+
+
+def _compare_row(case: Case, kept: Sequence[Ints], b: int, near_tie: float) -> list[Row]:
+    question = case.question
+    columns = np.arange(question.input_ids.shape[1])
+    ours, theirs, vision_index = columns, columns, question.vision_index[b]
+    real = question.attention_mask[b] != 0
+    vision = set(vision_index[real[vision_index]].tolist())
+    excused: Columns = frozenset()
+    rows = []
+    for cut, (mine, expected) in enumerate(zip(kept, case.kept, strict=True)):
+        scored = theirs[vision_index]
+        ours, theirs = ours[mine[b]], theirs[expected[b]]
+        sides = frozenset(ours.tolist()), frozenset(theirs.tolist())
+        excused |= _near_ties(scored, case.scores[cut][b], sides[1], vision, near_tie)
+        rows.append(
+            Row(
+                question.name,
+                b,
+                cut,
+                (sides[0] & vision, sides[1] & vision),
+                (sides[0] - vision, sides[1] - vision),
+                excused,
+                float(case.margins[cut][b]),
+            )
+        )
+        vision_index = case.kept_vision[cut][b]
+    return rows
+
+
+def _near_ties(
+    columns: Ints, scores: np.ndarray, kept: Columns, vision: set[int], near_tie: float
+) -> Columns:
+    """Columns whose score lies within ``near_tie`` of the worst that was kept."""
+    of = {c: float(s) for c, s in zip(columns.tolist(), scores, strict=True) if c in vision}
+    best = [score for column, score in of.items() if column in kept]
+    if not best:
+        return frozenset()
+    boundary = min(best)
+    return frozenset(c for c, s in of.items() if abs(s - boundary) <= near_tie * abs(boundary))
+
+
+def keep_set_gates(rows: Sequence[Row], bars: Bars) -> list[Gate]:
+    """Counts must agree exactly, members by mean overlap."""
+    if not rows:
+        return []
+    gates = [_count_gate(rows)]
+    for cut in sorted({row.cut for row in rows}):
+        here = [row for row in rows if row.cut == cut]
+        raw = float(np.mean([row.overlap for row in here]))
+        margins = [row.margin for row in here if np.isfinite(row.margin)]
+        margin = f", least margin {min(margins):.3g}" if margins else ""
+        measured = float(np.mean([row.excused_overlap for row in here]))
+        detail = f"mean IoU {raw:.4f} with near ties counted{margin}"
+        gates.append(at_least(f"keep_sets.cut.{cut}", measured, bars.overlap, detail))
+    return gates
+
+
+def _count_gate(rows: Sequence[Row]) -> Gate:
+    wrong = [r for r in rows if len(r.vision[0]) != len(r.vision[1]) or r.others[0] != r.others[1]]
+    detail = ""
+    if wrong:
+        first = wrong[0]
+        ours, theirs = (len(side) for side in first.vision)
+        dropped = len(first.others[1] - first.others[0])
+        detail = (
+            f"cut {first.cut}, {first.case} row {first.row}: keeps {ours} vision tokens, not "
+            f"{theirs}; {dropped} other columns are missing"
+        )
+    return at_most("keep_sets.counts", len(wrong), 0, detail)
+
+
+def tie_gate(case: Case, kept: Sequence[Ints]) -> Gate:
+    """With every score NaN the lowest columns survive: exactly those."""
+    wrong = [differing(mine, theirs) for mine, theirs in zip(kept, case.ties, strict=True)]
+    bad = [cut for cut, count in enumerate(wrong) if count]
+    detail = f"cut {bad[0]}: equal scores do not go to the lower column" if bad else ""
+    return at_most("keep_sets.ties", sum(wrong), 0, detail)

@@ -1,0 +1,122 @@
+"""The checkpoint itself, loaded by transformers, answers through the reference decoder."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtr_export.reference import Reference, embed, pad_batch, positions_of, vision_index_of
+from vtr_export.schedule import Resolved
+from vtr_export.verify.case import Array, Case, Question, Trace, noted, sampled
+from vtr_export.verify.gates import differing
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Oracle:
+    """The model of ``weights`` (a checkpoint folder) as ``config`` (a folder) describes it."""
+
+    def __init__(self, weights: Path, config: Path, schedule: Resolved, dtype: str) -> None:
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        torch.manual_seed(0)
+        self._model: Any = AutoModelForImageTextToText.from_pretrained(
+            weights,
+            config=AutoConfig.from_pretrained(config, local_files_only=True),
+            dtype=DTYPES[dtype],
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+        ).eval()
+        self._dtype = DTYPES[dtype]
+        self._decoder = self._model.model.language_model
+        self._reference = Reference(self._decoder, self._model.lm_head, schedule)
+
+    @torch.no_grad()
+    def answer(self, question: Question, steps: int) -> Case:
+        """Prefill and ``steps`` greedy decode steps, which end tokens do not stop."""
+        ids, mask = torch.tensor(question.input_ids), torch.tensor(question.attention_mask)
+        pixels = torch.tensor(question.pixel_values).to(self._dtype)
+        embeds, index = embed(self._model, ids, mask, pixels)
+        features = torch.cat(list(self._model.get_image_features(pixels).pooler_output))
+        with self._streams() as streams:
+            said = self._reference.generate(
+                self._model.get_input_embeddings(), embeds, mask, index, max_new_tokens=steps + 1
+            )
+        silent = self._reference(
+            torch.full_like(embeds, torch.nan), mask, positions_of(mask), index
+        )
+        logits, logit_ids = noted(_numpy(said.logits))
+        prefill = said.prefill
+        return Case(
+            question=question,
+            tokens=_numpy(said.tokens[:, :steps]),
+            logits=logits,
+            logit_ids=logit_ids,
+            features=sampled(_numpy(features)),
+            kept=_arrays(prefill.kept),
+            kept_vision=_arrays(prefill.kept_vision),
+            scores=_arrays(prefill.scores),
+            margins=_arrays(prefill.margins),
+            ties=_arrays(silent.kept),
+            trace=Trace(self._text_embeds(ids), np.stack([_numpy(row) for row in streams])),
+        )
+
+    def _text_embeds(self, ids: Tensor) -> Array:
+        embeds = self._model.get_input_embeddings()(ids).clone()
+        embeds[ids == self._model.config.image_token_id] = 0
+        return _numpy(embeds)
+
+    @contextmanager
+    def _streams(self) -> Iterator[list[Tensor]]:
+        """The last row of what enters each layer and the final norm, in the first call."""
+        norms = [layer.input_layernorm for layer in self._decoder.layers] + [self._decoder.norm]
+        rows: list[Tensor] = [torch.empty(0)] * len(norms)
+        seen: set[int] = set()
+
+        def watch(number: int) -> Any:
+            def note(_: object, args: tuple[Tensor, ...]) -> None:
+                if number not in seen:
+                    rows[number] = args[0][:, -1]
+                    seen.add(number)
+
+            return note
+
+        handles = [norm.register_forward_pre_hook(watch(i)) for i, norm in enumerate(norms)]
+        try:
+            yield rows
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def differing_inputs(
+    question: Question, rows: Sequence[Sequence[int]], pad: int, image: int
+) -> int:
+    """Entries in which the runtime's batch is not the reference's."""
+    ids, mask = pad_batch(rows, pad, image)
+    index = vision_index_of(ids == image, mask)
+    theirs = (ids, mask, positions_of(mask), index)
+    ours = (
+        question.input_ids,
+        question.attention_mask,
+        question.position_ids,
+        question.vision_index,
+    )
+    return int(
+        sum(differing(mine, other.numpy()) for mine, other in zip(ours, theirs, strict=True))
+    )
+
+
+def _numpy(tensor: Tensor) -> Array:
+    """Floats as fp32."""
+    array: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
+
+
+def _arrays(tensors: Sequence[Tensor]) -> tuple[Array, ...]:
+    return tuple(_numpy(tensor) for tensor in tensors)

@@ -1,0 +1,134 @@
+"""Cases through the three graphs, end to end: pixels and ids in, logits and keep-sets out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from vtr_export.passes.force_keep_sets import ForceKeepSets
+from vtr_export.runtime.decoder import Decoder, Step
+from vtr_export.runtime.session import Session
+from vtr_export.verify.case import Array, Case, Ints, Question
+from vtr_export.verify.sessions import Forced, Parts
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the first two graphs make of a case."""
+
+    case: Case
+    features: Array  # [images, tokens, D]
+    text_embeds: Array  # [B, S, D], zeros where image features belong
+    embeds: Array  # [B, S, D]
+    steps: Array  # [B, n, D] of the tokens that follow
+
+
+@dataclass(frozen=True)
+class Played:
+    """What the decoder made of it."""
+
+    case: Case
+    logits: Array  # [B, 1 + n, vocab]
+    kept: tuple[Ints, ...]  # of the prefill; empty when forced
+
+
+def encode(parts: Parts, cases: Sequence[Case]) -> list[Array]:
+    """The image features of every case."""
+    session = parts.open(parts.vision)
+    return [_only(session, case.question.pixel_values) for case in cases]
+
+
+def embed(parts: Parts, cases: Sequence[Case], features: Sequence[Array]) -> list[Inputs]:
+    """Every case as the decoder takes it."""
+    session = parts.open(parts.embedding)
+    return [_embed(session, *pair) for pair in zip(cases, features, strict=True)]
+
+
+def _embed(session: Session, case: Case, features: Array) -> Inputs:
+    question = case.question
+    row, entry = np.nonzero(question.real_vision)
+    places = row, question.vision_index[row, entry]
+    ids = question.input_ids.copy()
+    ids[places] = 0  # an image's place may have no embedding
+    text = np.array(_only(session, ids))
+    text[places] = 0
+    embeds = text.copy()
+    embeds[places] = features.reshape(-1, features.shape[-1])
+    return Inputs(case, features, text, embeds, _only(session, case.tokens))
+
+
+def play_free(parts: Parts, inputs: Sequence[Inputs]) -> tuple[list[Played], list[Played]]:
+    """Every case as a user runs it; then its prefill alone with embeddings that are all NaN."""
+    decoder = Decoder(parts.open(parts.decoder), keep=parts.keep)
+    played = [_play(decoder, each) for each in inputs]
+    silent = []
+    for each in inputs:
+        step = _prefill(decoder, each.case.question, np.full_like(each.embeds, np.nan))
+        silent.append(Played(each.case, step.logits[:, None], step.kept))
+    return played, silent
+
+
+def play_forced(parts: Parts, inputs: Sequence[Inputs]) -> list[Played]:
+    """Every case with the reference's keep-sets."""
+    session = Forced(parts.open(parts.decoder, forced_passes()))
+    decoder = Decoder(session, keep=parts.keep)
+    return [_play(decoder, each, session) for each in inputs]
+
+
+def forced_passes() -> tuple[ir.passes.PassBase, ...]:
+    """The decoder without its scores."""
+    return (ForceKeepSets(), RemoveUnusedNodesPass())
+
+
+def prefill_feeds(parts: Parts, inputs: Inputs, session: Session) -> dict[str, Array]:
+    """The feeds of a first call, by the names of ``session``."""
+    question, case = inputs.case.question, inputs.case
+    feeds: dict[str, Array] = {
+        "inputs_embeds": inputs.embeds,
+        "attention_mask": question.attention_mask,
+        "position_ids": question.position_ids,
+        "vision_index": question.vision_index,
+    }
+    for cut, (kept, vision) in enumerate(zip(case.kept, case.kept_vision, strict=True)):
+        feeds |= {f"kept.{cut}": kept, f"kept_vision.{cut}": vision}
+    if parts.keep is not None:
+        feeds["keep"] = parts.keep
+    for name, port in session.inputs.items():
+        if name.startswith("past"):
+            tail = (size if isinstance(size, int) else 0 for size in port.shape[1:])
+            feeds[name] = np.zeros((case.batch, *tail), port.dtype)
+    return {name: feeds[name] for name in session.inputs}
+
+
+def _play(decoder: Decoder, inputs: Inputs, forced: Forced | None = None) -> Played:
+    case = inputs.case
+    if forced is not None:
+        forced.force(case.kept, case.kept_vision)
+    step = _prefill(decoder, case.question, inputs.embeds)
+    kept, logits = step.kept, [step.logits]
+    if forced is not None:
+        first, none = np.zeros((case.batch, 1), np.int64), np.zeros((case.batch, 0), np.int64)
+        forced.force([first] * len(case.kept), [none] * len(case.kept))
+    for column in range(case.tokens.shape[1]):
+        step = decoder(
+            step.cache,
+            inputs.steps[:, column : column + 1],
+            np.ones((case.batch, 1), np.int64),
+            np.zeros((case.batch, 0), np.int64),
+        )
+        logits.append(step.logits)
+    return Played(case, np.stack(logits, 1), kept)
+
+
+def _prefill(decoder: Decoder, question: Question, embeds: Array) -> Step:
+    cache = decoder.empty(len(embeds))
+    return decoder(cache, embeds, question.attention_mask, question.vision_index, kept=True)
+
+
+def _only(session: Session, value: Array) -> Array:
+    """The one output of a graph with one input."""
+    (name,) = session.inputs
+    (result,) = session.run({name: value}).values()
+    return np.asarray(result)

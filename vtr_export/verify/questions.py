@@ -1,0 +1,178 @@
+"""What the verification asks: an image file and a prompt, prepared by us and by transformers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vtr_export.errors import ArtifactError
+from vtr_export.families import ModelFacts
+from vtr_export.manifest import Gate
+from vtr_export.runtime.batch import pad_batch, positions
+from vtr_export.runtime.processor import Processor
+from vtr_export.verify.case import Array, Question
+from vtr_export.verify.gates import at_most, differing
+
+PROMPTS = (
+    "What is shown in this picture?",
+    "Look at the colours first and then tell me, in one word, what the largest shape is.",
+)
+WIDTH, HEIGHT = 501, 374  # odd and oblong: resizing and cropping have something to do
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows of token ids, each about the same image; and whether we prepare them as we should."""
+
+    rows: tuple[tuple[int, ...], ...]
+    pixel_values: Array  # [1, 3, H, W]
+    gates: tuple[Gate, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+
+def draw_picture(file: Path) -> Path:
+    """A picture with a photograph's spectrum (noise at every scale), always the same."""
+    random = np.random.default_rng(7)
+    image = np.zeros((HEIGHT, WIDTH, 3))
+    for size in (3, 6, 12, 24, 48, 96, 192):
+        noise = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        layer = Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        image += (np.asarray(layer, np.float64) - 127.5) / size**0.5
+    image = 127.5 + image * (55 / image.std())
+    Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(file, "PNG")
+    return file
+
+
+def ask(
+    folder: Path, checkpoint: Path, facts: ModelFacts, image: Path, prompt: str | None
+) -> Asked:
+    """Prepare ``image`` and two prompts from the files in ``folder``, and compare.
+
+    Where the checkpoint has no processor or tokenizer, random values take their place.
+    """
+    processor, warnings = Processor(folder), list[str]()
+    pixels, pixel_gates = _pixels(processor, checkpoint, facts, image, warnings)
+    prompts = (prompt, PROMPTS[1]) if prompt is not None else PROMPTS
+    rows, id_gates = _rows(processor, checkpoint, facts, pixels, image, prompts, warnings)
+    return Asked(rows, pixels, (*pixel_gates, *id_gates), tuple(warnings))
+
+
+def question(name: str, asked: Asked, rows: Sequence[int], facts: ModelFacts, pad: int) -> Question:
+    """The prompts ``rows`` of ``asked`` as one call."""
+    chosen = [asked.rows[row] for row in rows]
+    batch = pad_batch(chosen, pad, facts.image_token_id)
+    return Question(
+        name=name,
+        pixel_values=np.repeat(asked.pixel_values, len(chosen), axis=0),
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=positions(batch.attention_mask, batch.input_ids.shape[1]),
+        vision_index=batch.vision_index,
+    )
+
+
+def _pixels(
+    processor: Processor, checkpoint: Path, facts: ModelFacts, image: Path, warnings: list[str]
+) -> tuple[Array, list[Gate]]:
+    from transformers import AutoImageProcessor
+    from transformers.image_utils import load_image
+
+    try:
+        ours = processor.pixel_values([image])
+    except ArtifactError as error:
+        warnings.append(f"pixel values were not checked: {error.message}")
+        return _random_pixels(facts), []
+    theirs = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
+    expected = theirs(images=load_image(str(image)), return_tensors="np")["pixel_values"]
+    count = differing(ours, expected)
+    detail = f"{count:.0f} of {expected.size} values are not those of {type(theirs).__name__}"
+    return ours, [at_most("pixel_values", count, 0, detail if count else "")]
+
+
+def _random_pixels(facts: ModelFacts) -> Array:
+    vision = facts.vision
+    assert vision is not None
+    shape = (1, vision.channels, vision.image_size, vision.image_size)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def _rows(
+    processor: Processor,
+    checkpoint: Path,
+    facts: ModelFacts,
+    pixels: Array,
+    image: Path,
+    prompts: Sequence[str],
+    warnings: list[str],
+) -> tuple[tuple[tuple[int, ...], ...], list[Gate]]:
+    try:
+        tokens = processor.image_tokens(*pixels.shape[-2:])
+        ours = [_our_ids(processor, prompt, tokens) for prompt in prompts]
+    except ArtifactError as error:
+        warnings.append(f"token ids were not checked: {error.message}")
+        return _random_rows(facts), []
+    rows = tuple(tuple(ids) for ids in ours)
+    try:
+        theirs = [_their_ids(processor, checkpoint, prompt, image) for prompt in prompts]
+    except (OSError, ValueError, TypeError) as error:
+        warnings.append(f"token ids were not checked: transformers: {error}")
+        return rows, []
+    wrong = [p for p, mine, other in zip(prompts, ours, theirs, strict=True) if mine != other]
+    detail = f"the ids of {wrong[0]!r} are not those of transformers" if wrong else ""
+    return rows, [at_most("token_ids", len(wrong), 0, detail)]
+
+
+def _random_rows(facts: ModelFacts) -> tuple[tuple[int, ...], ...]:
+    """Two prompts of random words with an image each, the second one longer."""
+    random, image = np.random.default_rng(0), facts.image_token_id
+    assert image is not None
+    assert facts.tokens_per_image is not None
+    words = [int(i) for i in random.integers(0, facts.vocab - 1, 24)]
+    words = [word + (word >= image) for word in words]
+    place = [image] * facts.tokens_per_image
+    return (*words[:3], *place, *words[3:9]), (*words[9:11], *place, *words[11:24])
+
+
+def _our_ids(processor: Processor, prompt: str, tokens: int) -> list[int]:
+    if processor.is_written_out(prompt):
+        return processor.token_ids(_written_out(processor, prompt), [tokens])
+    text = processor.render(processor.messages(prompt, 1))
+    return processor.token_ids(text, [tokens], "chat")
+
+
+def _written_out(processor: Processor, prompt: str) -> str:
+    """Where there is no template, the image comes before the prompt."""
+    token = processor.image_token
+    return prompt if token in prompt else f"{token}\n{prompt}"
+
+
+def _their_ids(processor: Processor, checkpoint: Path, prompt: str, image: Path) -> list[int]:
+    """By transformers' own processor; a template of the tokenizer alone is rendered by that."""
+    from transformers import AutoProcessor
+    from transformers.image_utils import load_image
+
+    theirs: Any = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+    picture, options = load_image(str(image)), dict[str, Any]()
+    if processor.is_written_out(prompt):
+        text = _written_out(processor, prompt)
+    else:
+        messages = [_with_image(message, image) for message in processor.messages(prompt, 1)]
+        renderer = theirs if theirs.chat_template is not None else theirs.tokenizer
+        text = renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        bos = theirs.tokenizer.bos_token
+        if bos is not None and text.startswith(bos):
+            options = {"add_special_tokens": False}
+    return list(theirs(text=text, images=[picture], **options)["input_ids"][0])
+
+
+def _with_image(message: Mapping[str, Any], image: Path) -> dict[str, Any]:
+    """Transformers wants to know the image of each place."""
+    content = message["content"]
+    if not isinstance(content, str):
+        content = [
+            part | {"path": str(image)} if part["type"] == "image" else part for part in content
+        ]
+    return {**message, "content": content}
