@@ -22,11 +22,16 @@ Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "tied": {"tied": True, "layers": 3},
-    "qwen2": {"text": "qwen2", "layers": 3},
-    "mistral": {"text": "mistral", "kv_heads": 4, "layers": 3},
-    "siglip": {"tower": "siglip", "layers": 2},
-    "four_tokens": {"image": 14, "hidden": 16, "heads": 2, "kv_heads": 1, "layers": 3},
+    "qwen2": {"text": "qwen2", "layers": 3, "tied": True},
+    "four_tokens": {  # an image
+        "text": "mistral",
+        "tower": "siglip",
+        "image": 14,
+        "hidden": 16,
+        "heads": 2,
+        "kv_heads": 1,
+        "layers": 3,
+    },
     "fp16": {"hidden": 64, "layers": 3, "tied": True, "dtype": torch.float16},
 }
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16"}
