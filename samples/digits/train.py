@@ -1,0 +1,180 @@
+"""Train the sample: patches first, then patches and twelve questions a scene together."""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from network import make_model, save
+from packed import Batch, Packed, answer_loss, make_batch, patch_loss
+from questions import KINDS, ask
+from scenes import make
+from torch import Tensor
+
+EACH = 2
+Forward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When what happens; the rate rises, stays, and falls to zero over the last ``cooling``."""
+
+    steps: int
+    patches_only: int
+    cooling: int
+    warmup: int = 100
+
+    def rate(self, step: int) -> float:
+        """The learning rate of ``step`` as a share of the peak."""
+        rise = (step + 1) / self.warmup
+        restart = (step + 1 - self.patches_only) / self.warmup if step >= self.patches_only else 1.0
+        return max(0.0, min(1.0, rise, restart, (self.steps - step) / max(1, self.cooling)))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--patches-only", type=int, default=1500, help="first steps, tower alone")
+    parser.add_argument("--cooling", type=int, default=1000, help="last steps, rate falling to 0")
+    parser.add_argument("--batch", type=int, default=32, help="scenes a step")
+    parser.add_argument("--peak", type=float, default=1.5e-3, help="learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share a batch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
+    parser.add_argument("--every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT.state.pt")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: slower to start")
+    return parser.parse_args()
+
+
+def optimizer(packed: Packed, peak: float) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, the rest does not."""
+    named = list(packed.named_parameters())
+    decayed = [p for name, p in named if p.ndim >= 2 and "embed" not in name]
+    others = [p for name, p in named if p.ndim < 2 or "embed" in name]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-8, fused=True)
+
+
+def batch_of(seed: int, step: int, size: int, held_out: bool = False) -> Batch:
+    """The scenes of one step, with two questions of each kind."""
+    scenes = make("held_out" if held_out else "train", seed, step, size)
+    return make_batch(scenes, ask(scenes, seed, step, EACH))
+
+
+def losses(
+    packed: Packed, forwards: tuple[Forward, Forward], batch: Batch, ask_too: bool
+) -> tuple[Tensor, Tensor]:
+    """Patch loss and answer loss, the second zero while only patches are learned."""
+    features, decode = forwards
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = features(batch.pixels)
+        patches = packed.patch_head(seen)
+        logits = decode(seen, batch.tokens) if ask_too else None
+    answers = answer_loss(logits, batch.targets) if logits is not None else torch.zeros(())
+    return patch_loss(patches, batch.patches), answers
+
+
+@torch.no_grad()
+def accuracy(packed: Packed, seed: int, size: int = 128) -> dict[str, float]:
+    """Share of held-out questions with every answer token right, by kind."""
+    batch = batch_of(seed, 0, size, held_out=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = packed(packed.features(batch.pixels), batch.tokens)
+    right = (logits.argmax(-1) == batch.targets) | (batch.targets < 0)
+    whole = right.view(size, len(KINDS), EACH, -1).all(-1).float().mean((0, 2))
+    return dict(zip(KINDS, whole.tolist(), strict=True)) | {"all": whole.mean().item()}
+
+
+def load_state(packed: Packed, optim: torch.optim.Optimizer, file: Path) -> int:
+    """Take up a checkpoint; the next step's number."""
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    packed.load_state_dict(state["packed"])
+    optim.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def keep(packed: Packed, optim: torch.optim.Optimizer, step: int, out: Path) -> None:
+    """Write the checkpoint folder, and beside it what ``--resume`` needs."""
+    save(packed.model, out)
+    state = {"packed": packed.state_dict(), "optimizer": optim.state_dict(), "step": step}
+    beside = state_file(out).with_suffix(".tmp")
+    torch.save(state, beside)
+    beside.replace(state_file(out))
+
+
+def state_file(out: Path) -> Path:
+    return out.with_name(f"{out.name}.state.pt")
+
+
+def join(rank: int, workers: int, meeting: Path) -> None:
+    """Meet the other workers; one exchange a step bears a busy machine, many threads do not."""
+    if workers > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers
+        )
+
+
+def share_gradients(packed: Packed, workers: int) -> None:
+    """Replace each gradient by its mean over the workers."""
+    if workers == 1:
+        return
+    grads = [p.grad for p in packed.parameters() if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    parts = (flat / workers).split([grad.numel() for grad in grads])
+    for grad, part in zip(grads, parts, strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def run(rank: int, args: argparse.Namespace, meeting: Path) -> None:
+    torch.set_num_threads(args.threads)
+    join(rank, args.workers, meeting)
+    packed = Packed(make_model(args.seed))
+    optim = optimizer(packed, args.peak)
+    plan = Plan(args.steps, min(args.patches_only, args.steps // 2), args.cooling)
+    first = load_state(packed, optim, state_file(args.out)) if args.resume else 0
+    forwards: tuple[Forward, Forward] = (packed.features, packed.forward)
+    if args.compile:
+        forwards = torch.compile(packed.features), torch.compile(packed.forward)
+    start = time.monotonic()
+    for step in range(first, args.steps):
+        for group in optim.param_groups:
+            group["lr"] = args.peak * plan.rate(step)
+        batch = batch_of(args.seed, step * args.workers + rank, args.batch // args.workers)
+        patches, answers = losses(packed, forwards, batch, step >= plan.patches_only)
+        optim.zero_grad()
+        (0.5 * patches + answers).backward()
+        share_gradients(packed, args.workers)
+        torch.nn.utils.clip_grad_norm_(packed.parameters(), 1.0)
+        optim.step()
+        if rank > 0:
+            continue
+        if step % 20 == 0:
+            spent = time.monotonic() - start
+            print(f"{step} {spent:.0f}s patches {patches:.3f} answers {answers:.3f}", flush=True)
+        if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            keep(packed, optim, step + 1, args.out)
+            print(json.dumps({"step": step + 1} | accuracy(packed, args.seed)), flush=True)
+
+
+def main() -> None:
+    args = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = Path(folder) / "meeting"
+        if args.workers == 1:
+            run(0, args, meeting)
+        else:
+            processes.spawn(run, (args, meeting), args.workers)
+
+
+if __name__ == "__main__":
+    main()
