@@ -90,7 +90,8 @@ def answer(folder: Path, image: Path, question: str, limit: int) -> str:
         now = feeds["inputs_embeds"].shape[1]
         feeds["attention_mask"] = np.ones((1, length), np.int64)
         feeds["position_ids"] = np.arange(length - now, length)[None]
-        results = dict(zip(names, decoder.run(names, {n: feeds[n] for n in takes if n in feeds})))
+        values = decoder.run(names, {name: feeds[name] for name in takes if name in feeds})
+        results = dict(zip(names, values, strict=True))
         token = int(results["logits"][0, -1].argmax())
         if token in model["eos_token_ids"]:
             break
