@@ -25,6 +25,7 @@ class Batch:
     pixels: Tensor  # [B, 3, 96, 96]
     tokens: Tensor  # [B, Q * LENGTH]
     targets: Tensor  # [B, Q * LENGTH], -100 where nothing is asked
+    hints: Tensor  # [B, Q * LENGTH], the answer from the word on that the question is about
     patches: tuple[Tensor, ...]  # digit, colour, extreme, count
 
 
@@ -42,7 +43,7 @@ def _tokenizer() -> object:
 def make_batch(scenes: Scenes, asked: list[list[Question]]) -> Batch:
     """Tensors of scenes and their questions."""
     tokens = np.zeros((len(asked), len(asked[0]), LENGTH), np.int64)
-    targets = np.full_like(tokens, IGNORE)
+    targets, hints = np.full_like(tokens, IGNORE), np.full_like(tokens, IGNORE)
     for row, questions in enumerate(asked):
         for column, question in enumerate(questions):
             prompt = encode(f"{question.text} assistant:")
@@ -50,14 +51,21 @@ def make_batch(scenes: Scenes, asked: list[list[Question]]) -> Batch:
             whole, start = (*prompt, *answer), len(prompt) - 1
             tokens[row, column, : len(whole)] = whole
             targets[row, column, start : start + len(answer) + 1] = (*answer, EOS)
+            hints[row, column, first_hint(prompt, question.about) : start] = answer[0]
     pixels = (scenes.images.astype(np.float32) / 255 - np.array(MEAN, "f4")) / np.array(STD, "f4")
     labels = patch_labels(scenes)
     return Batch(
         torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         torch.from_numpy(tokens.reshape(len(asked), -1)),
         torch.from_numpy(targets.reshape(len(asked), -1)),
+        torch.from_numpy(hints.reshape(len(asked), -1)),
         tuple(map(torch.from_numpy, (labels.digit, labels.colour, labels.extreme, labels.count))),
     )
+
+
+def first_hint(prompt: tuple[int, ...], about: str) -> int:
+    """Where the answer can first be known: at the word the question is about, or at the end."""
+    return prompt.index(encode(about)[0]) if about else len(prompt) - 1
 
 
 def plain_attention(

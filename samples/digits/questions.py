@@ -25,6 +25,7 @@ class Question:
     kind: str
     text: str
     answer: str
+    about: str  # the word in it that says which; none when it counts
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def ask(scenes: Scenes, seed: int, step: int, each: int = 1) -> list[list[Questi
 def _question(kind: str, view: _View, rng: np.random.Generator) -> Question:
     about, answer = KINDS[kind](view, rng)
     phrase = PHRASES[kind][int(rng.integers(len(PHRASES[kind])))]
-    return Question(kind, phrase.format(about), answer)
+    return Question(kind, phrase.format(about), answer, about)
 
 
 def corpus() -> list[str]:

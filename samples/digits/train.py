@@ -19,6 +19,7 @@ from scenes import make
 from torch import Tensor
 
 EACH = 2
+MUON = 15  # Muon's rate over AdamW's: updates of the same size
 Forward = Callable[..., Tensor]
 
 
@@ -41,11 +42,11 @@ class Plan:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--patches-only", type=int, default=1500, help="first steps, tower alone")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--patches-only", type=int, default=500, help="first steps, tower alone")
     parser.add_argument("--cooling", type=int, default=1000, help="last steps, rate falling to 0")
     parser.add_argument("--batch", type=int, default=32, help="scenes a step")
-    parser.add_argument("--peak", type=float, default=1.5e-3, help="learning rate")
+    parser.add_argument("--peak", type=float, default=1e-3, help="AdamW's learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that share a batch")
     parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
@@ -55,13 +56,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def optimizer(packed: Packed, peak: float) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, the rest does not."""
+def optimizers(packed: Packed, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside layers, AdamW for what is embedded, classified or scaled."""
     named = list(packed.named_parameters())
-    decayed = [p for name, p in named if p.ndim >= 2 and "embed" not in name]
-    others = [p for name, p in named if p.ndim < 2 or "embed" in name]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    inner = [p for name, p in named if p.ndim == 2 and not is_outer(name)]
+    outer = [p for name, p in named if p.ndim != 2 or is_outer(name)]
+    return [
+        torch.optim.Muon(inner, lr=MUON * peak, weight_decay=0.05),
+        torch.optim.AdamW(outer, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def is_outer(name: str) -> bool:
+    """Whether a matrix faces tokens, patches or classes rather than hidden states."""
+    return "embed" in name or "head" in name
 
 
 def batch_of(seed: int, step: int, size: int, held_out: bool = False) -> Batch:
@@ -72,15 +80,17 @@ def batch_of(seed: int, step: int, size: int, held_out: bool = False) -> Batch:
 
 def losses(
     packed: Packed, forwards: tuple[Forward, Forward], batch: Batch, ask_too: bool
-) -> tuple[Tensor, Tensor]:
-    """Patch loss and answer loss, the second zero while only patches are learned."""
+) -> dict[str, Tensor]:
+    """Weighted losses by name; while only patches are learned, theirs alone."""
     features, decode = forwards
     with torch.autocast("cpu", torch.bfloat16):
         seen = features(batch.pixels)
-        patches = packed.patch_head(seen)
-        logits = decode(seen, batch.tokens) if ask_too else None
-    answers = answer_loss(logits, batch.targets) if logits is not None else torch.zeros(())
-    return patch_loss(patches, batch.patches), answers
+        found = {"patches": 0.5 * patch_loss(packed.patch_head(seen), batch.patches)}
+        if ask_too:
+            logits = decode(seen, batch.tokens)
+            found["answers"] = answer_loss(logits, batch.targets)
+            found["hints"] = 0.5 * answer_loss(logits, batch.hints)
+    return found
 
 
 @torch.no_grad()
@@ -94,18 +104,20 @@ def accuracy(packed: Packed, seed: int, size: int = 128) -> dict[str, float]:
     return dict(zip(KINDS, whole.tolist(), strict=True)) | {"all": whole.mean().item()}
 
 
-def load_state(packed: Packed, optim: torch.optim.Optimizer, file: Path) -> int:
+def load_state(packed: Packed, optims: list[torch.optim.Optimizer], file: Path) -> int:
     """Take up a checkpoint; the next step's number."""
     state: dict[str, Any] = torch.load(file, weights_only=True)
     packed.load_state_dict(state["packed"])
-    optim.load_state_dict(state["optimizer"])
+    for optim, saved in zip(optims, state["optimizers"], strict=True):
+        optim.load_state_dict(saved)
     return int(state["step"])
 
 
-def keep(packed: Packed, optim: torch.optim.Optimizer, step: int, out: Path) -> None:
+def keep(packed: Packed, optims: list[torch.optim.Optimizer], step: int, out: Path) -> None:
     """Write the checkpoint folder, and beside it what ``--resume`` needs."""
     save(packed.model, out)
-    state = {"packed": packed.state_dict(), "optimizer": optim.state_dict(), "step": step}
+    saved = [optim.state_dict() for optim in optims]
+    state = {"packed": packed.state_dict(), "optimizers": saved, "step": step}
     beside = state_file(out).with_suffix(".tmp")
     torch.save(state, beside)
     beside.replace(state_file(out))
@@ -139,30 +151,33 @@ def run(rank: int, args: argparse.Namespace, meeting: Path) -> None:
     torch.set_num_threads(args.threads)
     join(rank, args.workers, meeting)
     packed = Packed(make_model(args.seed))
-    optim = optimizer(packed, args.peak)
+    optims = optimizers(packed, args.peak)
+    peaks = [optim.param_groups[0]["lr"] for optim in optims]
     plan = Plan(args.steps, min(args.patches_only, args.steps // 2), args.cooling)
-    first = load_state(packed, optim, state_file(args.out)) if args.resume else 0
+    first = load_state(packed, optims, state_file(args.out)) if args.resume else 0
     forwards: tuple[Forward, Forward] = (packed.features, packed.forward)
     if args.compile:
         forwards = torch.compile(packed.features), torch.compile(packed.forward)
     start = time.monotonic()
     for step in range(first, args.steps):
-        for group in optim.param_groups:
-            group["lr"] = args.peak * plan.rate(step)
+        for optim, peak in zip(optims, peaks, strict=True):
+            optim.param_groups[0]["lr"] = peak * plan.rate(step)
         batch = batch_of(args.seed, step * args.workers + rank, args.batch // args.workers)
-        patches, answers = losses(packed, forwards, batch, step >= plan.patches_only)
-        optim.zero_grad()
-        (0.5 * patches + answers).backward()
+        found = losses(packed, forwards, batch, step >= plan.patches_only)
+        packed.zero_grad()
+        sum(found.values(), torch.zeros(())).backward()
         share_gradients(packed, args.workers)
         torch.nn.utils.clip_grad_norm_(packed.parameters(), 1.0)
-        optim.step()
+        for optim in optims:
+            optim.step()
         if rank > 0:
             continue
         if step % 20 == 0:
             spent = time.monotonic() - start
-            print(f"{step} {spent:.0f}s patches {patches:.3f} answers {answers:.3f}", flush=True)
+            shown = " ".join(f"{name} {value:.3f}" for name, value in found.items())
+            print(f"{step} {spent:.0f}s {shown}", flush=True)
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            keep(packed, optim, step + 1, args.out)
+            keep(packed, optims, step + 1, args.out)
             print(json.dumps({"step": step + 1} | accuracy(packed, args.seed)), flush=True)
 
 
