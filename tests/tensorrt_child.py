@@ -1,6 +1,7 @@
 """Parse and build one ONNX file with TensorRT-RTX, without a GPU, and print what came of it.
 
-A process of its own, because the builder may abort: ``python tensorrt_child.py decoder.onnx``.
+A process of its own, because the builder may abort: ``python tensorrt_child.py decoder.onnx [32]``.
+The number is the most vision tokens of a call.
 """
 
 import json
@@ -13,9 +14,17 @@ import tensorrt_rtx_bindings.tensorrt_rtx as trt
 
 # (least, best, most) of each named dimension; a dimension's stage number plays no part
 BATCH = (1, 1, 2)
-CONTEXT = {"sequence": (1, 40, 64), "vision": (0, 16, 32), "past": (0, 0, 64)}
 GENERATION = {"sequence": (1, 1, 1), "vision": (0, 0, 0), "past": (1, 64, 128)}
 Range = tuple[int, int, int]
+
+
+def context(vision: int) -> dict[str, Range]:
+    """The profile of a prompt with up to ``vision`` vision tokens."""
+    return {
+        "sequence": (1, vision + 8, 2 * vision),
+        "vision": (0, vision // 2, vision),
+        "past": (0, 0, 64),
+    }
 
 
 class Log(trt.ILogger):  # type: ignore[misc]
@@ -79,7 +88,7 @@ def describe(network: Any) -> dict[str, Any]:
     }
 
 
-def main(path: Path) -> dict[str, Any]:
+def main(path: Path, vision: int) -> dict[str, Any]:
     log = Log()
     builder = trt.Builder(log)
     network = builder.create_network(0)
@@ -90,7 +99,7 @@ def main(path: Path) -> dict[str, Any]:
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-    for profile in (CONTEXT, GENERATION):
+    for profile in (context(vision), GENERATION):
         add_profile(builder, config, network, profile)
     plan = builder.build_serialized_network(network, config)
     size_bytes = 0 if plan is None else plan.nbytes
@@ -98,4 +107,4 @@ def main(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else 32)))

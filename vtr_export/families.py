@@ -318,3 +318,4 @@ def _dtype(config: Config) -> str | None:
 
 
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {"llava": _llava}
+TOWERS, DECODERS = tuple(_VISION_DEFAULTS), tuple(_TEXT_DEFAULTS)  # sub-configurations we read
