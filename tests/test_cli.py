@@ -98,6 +98,8 @@ def test_a_usage_error_exits_2_without_a_traceback(arguments: list[str]) -> None
     assert (done.code, done.out) == (2, "")
     assert "Error: " in done.err
     assert "Traceback" not in done.err
+    first, *rest = arguments
+    assert vtr(first, "--json", *rest).json["error"]["code"] == "usage"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +144,10 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, sche
         raise ValueError("a bug")
 
     monkeypatch.setattr(exporter, "export", fail)
-    with pytest.raises(ValueError, match="a bug"):
-        vtr("export", "--schedule", schedule, "--out", "out")
+    done = vtr("export", "--schedule", schedule, "--out", "out", "--json")
+    assert done.code == 70  # neither a gate nor the input
+    assert 'raise ValueError("a bug")' in done.err
+    assert done.json["error"]["code"] == "bug"
 
 
 def test_verify_and_no_verify_exclude_each_other(schedule: Path) -> None:

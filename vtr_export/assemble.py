@@ -1,16 +1,16 @@
 """Lay out an artifact's folder: graphs, the checkpoint's own small files, the manifest's facts."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import onnx_ir as ir
 
 from vtr_export import __version__
-from vtr_export.checkpoint import Checkpoint
+from vtr_export.checkpoint import CONFIG, Checkpoint, read_json
+from vtr_export.errors import CheckpointError
 from vtr_export.families import ModelFacts
 from vtr_export.manifest import (
     DecoderFacts,
@@ -24,11 +24,13 @@ from vtr_export.manifest import (
 )
 from vtr_export.schedule import Resolved, Schedule
 
+GENERATION: Final = "generation_config.json"
+GOLDEN: Final = ("golden/batch.npz", "golden/single.npz")  # of a whole verification
 ONNX = "onnx"
 OPSET = 24
 ASSETS = (
     "config.json",
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -43,6 +45,15 @@ NEEDED_TO_RUN = {
     "preprocessor_config.json|processor_config.json": "pixel values",
 }
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors")
+
+
+def check_assets(checkpoint: Checkpoint) -> None:
+    """CheckpointError for a small file that no run could read; before any weight is read."""
+    for name in ASSETS:
+        if name.endswith(".json") and (checkpoint.folder / name).is_file():
+            read_json(checkpoint.folder / name)
+    for name in ("eos_token_id", "pad_token_id"):
+        _token_ids(checkpoint, name)
 
 
 def copy_assets(checkpoint: Checkpoint, folder: Path) -> list[str]:
@@ -157,13 +168,18 @@ def _stages(resolved: Resolved) -> tuple[Stage, ...]:
 
 def _token_ids(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     """The ids under ``name`` in generation_config.json, else in the config or its text part."""
-    generation: dict[str, Any] = {}
-    path = checkpoint.folder / "generation_config.json"
-    if path.is_file():
-        generation = json.loads(path.read_text(encoding="utf-8"))
+    file = checkpoint.folder / GENERATION
+    generation = read_json(file) if file.is_file() else {}
     config = checkpoint.config
     for place in (generation, config, config.get("text_config") or {}):
-        value = place.get(name)
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (int(value),)
+        if (value := place.get(name)) is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if any(type(one) is not int or one < 0 for one in ids):
+            raise CheckpointError(
+                f"{name} is {value!r}, neither a token id nor a list of them",
+                where=str(file if place is generation else checkpoint.folder / CONFIG),
+                hint="take the file from the model's own folder again",
+            )
+        return tuple(ids)
     return ()

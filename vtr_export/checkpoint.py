@@ -19,6 +19,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library for a header
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _REPOSITORY = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _DAMAGED = "the file is damaged: download or copy it again"
@@ -56,6 +57,7 @@ class Checkpoint:
         """
         folder = find_folder(path)
         config, config_sha256 = read_config(folder)
+        _refuse_quantised(folder)
         weight_map = _weight_map(folder)
         shards = tuple(folder / name for name in sorted(set(weight_map.values()) or {SINGLE}))
         tensors: dict[str, TensorRef] = {}
@@ -91,7 +93,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     """``config.json`` of a model folder as a dict, and its sha256."""
     file = folder / CONFIG
     if file.is_file():
-        return _read_json(file)
+        return _read_object(file)
     if (folder / "adapter_config.json").is_file():
         _refuse_adapter(folder)
     _fail(
@@ -144,13 +146,24 @@ def _weight_map(folder: Path) -> dict[str, str]:
         return {}
     if not (folder / INDEX).exists():
         _refuse_weightless(folder)
-    weight_map = _read_json(folder / INDEX)[0].get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         _fail("the index has no weight_map", folder / INDEX)
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or shard in ("", ".", "..") or re.search(r"[/\\\0]", shard):
             _fail(f"the index places {name!r} in {shard!r}, which is no file name", folder / INDEX)
     return weight_map
+
+
+def _refuse_quantised(folder: Path) -> None:
+    """Quantisers that say nothing in ``config.json`` leave a file of their own."""
+    for name in _QUANTISED:
+        if (folder / name).is_file():
+            _fail(
+                f"the checkpoint is quantised ({name}); its weights are not plain",
+                folder / name,
+                "start from the unquantised checkpoint",
+            )
 
 
 def _refuse_weightless(folder: Path) -> NoReturn:
@@ -228,7 +241,12 @@ def _check_extents(refs: Any, shard: Path, data_start: int, size_bytes: int) -> 
         _fail(f"corrupt: {size_bytes - end} bytes after the last tensor", shard)
 
 
-def _read_json(file: Path) -> tuple[dict[str, Any], str]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A small file of a model folder; CheckpointError for what is not one JSON object."""
+    return _read_object(file)[0]
+
+
+def _read_object(file: Path) -> tuple[dict[str, Any], str]:
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             _fail(f"larger than {MAX_JSON_BYTES} bytes", file)

@@ -2,28 +2,33 @@
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vtr_export import assemble
 from vtr_export.checkpoint import Checkpoint, find_folder, read_config
-from vtr_export.errors import GateError, ScheduleError, UnavailableError
+from vtr_export.errors import GateError, InputError, ScheduleError, UnavailableError
 from vtr_export.families import ModelFacts, read_facts
-from vtr_export.manifest import File, Gate, Manifest, hash_files
+from vtr_export.manifest import MANIFEST, File, Gate, Manifest, hash_files
+from vtr_export.memory import get_weight_type, weight_bytes
+from vtr_export.plan import check_fits_target
+from vtr_export.publish import check_target, publish
 from vtr_export.schedule import Resolved, Schedule
 
 if TYPE_CHECKING:
+    from vtr_export.verify import Outcome
     from vtr_export.weights import WeightsReport
 
 Progress = Callable[[str], None]
+CHOICES: Final = {"dtype": ("fp32", "fp16", "bf16"), "weights": ("copy", "link")}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to export; see ``vtr export --help``."""
+    """How to export; see ``vtr export --help``. InputError for what no export takes."""
 
     dtype: str = "fp32"
     weights: str = "copy"
@@ -31,18 +36,31 @@ class Options:
     tunable: bool = False
     force: bool = False
     dump: Path | None = None
+    target: str = "onnxruntime"
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"no {name} {value!r}", hint=f"one of: {', '.join(known)}")
+        if self.verify not in ("auto", "none"):
+            from vtr_export.verify.scope import layers_of
+
+            layers_of(self.verify, 1)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an export did: seconds by step, this process's peak memory, files with their sizes."""
+    """What an export did: seconds by step, this process's peak memory, files with their sizes.
+
+    A dry run knows no size before the file is written: it says None.
+    """
 
     artifact: str
     verified: bool
     scope: str
     seconds: float
     peak_rss_bytes: int
-    files: dict[str, int]
+    files: Mapping[str, int | None]
     vision_tokens_per_layer: tuple[int, ...] | None
     gates: tuple[Gate, ...] = ()
     steps: dict[str, float] = field(default_factory=dict)
@@ -84,17 +102,18 @@ def export(
     force: bool = False,
     dump: str | Path | None = None,
     dry_run: bool = False,
+    target: str = "onnxruntime",
     progress: Progress | None = None,
 ) -> Report:
     """Compile ``model`` (a checkpoint folder or cached hub id) by ``schedule`` into ``out``.
 
-    ``dtype`` fp32, fp16 or bf16; ``weights`` copy or link; ``verify`` auto, all, layers:K or none.
-    Raises VtrError for bad input before any weight is read, GateError when the graphs do not say
-    what the checkpoint says; ``out`` is then as it was.
+    ``dtype`` fp32, fp16 or bf16; ``weights`` copy or link; ``verify`` auto, all, layers:K or none;
+    what ``target`` could not run with one image is refused. Raises VtrError for bad input before
+    any weight is read, GateError when the graphs do not say what the checkpoint says; ``out`` is
+    then as it was.
     """
-    from vtr_export.publish import check_target
-
-    options = Options(dtype, weights, verify, tunable, force, Path(dump) if dump else None)
+    dump = Path(dump) if dump else None
+    options = Options(dtype, weights, verify, tunable, force, dump, target)
     clock = _Clock(progress)
     with clock.step("read the configuration"):
         if not isinstance(schedule, Schedule):
@@ -102,13 +121,14 @@ def export(
         folder = find_folder(_model(schedule, model))
         facts = read_facts(read_config(folder)[0], str(folder / "config.json"))
         resolved = schedule.resolve(facts)
-        target = Path(out)
-        check_target(target, force=force)
+        check_fits_target(schedule, resolved, facts.tokens_per_image or 0, target)
+        check_target(Path(out), force, _needed_bytes(facts, options))
     with clock.step("read the headers"):
         checkpoint = Checkpoint.open(folder)
+        assemble.check_assets(checkpoint)
     if dry_run:
-        return _dry_report(target, checkpoint, facts, resolved, options, clock)
-    return _export(schedule, checkpoint, facts, resolved, target, options, clock)
+        return _dry_report(Path(out), checkpoint, facts, resolved, options, clock)
+    return _export(schedule, checkpoint, facts, resolved, Path(out), options, clock)
 
 
 def _model(schedule: Schedule, model: str | Path | None) -> str | Path:
@@ -123,6 +143,11 @@ def _model(schedule: Schedule, model: str | Path | None) -> str | Path:
     return found
 
 
+def _needed_bytes(facts: ModelFacts, options: Options) -> int:
+    """What the target's disk must hold at least."""
+    return weight_bytes(facts, get_weight_type(options.dtype)) if options.weights == "copy" else 0
+
+
 def _export(
     schedule: Schedule,
     checkpoint: Checkpoint,
@@ -132,8 +157,8 @@ def _export(
     options: Options,
     clock: _Clock,
 ) -> Report:
-    from vtr_export.publish import publish
-
+    if options.dump is not None:
+        _make(options.dump)
     with publish(target, force=options.force) as staging:
         written = _write_graphs(checkpoint, facts, resolved, staging, options, clock)
         warnings = assemble.copy_assets(checkpoint, staging)
@@ -141,7 +166,8 @@ def _export(
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         draft = _manifest(schedule, checkpoint, facts, resolved, staging, options, written)
         draft.save(staging)
-        scope, gates, verification = _verify(checkpoint, facts, resolved, staging, options, clock)
+        scope, outcome = _verify(checkpoint, facts, resolved, staging, options, clock)
+        gates = () if outcome is None else outcome.gates
         with clock.step("hash the files"):
             known = {name: draft.files[name] for name in draft.files if name.startswith("onnx/")}
             manifest = draft.model_copy(
@@ -155,19 +181,19 @@ def _export(
                 }
             )
         manifest.save(staging)
-    if scope == "none":
-        warnings = [*warnings, "not verified: --no-verify was given"]
+        size_bytes = (staging / MANIFEST).stat().st_size
+    warnings += ["not verified: --no-verify was given"] if outcome is None else outcome.warnings
     return Report(
         artifact=str(target),
         verified=manifest.verified,
         scope=scope,
         seconds=round(sum(clock.steps.values()), 3),
         peak_rss_bytes=peak,
-        files={name: file.bytes for name, file in manifest.files.items()},
+        files={name: file.bytes for name, file in manifest.files.items()} | {MANIFEST: size_bytes},
         vision_tokens_per_layer=manifest.schedule.keep_per_layer,
         gates=gates,
         steps=dict(clock.steps),
-        verification=verification,
+        verification=_measured(outcome),
         warnings=tuple(warnings),
     )
 
@@ -253,13 +279,13 @@ def _verify(
     staging: Path,
     options: Options,
     clock: _Clock,
-) -> tuple[str, tuple[Gate, ...], dict[str, float]]:
+) -> tuple[str, "Outcome | None"]:
     """Run the parity gates; raises GateError for the first that fails."""
-    if options.verify == "none":
-        return "none", (), {}
-    from vtr_export.verify import choose_scope, verify_export
+    scope = _scope(facts, options)
+    if scope == "none":
+        return scope, None
+    from vtr_export.verify import verify_export
 
-    scope = choose_scope(facts) if options.verify == "auto" else options.verify
     with clock.step(f"verify ({scope})"):
         outcome = verify_export(
             staging, checkpoint.folder, resolved, dtype=options.dtype, scope=scope
@@ -272,8 +298,34 @@ def _verify(
             where=first.detail,
             hint="nothing was published; --no-verify publishes it unverified",
         )
-    measured = {"seconds": outcome.seconds, "peak_rss_bytes": float(outcome.peak_rss_bytes)}
-    return scope, tuple(outcome.gates), measured
+    return scope, outcome
+
+
+def _scope(facts: ModelFacts, options: Options) -> str:
+    """How much of the model is verified."""
+    if options.verify != "auto":
+        return options.verify
+    from vtr_export.verify import choose_scope
+
+    return choose_scope(facts)
+
+
+def _measured(outcome: "Outcome | None") -> dict[str, float]:
+    """What the verification took."""
+    if outcome is None:
+        return {}
+    return {"seconds": outcome.seconds, "peak_rss_bytes": float(outcome.peak_rss_bytes)}
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--dump cannot be written: {error.strerror}",
+            where=str(folder),
+            hint="give a folder that you may write to",
+        ) from None
 
 
 def _dry_report(
@@ -287,8 +339,9 @@ def _dry_report(
     """What an export would write; no graph is traced and no weight is read."""
     onnx = list(assemble.graph_files().model_dump().values())
     data = [f"{name}.data" for name in onnx] if options.weights == "copy" else []
+    golden = assemble.GOLDEN if _scope(facts, options) == "all" else ()
     assets = [name for name in assemble.ASSETS if (checkpoint.folder / name).is_file()]
-    names = sorted([*onnx, *data, *assets, "schedule.yaml", "manifest.json"])
+    names = sorted([*onnx, *data, *golden, *assets, "schedule.yaml", MANIFEST])
     tokens = resolved.tokens_per_image
     return Report(
         artifact=str(target),
@@ -296,7 +349,7 @@ def _dry_report(
         scope="none",
         seconds=round(sum(clock.steps.values()), 3),
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        files=dict.fromkeys(names, 0),
+        files=dict.fromkeys(names),
         vision_tokens_per_layer=None if tokens is None else tuple(resolved.keep_per_layer(tokens)),
         steps=dict(clock.steps),
         warnings=tuple(assemble.missing_assets(checkpoint.folder)),

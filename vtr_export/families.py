@@ -7,6 +7,7 @@ from typing import Any, Final
 from vtr_export.errors import CheckpointError
 
 Config = Mapping[str, Any]
+_FRESH: Final = "check it against a fresh download of the model"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_facts(config: Config, where: str) -> ModelFacts:
     that are missing or make no sense; ``where`` names the file.
     """
     if not isinstance(config, Mapping):
-        raise CheckpointError("the configuration is not a JSON object", where=where)
+        raise CheckpointError("the configuration is not a JSON object", where=where, hint=_FRESH)
     for part in (config, config.get("text_config"), config.get("vision_config")):
         _refuse_quantised(part, where)
     model_type = config.get("model_type")
@@ -156,7 +157,9 @@ class _Section:
         value = self.values.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(
-                f"{self.name}{key} is {value!r}, not a positive integer", where=self.where
+                f"{self.name}{key} is {value!r}, not a positive integer",
+                where=self.where,
+                hint=_FRESH,
             )
         return value
 
@@ -172,7 +175,7 @@ class _Section:
         value = self.values.get(key, default)
         if not isinstance(value, bool):
             raise CheckpointError(
-                f"{self.name}{key} is {value!r}, not true or false", where=self.where
+                f"{self.name}{key} is {value!r}, not true or false", where=self.where, hint=_FRESH
             )
         return value
 
@@ -185,7 +188,9 @@ def _section(
     if given is None:
         given = _LLAVA_TOWER if key == "vision_config" else {}
     if not isinstance(given, Mapping):
-        raise CheckpointError(f"{key} is {type(given).__name__}, not an object", where=where)
+        raise CheckpointError(
+            f"{key} is {type(given).__name__}, not an object", where=where, hint=_FRESH
+        )
     kind = given.get("model_type") or fallback
     if not isinstance(kind, str) or kind not in defaults:
         raise CheckpointError(
@@ -222,12 +227,20 @@ def _llava(config: Config, where: str) -> ModelFacts:
         tied=top.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
         dtype=_dtype(config) or _dtype(text.values),
         tokens_per_image=facts.tokens - _dropped_tokens(config, where),
-        image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
+        image_token_id=_image_token(config, where),
         vision=facts,
         projector_parameters=macs + bias,
         projector_macs=macs,
         layer_biases=_layer_biases(kind, text, heads * head_dim, kv_heads * head_dim),
     )
+
+
+def _image_token(config: Config, where: str) -> int:
+    value = config.get("image_token_index", config.get("image_token_id", 32000))
+    if type(value) is not int or value < 0:
+        message = f"image_token_index is {value!r}, not a token id"
+        raise CheckpointError(message, where=where, hint=_FRESH)
+    return value
 
 
 def _heads(text: _Section, hidden: int, heads: int) -> tuple[int, int]:
@@ -236,11 +249,15 @@ def _heads(text: _Section, hidden: int, heads: int) -> tuple[int, int]:
     if text.values.get("num_key_value_heads") is not None:
         kv_heads = text.size("num_key_value_heads")
     if heads % kv_heads:
-        raise CheckpointError(f"{heads} heads cannot share {kv_heads} kv heads", where=text.where)
+        raise CheckpointError(
+            f"{heads} heads cannot share {kv_heads} kv heads", where=text.where, hint=_FRESH
+        )
     if text.values.get("head_dim") is not None:
         return kv_heads, text.size("head_dim")
     if hidden % heads:
-        raise CheckpointError(f"hidden {hidden} is no multiple of {heads} heads", where=text.where)
+        raise CheckpointError(
+            f"hidden {hidden} is no multiple of {heads} heads", where=text.where, hint=_FRESH
+        )
     return kv_heads, hidden // heads
 
 
@@ -263,7 +280,9 @@ def _feature_layers(config: Config, layers: int, where: str) -> tuple[int, ...]:
     if any(isinstance(i, bool) or not isinstance(i, int) or not -layers - 1 <= i <= layers
            for i in wanted):  # fmt: skip
         raise CheckpointError(
-            f"vision_feature_layer {given!r} does not fit a tower of {layers} layers", where=where
+            f"vision_feature_layer {given!r} does not fit a tower of {layers} layers",
+            where=where,
+            hint=_FRESH,
         )
     return tuple(i if i >= 0 else layers + 1 + i for i in wanted)
 
@@ -275,6 +294,7 @@ def _dropped_tokens(config: Config, where: str) -> int:
         raise CheckpointError(
             f"vision_feature_select_strategy {strategy!r} is neither 'default' nor 'full'",
             where=where,
+            hint=_FRESH,
         )
     return 1 if strategy == "default" else 0
 

@@ -27,7 +27,7 @@ from vtr_export.roofline import first_token_parts, next_token_parts, seconds
 from vtr_export.schedule import Resolved, Schedule
 
 TENSORRT_TOP_K: Final = 3840  # the largest k of TensorRT's TopK layer
-TARGETS: Final = ("onnxruntime", "tensorrt")
+TARGETS: Final = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def plan(
     _check_count("batch", batch, 1)
     v = _vision_tokens(facts, images, vision_tokens)
     work = Workload(v, text_tokens, images, batch, new_tokens)
-    check_target(schedule, resolved, v, target)
+    check_fits_target(schedule, resolved, v, target)
     kind, whole = get_weight_type(weights), without_cuts(resolved)
     rule = get_convention(convention)
     total = prefill_cost(facts, resolved, v, text_tokens, convention)
@@ -156,14 +156,16 @@ def plan(
     )
 
 
-def check_target(schedule: Schedule, resolved: Resolved, vision_tokens: int, target: str) -> None:
-    """Refuse what the target cannot run: TensorRT's TopK selects at most 3840.
+def check_fits_target(
+    schedule: Schedule, resolved: Resolved, vision_tokens: int, target: str
+) -> None:
+    """Refuse what the target cannot run: TensorRT's TopK, and TensorRT-RTX's, select at most 3840.
 
     With ``rank: per_image`` each image selects its own keep, else a call selects for all.
     """
     if target not in TARGETS:
         raise InputError(f"no target {target!r}", hint=f"one of: {', '.join(TARGETS)}")
-    if target != "tensorrt":
+    if not target.startswith("tensorrt"):
         return
     for cut in resolved.cuts:
         per_image = resolved.rank == "per_image"

@@ -2,8 +2,9 @@
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -12,11 +13,13 @@ from vtr_export.cli import artifacts, export, machine, plan, run, schedule, veri
 from vtr_export.cli.output import PLAIN
 from vtr_export.errors import GateError, VtrError
 
+FAULT: Final = 70  # EX_SOFTWARE of sysexits.h: neither a gate nor the input
+
 app = typer.Typer(
     name="vtr",
     no_args_is_help=True,
     help="Deploy vision-language models on fewer tokens.",
-    epilog="Exit status: 0 fine, 1 a gate failed, 2 bad input.",
+    epilog="Exit status: 0 fine, 1 a gate failed, 2 bad input, 70 a bug of ours.",
     **PLAIN,
 )
 app.command()(export.export)
@@ -57,13 +60,24 @@ def export_main() -> None:
 
 
 def guarded(run: Callable[[], object]) -> None:
-    """Run; our own bugs keep their traceback."""
+    """Run; with ``--json`` an error is the last line of stdout. Our bugs keep their traceback."""
     try:
         run()
     except VtrError as error:
         typer.echo(str(error), err=True)
-        if "--json" in sys.argv:
-            said = {"code": error.code, "message": error.message}
-            said |= {"where": error.where, "hint": error.hint}
-            typer.echo(json.dumps({"error": said}))
+        _report(error.code, error.message, error.where, error.hint)
         raise SystemExit(1 if isinstance(error, GateError) else 2) from None
+    except SystemExit as stop:
+        if stop.code == 2:  # typer has said on stderr what does not parse
+            _report("usage", "the command line does not parse", "", "stderr and --help say why")
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        _report("bug", f"{type(error).__name__}: {error}", "", "report it with the traceback")
+        raise SystemExit(FAULT) from None
+
+
+def _report(code: str, message: str, where: str, hint: str) -> None:
+    if "--json" in sys.argv:
+        said = {"code": code, "message": message, "where": where, "hint": hint}
+        typer.echo(json.dumps({"error": said}))

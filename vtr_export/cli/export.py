@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vtr_export.cli.output import Json, Verbose, columns, progress, report, runs, size, warn
+from vtr_export.cli.output import Json, Target, Verbose, columns, progress, report, runs, size, warn
 from vtr_export.cli.verify import gate_lines
 from vtr_export.errors import InputError
 
@@ -59,6 +59,7 @@ def export(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, read no weight, write nothing.")
     ] = False,
+    target: Target = "onnxruntime",
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -79,6 +80,7 @@ def export(
             force=force,
             dump=dump,
             dry_run=dry_run,
+            target=target,
             progress=announce,
         )
     warn(done.warnings)
@@ -86,8 +88,11 @@ def export(
 
 
 def _lines(done: "Report", verbose: bool) -> Iterator[str]:
-    what = "would write" if done.dry_run else "wrote"
-    yield f"{what} {done.artifact}: {len(done.files)} files, {size(sum(done.files.values()))}"
+    sizes = {name: count for name, count in done.files.items() if count is not None}
+    if done.dry_run:
+        yield f"would write {done.artifact}: {len(done.files)} files"
+    else:
+        yield f"wrote {done.artifact}: {len(done.files)} files, {size(sum(sizes.values()))}"
     if done.vision_tokens_per_layer is not None:
         yield f"vision tokens per layer: {runs(done.vision_tokens_per_layer)}"
     if not done.dry_run:
@@ -96,4 +101,6 @@ def _lines(done: "Report", verbose: bool) -> Iterator[str]:
     if verbose:
         yield from columns([(f"{seconds:8.2f} s", name) for name, seconds in done.steps.items()])
         yield from gate_lines(done.gates)
-        yield from columns([(name, size(count)) for name, count in done.files.items()])
+        yield from columns(
+            [(name, size(sizes[name]) if name in sizes else "") for name in done.files]
+        )

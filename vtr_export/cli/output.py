@@ -16,6 +16,9 @@ PLAIN: Final[dict[str, Any]] = {
     "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 100},
 }
 Json = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
+Target = Annotated[
+    str, typer.Option(help="Refuse what it cannot run: onnxruntime, tensorrt or tensorrt-rtx.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 
 

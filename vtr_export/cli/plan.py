@@ -1,23 +1,15 @@
 """``vtr plan``: what a schedule would do to a model, from its config alone."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vtr_export.cli.output import Json, columns, report, runs, warn
+from vtr_export.cli.output import Json, Target, columns, report, runs, warn
 
 if TYPE_CHECKING:
     from vtr_export.families import ModelFacts
     from vtr_export.schedule import Schedule
-
-
-class Target(StrEnum):
-    """What would run it."""
-
-    ONNXRUNTIME = "onnxruntime"
-    TENSORRT = "tensorrt"
 
 
 def plan(
@@ -41,7 +33,7 @@ def plan(
     ] = None,
     weights: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp16",
     memory: Annotated[str | None, typer.Option(help="Does it fit? 8GiB, 500MB, bytes.")] = None,
-    target: Annotated[Target, typer.Option(help="Refuse what it cannot run.")] = Target.ONNXRUNTIME,
+    target: Target = "onnxruntime",
     as_json: Json = False,
 ) -> None:
     """Predict tokens, FLOPs, bytes, fit and time; no weight is read."""
@@ -61,7 +53,7 @@ def plan(
         device=device,
         weights=weights,
         memory=memory,
-        target=target.value,
+        target=target,
     )
     warn(done.notes)
     lines = columns([("", "unpruned", "pruned"), *done.rows()])

@@ -1,10 +1,11 @@
 """``vtr run``: image and prompt to answer, without torch."""
 
+import os
 import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -13,6 +14,9 @@ from vtr_export.errors import InputError
 
 if TYPE_CHECKING:
     from vtr_export.runtime.artifact import Answer
+
+
+PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Device(StrEnum):
@@ -28,6 +32,9 @@ def run(
     image: Annotated[
         list[Path] | None, typer.Option("--image", "-i", help="Image file; repeat for several.")
     ] = None,
+    no_image: Annotated[
+        bool, typer.Option("--no-image", help="The prompt needs none: ask about the text alone.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Of the answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the best token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the best tokens of this share.")] = 1.0,
@@ -51,8 +58,9 @@ def run(
 ) -> None:
     """Answer a prompt about images; the answer alone goes to stdout."""
     images = list(image or ())
-    if show_kept is not None and not images:
-        raise InputError("--show-kept draws on an image, and none is given", hint="add --image")
+    _check_images(images, no_image)
+    if show_kept is not None:
+        _check_picture(show_kept, images)
     keeps = None if keep is None else _numbers(keep)
     from vtr_export.runtime.artifact import Artifact
 
@@ -80,6 +88,34 @@ def run(
         report(_plain(answer), (), as_json=True)
 
 
+def _check_images(images: list[Path], no_image: bool) -> None:
+    if not images and not no_image:
+        raise InputError(
+            "no image is given, and the model answers about images",
+            hint="add --image FILE, or --no-image for a prompt that needs none",
+        )
+    if images and no_image:
+        raise InputError("--image and --no-image exclude each other", hint="give one of them")
+
+
+def _check_picture(file: Path, images: list[Path]) -> None:
+    """Refuse before the model runs what could not be drawn, or not be written there."""
+    if not images:
+        raise InputError("--show-kept draws on an image, and none is given", hint="add --image")
+    if file.suffix.lower() not in PICTURES:
+        raise InputError(
+            f"--show-kept does not write {file.suffix or 'a file without a suffix'}",
+            where=str(file),
+            hint=f"give a path ending in {', '.join(PICTURES)}",
+        )
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise InputError(
+            "--show-kept cannot be written there",
+            where=str(file),
+            hint="give a path in a folder that exists and that you may write to",
+        )
+
+
 def _say(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
@@ -97,7 +133,7 @@ def _draw(picture: Any, file: Path) -> None:
         picture.save(file)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot write the picture: {error}", where=str(file), hint="give a path ending in .png"
+            f"cannot write the picture: {error}", where=str(file), hint="choose another place"
         ) from None
     typer.echo(f"drew {file}", err=True)
 

@@ -1,6 +1,7 @@
 """A checkpoint's model without its weights: fake parameters, real buffers, renamed tensors."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from vtr_export.checkpoint import Checkpoint, TensorRef
+from vtr_export.checkpoint import CONFIG, Checkpoint, TensorRef
 from vtr_export.errors import CheckpointError
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_REFUSALS = (ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -36,8 +39,11 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """The model of ``config`` with parameters that have a shape and no data, and real buffers."""
     config._attn_implementation = "vtr"
-    with _EmptyOnMeta():
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    try:
+        with _EmptyOnMeta():
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    except _REFUSALS as error:
+        raise _refusal("build a model of", error, config.name_or_path) from error
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
             raise CheckpointError(
@@ -62,12 +68,17 @@ def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """Transformers' own reading of ``config.json``; runs no code of the checkpoint."""
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"transformers cannot read this configuration: {error}",
-            where=str(checkpoint.folder / "config.json"),
-            hint="check it against a fresh download of the model",
-        ) from error
+    except _REFUSALS as error:
+        raise _refusal("read", error, checkpoint.folder) from error
+
+
+def _refusal(what: str, error: Exception, folder: str | Path) -> CheckpointError:
+    """Transformers' complaint about a configuration, whatever it raised."""
+    return CheckpointError(
+        f"transformers cannot {what} this configuration: {type(error).__name__}: {error}",
+        where=str(Path(folder) / CONFIG),
+        hint="check it against a fresh download of the model",
+    )
 
 
 def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
@@ -116,6 +127,12 @@ def _check(
             hint="download the missing shards again, or check `architectures` in config.json",
         )
     for name, ref in found.items():
+        if name in parameters and ref.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{ref.name} is stored as {ref.dtype}: the checkpoint is quantised",
+                where=str(ref.shard),
+                hint="start from a float16, bfloat16 or float32 checkpoint",
+            )
         if name in parameters and tuple(wanted[name].shape) != tuple(ref.shape):
             raise CheckpointError(
                 f"{ref.name} has shape {list(ref.shape)}, "

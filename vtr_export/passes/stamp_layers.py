@@ -113,7 +113,10 @@ class StampLayers(ir.passes.InPlacePass):
 def _find_body(graph: ir.Graph, own_values: Sequence[ir.Value]) -> Body:
     sites = [node for node in graph if node.op_type == "Attention"]
     if len(sites) != TRACED:
-        raise AnalysisError(f"{len(sites)} attention nodes were traced, not {TRACED}")
+        raise AnalysisError(
+            f"{len(sites)} attention nodes were traced, not {TRACED}",
+            hint="report the model: its layers cannot be exported yet",
+        )
     entry = residual(graph, sites[0], sites[1])
     leaves = residual(graph, sites[1], sites[2])
     own = descendants(entry).union(*(descendants(value) for value in own_values))

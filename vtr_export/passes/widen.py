@@ -7,6 +7,7 @@ from vtr_export.errors import AnalysisError
 
 TYPED = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
+_REPORT = "report the model: its typed graph cannot be checked yet"
 
 
 class Widen(ir.passes.InPlacePass):
@@ -43,10 +44,13 @@ def _check(node: ir.Node) -> None:
     """AnalysisError for a node whose typed values could be missed."""
     kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
     if any(attribute.type in kinds for attribute in node.attributes.values()):
-        raise AnalysisError(f"node {node.name!r} ({node.op_type}) holds a graph of its own")
+        raise AnalysisError(
+            f"node {node.name!r} ({node.op_type}) holds a graph of its own", hint=_REPORT
+        )
     for value in node.outputs:
         if value.dtype is None and value.uses():
-            raise AnalysisError(f"the dtype of {value.name!r} ({node.op_type}) is unknown")
+            message = f"the dtype of {value.name!r} ({node.op_type}) is unknown"
+            raise AnalysisError(message, hint=_REPORT)
 
 
 def _widen(graph: ir.Graph, value: ir.Value) -> None:

@@ -227,7 +227,9 @@ class Artifact:
         pixels, counts = self.pixels(as_list(images))
         vision = self.processor.facts.vision
         if pixels is None or vision is None or sum(counts) != answer.vision_tokens:
-            raise InputError("the images are not those of this answer's call")
+            raise InputError(
+                "the images are not those of this answer's call", hint="give those of that call"
+            )
         height, width = pixels.shape[-2:]
         grid = Grid.of(height, width, vision.patch_size, counts[0])
         kept = (np.arange(answer.vision_tokens), *answer.kept)
@@ -257,7 +259,7 @@ class Artifact:
                     hint="put the question behind it: both belong into one call",
                 )
             if not row.ids:
-                raise InputError("the prompt is empty")
+                raise InputError("the prompt is empty", hint="ask something")
         past = cache.lengths
         longest = max(int(length) + len(row.ids) for length, row in zip(past, rows, strict=True))
         context = self.manifest.model.context

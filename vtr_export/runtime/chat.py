@@ -60,7 +60,9 @@ class ChatTemplate:
             template = _environment().from_string(self.text)
         except jinja2.TemplateError as error:
             raise ArtifactError(
-                f"the chat template is broken: {error}", where=self.where
+                f"the chat template is broken: {error}",
+                where=self.where,
+                hint="take the file from the checkpoint again",
             ) from error
         try:
             return template.render(
@@ -71,7 +73,11 @@ class ChatTemplate:
                 **special,
             )
         except _REFUSALS as error:
-            raise InputError(f"the chat template refuses: {error}", where=self.where) from error
+            raise InputError(
+                f"the chat template refuses: {error}",
+                where=self.where,
+                hint="write the prompt out yourself, with the image's place in it",
+            ) from error
 
 
 class _Generation(Extension):

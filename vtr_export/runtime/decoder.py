@@ -52,7 +52,10 @@ class Decoder:
             name for name in session.inputs if name.startswith(tuple(_CARRIED.values()))
         }
         if lacking:
-            raise ArtifactError(f"the decoder's cache does not close: {', '.join(sorted(lacking))}")
+            raise ArtifactError(
+                f"the decoder's cache does not close: {', '.join(sorted(lacking))}",
+                hint="run it with the vtr-export that made it, or export it again",
+            )
         kept = (name for name in session.outputs if name.startswith(_KEPT))
         self._kept = sorted(kept, key=lambda name: int(name.removeprefix(_KEPT)))
 

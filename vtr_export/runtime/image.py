@@ -132,7 +132,10 @@ class ImageFacts:
         prepared = [self._prepare(load(image)) for image in images]
         if len(shapes := {one.shape for one in prepared}) > 1:
             sizes = ", ".join(f"{w}x{h}" for _, h, w in sorted(shapes))
-            raise InputError(f"the images of one call end in different sizes ({sizes})")
+            raise InputError(
+                f"the images of one call end in different sizes ({sizes})",
+                hint="crop them to one shape, or ask about one at a time",
+            )
         return np.stack(prepared)
 
     def _prepare(self, image: Image.Image) -> Pixels:
@@ -275,7 +278,10 @@ def _normalize(pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) 
 def _pad_end(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     missing = [length - now for length, now in zip(size, pixels.shape[1:], strict=True)]
     if min(missing) < 0:
-        raise InputError(f"an image of {pixels.shape[1:]} does not fit into {size}")
+        raise InputError(
+            f"an image of {pixels.shape[1:]} does not fit into {size}",
+            hint="scale the image down first",
+        )
     return np.pad(pixels, [(0, 0), (0, missing[0]), (0, missing[1])])
 
 

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vtr_export.errors import ArtifactError
+
+_AGAIN: Final = "take the file from the checkpoint again"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -14,7 +16,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"not valid JSON: {error}", where=str(file)) from error
+        raise ArtifactError(f"not valid JSON: {error}", where=str(file), hint=_AGAIN) from error
     if not isinstance(data, dict):
-        raise ArtifactError("not a JSON object", where=str(file))
+        raise ArtifactError("not a JSON object", where=str(file), hint=_AGAIN)
     return data

@@ -53,7 +53,10 @@ class Model:
         embeds = np.array(_only(self.embedding, ids))
         given = 0 if features is None else features.shape[0] * features.shape[1]
         if (places := int(is_vision.sum())) != given:
-            raise ArtifactError(f"{given} image features for {places} places in the prompt")
+            raise ArtifactError(
+                f"{given} image features for {places} places in the prompt",
+                hint="the preprocessor's file belongs to another checkpoint",
+            )
         if features is not None:
             embeds[is_vision] = features.reshape(-1, features.shape[-1]).astype(embeds.dtype)
         return embeds

@@ -126,7 +126,8 @@ class OnnxRuntime:
             session = self._ort.InferenceSession(str(file), options, providers=providers)
         except _failures() as error:
             if not file.is_file():
-                raise ArtifactError("a graph is missing", where=str(file)) from error
+                hint = "export or copy the artifact again"
+                raise ArtifactError("a graph is missing", where=str(file), hint=hint) from error
             raise ArtifactError(
                 f"ONNX Runtime {self._ort.__version__} does not open the graph: {error}",
                 where=str(file),
@@ -163,7 +164,7 @@ def open_session(
             f"no device named {device!r}", hint=f"choose one of: {', '.join(PROVIDERS)}"
         )
     if threads is not None and threads < 1:
-        raise InputError(f"threads must be at least 1, not {threads}")
+        raise InputError(f"threads is {threads}", hint="give at least 1, or leave it out")
     return OnnxRuntime(file, device=device, threads=threads, shards=shards)  # type: ignore[arg-type]
 
 

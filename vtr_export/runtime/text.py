@@ -52,7 +52,9 @@ class Tokenizer:
             return cls(tokenizers.Tokenizer.from_file(str(file)), config)
         except Exception as error:  # the library raises nothing narrower
             raise ArtifactError(
-                f"the tokenizer cannot be read: {error}", where=str(file)
+                f"the tokenizer cannot be read: {error}",
+                where=str(file),
+                hint="put the checkpoint's own file there",
             ) from error
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
