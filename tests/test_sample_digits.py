@@ -10,6 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from vtr_export.exporter import export
+
 pytest.importorskip("sklearn", reason="scenes are made of scikit-learn's digits")
 pytest.importorskip("transformers", reason="the sample is a transformers checkpoint")
 
@@ -78,3 +80,18 @@ def test_twenty_steps_of_training_leave_a_checkpoint_that_loads(tmp_path: Path) 
     assert not notes["unexpected_keys"]
     assert model.config.text_config.num_hidden_layers >= 8
     AutoProcessor.from_pretrained(out)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("digits") / "artifact"
+    export(SAMPLE / "schedule.yaml", SAMPLE / "model", out, verify="none")
+    return out
+
+
+def test_the_pruned_sample_answers_as_the_pruned_reference(artifact: Path) -> None:
+    command = [sys.executable, str(SAMPLE / "agree.py"), str(artifact), "--more", "512"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "640 questions, 640 answered alike" in done.stdout
+    assert float(done.stdout.split()[-1].rstrip("%")) > 95
