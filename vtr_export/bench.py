@@ -1,7 +1,7 @@
 """Time an artifact beside its unpruned twin, and say what was predicted."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -26,10 +26,11 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Medians of interleaved runs, one prompt at a time; ``predicted_*`` are counted, not timed.
+    """Medians of interleaved runs of one prompt beside what ``vtr plan`` predicts of them.
 
-    ``predicted_prefill_speedup`` is the exact FLOPs' ratio, ``predicted_decode_speedup`` the
-    roofline's on the planner's ``cpu``. Times in milliseconds; ``decode`` is per token.
+    Times in milliseconds; ``decode`` is per token, ``first_token`` the vision encoder and the
+    prefill. ``predicted_*_ms`` are the roofline's of ``predicted_for``, ``predicted_*_speedup`` of
+    the prefill the ratio of exact FLOPs, of the others the roofline's.
     """
 
     artifact: str
@@ -47,38 +48,58 @@ class BenchReport:
     prefill_ms_unpruned: float
     prefill_speedup: float
     predicted_prefill_speedup: float
+    first_token_ms: float
+    first_token_ms_unpruned: float
+    predicted_first_token_ms: float
+    predicted_first_token_ms_unpruned: float
     decode_ms: float
     decode_ms_unpruned: float
     decode_speedup: float
+    predicted_decode_ms: float
+    predicted_decode_ms_unpruned: float
     predicted_decode_speedup: float
+    predicted_for: str
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self) | {"vision_tokens_per_layer": list(self.vision_tokens_per_layer)}
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Lines of (what, unpruned, pruned, speed-up, predicted)."""
-        rows: list[tuple[str, ...]] = [("", "unpruned", "pruned", "speed-up", "predicted")]
-        if self.vision_encoder_ms is not None:
-            whole = f"{self.vision_encoder_ms:.1f} ms"
-            rows.append(("vision encoder", whole, whole, "1.000", "1.000"))
+        """Lines of (what, unpruned, pruned, speed-up), each with what was predicted."""
+        prefill = self.prefill_ms_unpruned, None, self.prefill_ms, None
+        first = (
+            self.first_token_ms_unpruned,
+            self.predicted_first_token_ms_unpruned,
+            self.first_token_ms,
+            self.predicted_first_token_ms,
+        )
+        decode = (
+            self.decode_ms_unpruned,
+            self.predicted_decode_ms_unpruned,
+            self.decode_ms,
+            self.predicted_decode_ms,
+        )
         return [
-            *rows,
+            ("", "unpruned", "predicted", "pruned", "predicted", "speed-up", "predicted"),
             (
                 "prefill",
-                f"{self.prefill_ms_unpruned:.1f} ms",
-                f"{self.prefill_ms:.1f} ms",
-                f"{self.prefill_speedup:.3f}",
+                *map(_ms, prefill),
+                _ratio(prefill),
                 f"{self.predicted_prefill_speedup:.3f}",
             ),
-            (
-                "each next token",
-                f"{self.decode_ms_unpruned:.2f} ms",
-                f"{self.decode_ms:.2f} ms",
-                f"{self.decode_speedup:.3f}",
-                f"{self.predicted_decode_speedup:.3f}",
-            ),
+            ("first token", *map(_ms, first), _ratio(first), _ratio(first[1:])),
+            ("each next token", *map(_ms, decode), _ratio(decode), _ratio(decode[1:])),
         ]
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g} ms"
+
+
+def _ratio(times: Sequence[float | None]) -> str:
+    """The first by the third."""
+    whole, _, pruned, *_ = times
+    return "" if not whole or not pruned else f"{whole / pruned:.3f}"
 
 
 @dataclass(frozen=True)
@@ -130,13 +151,15 @@ def bench(
     repeats: int = MIN_REPEATS,
     threads: int | None = None,
     device: str = "cpu",
+    predict: str = "cpu",
     progress: Progress | None = None,
 ) -> BenchReport:
     """Time ``artifact`` and its twin in turns: prefill of random embeddings, then decode steps.
 
     The twin is ``against`` (an artifact of the same model), or else the artifact's own graph given
-    no vision index, which drops nothing. Raises InputError for an option, ArtifactError for a
-    damaged artifact, UnavailableError for a device that is not there.
+    no vision index, which drops nothing. ``predict`` names the machine of ``vtr plan`` whose times
+    stand beside. Raises InputError for an option, ArtifactError for a damaged artifact,
+    UnavailableError for a device that is not there.
     """
     _check(repeats, new_tokens, text_tokens)
     say = progress or (lambda _: None)
@@ -150,46 +173,69 @@ def bench(
         images=images,
         vision_tokens=vision_tokens,
         new_tokens=new_tokens,
-        device="cpu",
+        device=predict,
         weights=loaded.manifest.dtype,
     )
-    decoder = loaded.model.decoder
-    work = _workload(facts, decoder, predicted)
-    twin = Side(decoder, replace(work, vision_index=work.vision_index[:, :0]), [])
+    work = _workload(facts, loaded.model.decoder, predicted)
+    twin = Side(loaded.model.decoder, replace(work, vision_index=work.vision_index[:, :0]), [])
     if against is not None:
         other = Artifact.load(against, device=device, threads=threads)
         _check_same_model(facts, _facts(other), other.folder)
         twin = Side(other.model.decoder, work, [])
-    sides = Side(decoder, work, []), twin
-    for number in range(repeats + 1):
-        say(f"run {number} of {repeats}" if number else "warm up")
-        for side in sides[:: 1 if number % 2 else -1]:
-            side.measure()
+    sides = Side(loaded.model.decoder, work, []), twin
+    _race(sides, repeats, say)
     say("vision encoder")
-    (prefill, decode), (prefill_whole, decode_whole) = (side.medians_ms() for side in sides)
-    assert predicted.tpot_ms is not None
-    assert predicted.tpot_ms_unpruned is not None
     return BenchReport(
         artifact=str(loaded.folder),
         against=SAME_GRAPH if against is None else str(against),
         device=device,
         threads=threads,
         dtype=loaded.manifest.dtype,
-        vision_tokens=predicted.vision_tokens,
-        text_tokens=text_tokens,
-        new_tokens=new_tokens,
         repeats=repeats,
-        vision_tokens_per_layer=predicted.vision_tokens_per_layer,
-        vision_encoder_ms=_encoder_ms(loaded, facts, images, repeats),
-        prefill_ms=prefill,
-        prefill_ms_unpruned=prefill_whole,
-        prefill_speedup=prefill_whole / prefill,
-        predicted_prefill_speedup=predicted.ideal_speedup,
-        decode_ms=decode,
-        decode_ms_unpruned=decode_whole,
-        decode_speedup=decode_whole / decode,
-        predicted_decode_speedup=predicted.tpot_ms_unpruned / predicted.tpot_ms,
+        **_times(*sides, _encoder_ms(loaded, facts, images, repeats)),
+        **_predictions(predicted),
     )
+
+
+def _race(sides: tuple[Side, Side], repeats: int, say: Progress) -> None:
+    """In turns, each beginning as often as the other; the first run of each warms up."""
+    for number in range(repeats + 1):
+        say(f"run {number} of {repeats}" if number else "warm up")
+        for side in sides[:: 1 if number % 2 else -1]:
+            side.measure()
+
+
+def _times(side: Side, twin: Side, encoder_ms: float | None) -> dict[str, Any]:
+    (prefill, decode), (prefill_whole, decode_whole) = side.medians_ms(), twin.medians_ms()
+    return {
+        "vision_encoder_ms": encoder_ms,
+        "prefill_ms": prefill,
+        "prefill_ms_unpruned": prefill_whole,
+        "prefill_speedup": prefill_whole / prefill,
+        "first_token_ms": prefill + (encoder_ms or 0.0),
+        "first_token_ms_unpruned": prefill_whole + (encoder_ms or 0.0),
+        "decode_ms": decode,
+        "decode_ms_unpruned": decode_whole,
+        "decode_speedup": decode_whole / decode,
+    }
+
+
+def _predictions(predicted: PlanReport) -> dict[str, Any]:
+    assert predicted.tpot_ms is not None
+    assert predicted.tpot_ms_unpruned is not None
+    return {
+        "vision_tokens": predicted.vision_tokens,
+        "text_tokens": predicted.text_tokens,
+        "new_tokens": predicted.new_tokens,
+        "vision_tokens_per_layer": predicted.vision_tokens_per_layer,
+        "predicted_prefill_speedup": predicted.ideal_speedup,
+        "predicted_first_token_ms": predicted.ttft_ms,
+        "predicted_first_token_ms_unpruned": predicted.ttft_ms_unpruned,
+        "predicted_decode_ms": predicted.tpot_ms,
+        "predicted_decode_ms_unpruned": predicted.tpot_ms_unpruned,
+        "predicted_decode_speedup": predicted.tpot_ms_unpruned / predicted.tpot_ms,
+        "predicted_for": predicted.device,
+    }
 
 
 def _check(repeats: int, new_tokens: int, text_tokens: int) -> None:

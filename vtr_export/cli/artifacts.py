@@ -35,9 +35,12 @@ def bench(
         int | None, typer.Option(help="Of ONNX Runtime; default: all cores.")
     ] = None,
     device: Annotated[Device, typer.Option(help="This one or not at all.")] = Device.CPU,
+    predict: Annotated[
+        str, typer.Option(help="The machine predicted for: orin-nx, agx-orin, rtx-4090, h100, cpu.")
+    ] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Time an artifact beside its unpruned twin."""
+    """Time an artifact beside its unpruned twin, and beside what was predicted."""
     from vtr_export.bench import bench as measure
 
     with progress() as announce:
@@ -51,9 +54,11 @@ def bench(
             repeats=repeats,
             threads=threads,
             device=device.value,
+            predict=predict,
             progress=announce,
         )
     lines = [*columns(done.rows()), f"unpruned: {done.against}"]
+    lines.append(f"predicted: milliseconds by roofline on {done.predicted_for}, prefill by FLOPs")
     lines.append(f"vision tokens per layer: {runs(done.vision_tokens_per_layer)}")
     report(done.to_json(), lines, as_json)
 
