@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -290,24 +290,34 @@ def _verify(
         outcome = verify_export(
             staging, checkpoint.folder, resolved, dtype=options.dtype, scope=scope
         )
-    failed = [gate for gate in outcome.gates if not gate.passed]
-    if failed:
-        first = failed[0]
-        raise GateError(
-            f"{first.name}: measured {first.measured:g}, the bar is {first.bar:g}",
-            where=first.detail,
-            hint="nothing was published; --no-verify publishes it unverified",
-        )
+    if not outcome.passed:
+        raise _failure(outcome.gates)
     return scope, outcome
+
+
+def _failure(gates: Sequence[Gate]) -> GateError:
+    """What the first failed gate found."""
+    from vtr_export.verify.gates import measured, required
+
+    failed = [gate for gate in gates if not gate.passed]
+    first = failed[0]
+    return GateError(
+        f"{len(failed)} of {len(gates)} parity gates failed, first {first.name}: "
+        f"{measured(first)}, required {required(first)}",
+        where=first.detail,
+        hint="nothing was published; --no-verify publishes it unverified",
+    )
 
 
 def _scope(facts: ModelFacts, options: Options) -> str:
     """How much of the model is verified."""
-    if options.verify != "auto":
-        return options.verify
-    from vtr_export.verify import choose_scope
+    if options.verify == "none":
+        return "none"
+    from vtr_export.verify import check_scope, choose_scope
 
-    return choose_scope(facts)
+    if options.verify == "auto":
+        return choose_scope(facts, dtype=options.dtype)
+    return check_scope(options.verify, facts.layers)
 
 
 def _measured(outcome: "Outcome | None") -> dict[str, float]:

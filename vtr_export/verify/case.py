@@ -36,7 +36,7 @@ class Trace:
     """What only a failure is explained with, and no golden vector holds."""
 
     text_embeds: Array  # [B, S, D] before image features come in; zeros in their places
-    streams: Array  # [layers + 1, B, D] the last row as it enters each layer, and the final norm
+    streams: Array  # [1 + n, layers + 1, B, D] the last row: into each layer, and the final norm
 
 
 @dataclass(frozen=True)

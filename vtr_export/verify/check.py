@@ -15,7 +15,8 @@ from vtr_export.verify.first_layers import build_decoder, first_layers
 from vtr_export.verify.gates import BARS, at_most
 from vtr_export.verify.golden import FOLDER, write_golden
 from vtr_export.verify.oracle import Oracle, differing_inputs
-from vtr_export.verify.questions import Asked, ask, draw_picture, question
+from vtr_export.verify.pictures import draw_picture
+from vtr_export.verify.questions import Asked, ask, question
 from vtr_export.verify.scope import layers_of
 from vtr_export.verify.sessions import Parts
 
@@ -67,10 +68,11 @@ def check(job: Job) -> Findings:
         cases = _answers(oracle, questions)
         del oracle
         gates += compare(parts, cases, BARS[job.dtype])
-    golden: tuple[str, ...] = ()
-    if job.golden and count is None and all(gate.passed for gate in gates):
-        golden = write_golden(cases, job.artifact / FOLDER)
-    return Findings(tuple(gates), asked.warnings, golden)
+    if not job.golden or count is not None or not all(gate.passed for gate in gates):
+        return Findings(tuple(gates), asked.warnings)
+    golden = write_golden(cases, job.artifact / FOLDER)
+    missing = [f"golden vectors of {c.question.name} exceed 8 MB" for c in cases[len(golden) :]]
+    return Findings(tuple(gates), (*asked.warnings, *missing), golden)
 
 
 def _answers(oracle: Oracle, questions: Sequence[Question]) -> list[Case]:

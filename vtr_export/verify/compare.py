@@ -6,6 +6,7 @@ from typing import TypeVar
 import numpy as np
 
 from vtr_export.manifest import Gate
+from vtr_export.verify.blame import first_deviation
 from vtr_export.verify.case import Array, Case, sampled
 from vtr_export.verify.gates import (
     Bars,
@@ -17,10 +18,9 @@ from vtr_export.verify.gates import (
     worst_difference,
 )
 from vtr_export.verify.keep_sets import compare as compare_keep_sets
-from vtr_export.verify.keep_sets import keep_set_gates, tie_gate
+from vtr_export.verify.keep_sets import keep_set_gates, score_gates, tie_gate
 from vtr_export.verify.play import Inputs, Played, embed, encode, play_forced, play_free
 from vtr_export.verify.sessions import GraphError, Parts
-from vtr_export.verify.taps import first_deviation
 
 T = TypeVar("T")
 
@@ -41,11 +41,17 @@ def compare(parts: Parts, cases: Sequence[Case], bars: Bars) -> list[Gate]:
     gates += _embedding_gates(inputs)
     forced = _try(gates, "forced", lambda: play_forced(parts, inputs))
     if forced is not None:
-        gates += _explained(logit_gates("forced", forced, bars), parts, inputs, bars, gates)
+        found = logit_gates("forced", forced, bars)
+        gates += _explained(found, parts, inputs, bars) if _all_pass(gates) else found
+        gates += score_gates(forced, bars, parts.cut_layers)
     free = _try(gates, "free", lambda: play_free(parts, inputs))
     if free is not None:
-        gates += _free_gates(*free, bars)
+        gates += _free_gates(*free, bars, parts.cut_layers)
     return gates
+
+
+def _all_pass(gates: Sequence[Gate]) -> bool:
+    return all(gate.passed for gate in gates)
 
 
 def _try(gates: list[Gate], name: str, run: Callable[[], T]) -> T | None:
@@ -112,29 +118,29 @@ def _same_choice(played: Played, near_tie: float) -> Array:
     return same
 
 
-def _explained(
-    found: list[Gate], parts: Parts, inputs: Sequence[Inputs], bars: Bars, before: Sequence[Gate]
-) -> list[Gate]:
-    """The first failed gate says where it begins, when what comes before is in order."""
+def _explained(found: list[Gate], parts: Parts, inputs: Sequence[Inputs], bars: Bars) -> list[Gate]:
+    """The first failed gate says where it begins."""
     failed = [index for index, gate in enumerate(found) if not gate.passed]
-    if not failed or not all(gate.passed for gate in before):
+    if not failed:
         return found
-    why = first_deviation(parts, inputs[0], bars)
+    why = first_deviation(parts, inputs, bars)
     first = found[failed[0]]
     detail = "; ".join(part for part in (first.detail, why) if part)
     found[failed[0]] = first.model_copy(update={"detail": detail})
     return found
 
 
-def _free_gates(played: Sequence[Played], silent: Sequence[Played], bars: Bars) -> list[Gate]:
+def _free_gates(
+    played: Sequence[Played], silent: Sequence[Played], bars: Bars, layers: Sequence[int]
+) -> list[Gate]:
     """Keep-sets always; logits where the graph kept what the reference kept."""
     if not played[0].case.kept:
         return logit_gates("free", played, bars)
     rows = [
         row for each in played for row in compare_keep_sets(each.case, each.kept, bars.near_tie)
     ]
-    gates = keep_set_gates(rows, bars)
-    gates.append(tie_gate(silent[0].case, silent[0].kept))
+    gates = keep_set_gates(rows, bars, layers)
+    gates.append(tie_gate(silent[0].case, silent[0].kept, layers))
     same = [each for each in played if _kept_the_same(each)]
     return gates + (logit_gates("free", same, bars) if same else [])
 

@@ -17,6 +17,7 @@ from vtr_export.manifest import Gate
 from vtr_export.schedule import Resolved
 
 _KILLED = (-9, 137)
+_NO_MEMORY = ("MemoryError", "bad_alloc", "can't allocate memory", "Failed to allocate memory")
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ def _run(folder: str) -> None:
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "vtr_export.verify.child", folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode in _KILLED:
+    starved = done.returncode and any(words in done.stderr for words in _NO_MEMORY)
+    if starved or done.returncode in _KILLED:
         raise UnavailableError(
-            "the verification was killed, most likely for want of memory",
-            hint="verify the first layers only: --verify layers:K",
+            "the verification ran out of memory" if starved else "the verification was killed",
+            hint="verify the first layers only (--verify layers:K), or not at all (--no-verify)",
         )
     if done.returncode:
         raise RuntimeError(f"the verification failed (exit {done.returncode}):\n{done.stderr}")

@@ -57,4 +57,5 @@ def build_decoder(
         write_weights(models, folder)
     save_graphs(models, folder)
     keep = np.array([cut.keep.numerator for cut in schedule.cuts], np.int64)
-    return parts.with_decoder(folder / f"{DECODER}.onnx", keep)
+    cut_layers = tuple(cut.before_layer for cut in schedule.cuts)
+    return parts.with_decoder(folder / f"{DECODER}.onnx", keep, cut_layers)

@@ -24,12 +24,13 @@ class Bars:
     overlap: float  # mean intersection over union of the free keep-sets of a cut, at least
     near_tie: float  # relative distance of scores, and of logits, that rounding may reorder
     stream: float  # relative error of the residual stream that rounding may leave in one layer
+    score: float | None  # largest |Δscore| beside the best score of its row, at most
 
 
 BARS: Final[Mapping[str, Bars]] = {
-    "fp32": Bars(0.99999, 1e-3, None, 0.99, near_tie=1e-5, stream=1e-4),
-    "fp16": Bars(0.999, None, 0.995, 0.97, near_tie=2**-7, stream=2e-2),
-    "bf16": Bars(0.995, None, None, 0.97, near_tie=2**-4, stream=8e-2),
+    "fp32": Bars(0.99999, 1e-3, None, 0.99, near_tie=1e-5, stream=1e-4, score=1e-4),
+    "fp16": Bars(0.999, None, 0.995, 0.97, near_tie=2**-7, stream=2e-2, score=None),
+    "bf16": Bars(0.995, None, None, 0.97, near_tie=2**-4, stream=8e-2, score=None),
 }
 
 
@@ -43,6 +44,18 @@ def at_most(name: str, measured: float, bar: float, detail: str = "") -> Gate:
     """Passes up to ``bar``; what is not finite counts as the largest number."""
     value = float(measured) if math.isfinite(measured) else sys.float_info.max
     return Gate(name=name, passed=value <= bar, measured=value, bar=bar, detail=detail)
+
+
+def measured(gate: Gate) -> str:
+    """What was measured, for people."""
+    return "not finite" if gate.measured == sys.float_info.max else f"{gate.measured:.7g}"
+
+
+def required(gate: Gate) -> str:
+    """The bar and its direction, for people: a count of differences has none but 0."""
+    if gate.bar == 0:
+        return "0"
+    return f"{'>=' if (gate.measured >= gate.bar) == gate.passed else '<='} {gate.bar:g}"
 
 
 def failed_to_run(name: str, error: str) -> Gate:

@@ -1,6 +1,8 @@
 """Golden vectors: cases an artifact carries, replayed where neither torch nor checkpoint exist."""
 
+import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,21 +19,24 @@ from vtr_export.verify.sessions import Parts
 FOLDER = "golden"
 MAX_BYTES = 8 << 20
 MAX_UNPACKED_BYTES = 256 << 20
+_UNREADABLE = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _CUTS = ("kept", "kept_vision", "scores", "margins", "ties")  # one array a cut: kept.0, …
 
 
 def write_golden(cases: Sequence[Case], folder: Path) -> tuple[str, ...]:
-    """Write ``<case>.npz`` files into ``folder``; return the names of those that fit 8 MB."""
-    folder.mkdir(exist_ok=True)
-    names, room = [], MAX_BYTES
+    """Write ``<case>.npz`` files into ``folder``; return the names of the first that fit 8 MB."""
+    names, room = list[str](), MAX_BYTES
     for case in cases:
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, **_pack(case))
+        room -= content.tell()
+        if room < 0:
+            break
+        folder.mkdir(exist_ok=True)
         file = folder / f"{case.question.name}.npz"
-        np.savez_compressed(file, allow_pickle=False, **_pack(case))
-        size_bytes = file.stat().st_size
-        if size_bytes > room:
-            file.unlink()
-            continue
-        room -= size_bytes
+        file.write_bytes(content.getbuffer())
         names.append(file.name)
     return tuple(names)
 
@@ -57,7 +62,7 @@ def load_golden(file: Path) -> Case:
         with np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
         return _unpack(file.stem, arrays)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise ArtifactError(
             f"the golden vectors cannot be read: {error}", where=str(file)
         ) from error
@@ -95,9 +100,10 @@ def verify_artifact(path: str | Path) -> list[Gate]:
     files = sorted(name for name in manifest.files if name.startswith(f"{FOLDER}/"))
     if not files:
         raise ArtifactError(
-            "the artifact carries no golden vectors",
+            f"the artifact carries no golden vectors (its verified scope is {manifest.scope!r})",
             where=str(folder),
-            hint="only a whole verified export has them: export again without --no-verify",
+            hint="export it verified and whole (--verify all), or compare with its checkpoint: "
+            "vtr verify ARTIFACT --model FOLDER",
         )
     cases = [load_golden(folder / name) for name in files]
     return compare(Parts.of(folder, manifest), cases, BARS[manifest.dtype])

@@ -7,8 +7,9 @@ from typing import TypeAlias
 import numpy as np
 
 from vtr_export.manifest import Gate
-from vtr_export.verify.case import Case, Ints
+from vtr_export.verify.case import Array, Case, Ints
 from vtr_export.verify.gates import Bars, at_least, at_most, differing
+from vtr_export.verify.play import Played
 
 Columns: TypeAlias = frozenset[int]
 
@@ -54,7 +55,7 @@ def _compare_row(case: Case, kept: Sequence[Ints], b: int, near_tie: float) -> l
     rows = []
     for cut, (mine, expected) in enumerate(zip(kept, case.kept, strict=True)):
         scored = theirs[vision_index]
-        ours, theirs = ours[mine[b]], theirs[expected[b]]
+        ours, theirs = _named(ours, mine[b]), theirs[expected[b]]
         sides = frozenset(ours.tolist()), frozenset(theirs.tolist())
         excused |= _near_ties(scored, case.scores[cut][b], sides[1], vision, near_tie)
         rows.append(
@@ -72,6 +73,12 @@ def _compare_row(case: Case, kept: Sequence[Ints], b: int, near_tie: float) -> l
     return rows
 
 
+def _named(columns: Ints, kept: Ints) -> Ints:
+    """The columns that ``kept`` names; a graph may name some that do not exist."""
+    named: Ints = columns[kept[(kept >= 0) & (kept < len(columns))]]
+    return named
+
+
 def _near_ties(
     columns: Ints, scores: np.ndarray, kept: Columns, vision: set[int], near_tie: float
 ) -> Columns:
@@ -84,23 +91,23 @@ def _near_ties(
     return frozenset(c for c, s in of.items() if abs(s - boundary) <= near_tie * abs(boundary))
 
 
-def keep_set_gates(rows: Sequence[Row], bars: Bars) -> list[Gate]:
+def keep_set_gates(rows: Sequence[Row], bars: Bars, layers: Sequence[int]) -> list[Gate]:
     """Counts must agree exactly, members by mean overlap."""
     if not rows:
         return []
-    gates = [_count_gate(rows)]
+    gates = [_count_gate(rows, layers)]
     for cut in sorted({row.cut for row in rows}):
         here = [row for row in rows if row.cut == cut]
         raw = float(np.mean([row.overlap for row in here]))
         margins = [row.margin for row in here if np.isfinite(row.margin)]
         margin = f", least margin {min(margins):.3g}" if margins else ""
         measured = float(np.mean([row.excused_overlap for row in here]))
-        detail = f"mean IoU {raw:.4f} with near ties counted{margin}"
+        detail = f"before layer {layers[cut]}{margin}; {raw:.4f} with near ties counted"
         gates.append(at_least(f"keep_sets.cut.{cut}", measured, bars.overlap, detail))
     return gates
 
 
-def _count_gate(rows: Sequence[Row]) -> Gate:
+def _count_gate(rows: Sequence[Row], layers: Sequence[int]) -> Gate:
     wrong = [r for r in rows if len(r.vision[0]) != len(r.vision[1]) or r.others[0] != r.others[1]]
     detail = ""
     if wrong:
@@ -108,15 +115,36 @@ def _count_gate(rows: Sequence[Row]) -> Gate:
         ours, theirs = (len(side) for side in first.vision)
         dropped = len(first.others[1] - first.others[0])
         detail = (
-            f"cut {first.cut}, {first.case} row {first.row}: keeps {ours} vision tokens, not "
-            f"{theirs}; {dropped} other columns are missing"
+            f"the cut before layer {layers[first.cut]} keeps {ours} vision tokens, not {theirs}, "
+            f"and lacks {dropped} text columns (row {first.row} of {first.case})"
         )
     return at_most("keep_sets.counts", len(wrong), 0, detail)
 
 
-def tie_gate(case: Case, kept: Sequence[Ints]) -> Gate:
+def tie_gate(case: Case, kept: Sequence[Ints], layers: Sequence[int]) -> Gate:
     """With every score NaN the lowest columns survive: exactly those."""
     wrong = [differing(mine, theirs) for mine, theirs in zip(kept, case.ties, strict=True)]
     bad = [cut for cut, count in enumerate(wrong) if count]
-    detail = f"cut {bad[0]}: equal scores do not go to the lower column" if bad else ""
+    where = f"the cut before layer {layers[bad[0]]}" if bad else ""
+    detail = f"{where} does not give equal scores to the lower column" if bad else ""
     return at_most("keep_sets.ties", sum(wrong), 0, detail)
+
+
+def score_gates(played: Sequence[Played], bars: Bars, layers: Sequence[int]) -> list[Gate]:
+    """What each cut ranks by, on the reference's keep-sets; only where rounding leaves it alone."""
+    if bars.score is None:
+        return []
+    gates = []
+    for cut, layer in enumerate(layers):
+        errors = [_score_error(each.scores[cut], each.case.scores[cut]) for each in played]
+        gates.append(at_most(f"scores.cut.{cut}", max(errors), bars.score, f"before layer {layer}"))
+    return gates
+
+
+def _score_error(mine: Array, theirs: Array) -> float:
+    """The largest difference beside the best score of its row."""
+    if mine.shape != theirs.shape:
+        return np.inf
+    best = theirs.max(-1, keepdims=True, initial=0)
+    scale = np.where(best > 0, best, 1)
+    return float(np.max(np.abs(mine - theirs) / scale, initial=0))

@@ -63,7 +63,7 @@ class Oracle:
             scores=_arrays(prefill.scores),
             margins=_arrays(prefill.margins),
             ties=_arrays(silent.kept),
-            trace=Trace(self._text_embeds(ids), np.stack([_numpy(row) for row in streams])),
+            trace=Trace(self._text_embeds(ids), np.stack(streams)),
         )
 
     def _text_embeds(self, ids: Tensor) -> Array:
@@ -72,23 +72,23 @@ class Oracle:
         return _numpy(embeds)
 
     @contextmanager
-    def _streams(self) -> Iterator[list[Tensor]]:
-        """The last row of what enters each layer and the final norm, in the first call."""
+    def _streams(self) -> Iterator[list[Array]]:
+        """``[layers + 1, B, D]`` a call: the last row into each layer, and the final norm."""
         norms = [layer.input_layernorm for layer in self._decoder.layers] + [self._decoder.norm]
-        rows: list[Tensor] = [torch.empty(0)] * len(norms)
-        seen: set[int] = set()
+        rows: dict[int, Array] = {}
+        calls: list[Array] = []
 
         def watch(number: int) -> Any:
             def note(_: object, args: tuple[Tensor, ...]) -> None:
-                if number not in seen:
-                    rows[number] = args[0][:, -1]
-                    seen.add(number)
+                rows[number] = _numpy(args[0][:, -1].clone())
+                if number == len(norms) - 1:  # the final norm ends a call
+                    calls.append(np.stack([rows[i] for i in range(len(norms))]))
 
             return note
 
         handles = [norm.register_forward_pre_hook(watch(i)) for i, norm in enumerate(norms)]
         try:
-            yield rows
+            yield calls
         finally:
             for handle in handles:
                 handle.remove()

@@ -11,7 +11,8 @@ from vtr_export.passes.force_keep_sets import ForceKeepSets
 from vtr_export.runtime.decoder import Decoder, Step
 from vtr_export.runtime.session import Session
 from vtr_export.verify.case import Array, Case, Ints, Question
-from vtr_export.verify.sessions import Forced, Parts
+from vtr_export.verify.sessions import Forced, GraphError, Parts
+from vtr_export.verify.taps import ShowScores
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Played:
     case: Case
     logits: Array  # [B, 1 + n, vocab]
     kept: tuple[Ints, ...]  # of the prefill; empty when forced
+    scores: tuple[Array, ...] = ()  # [B, V] of each cut of the prefill; only when forced
 
 
 def encode(parts: Parts, cases: Sequence[Case]) -> list[Array]:
@@ -62,7 +64,8 @@ def _embed(session: Session, case: Case, features: Array) -> Inputs:
 def play_free(parts: Parts, inputs: Sequence[Inputs]) -> tuple[list[Played], list[Played]]:
     """Every case as a user runs it; then its prefill alone with embeddings that are all NaN."""
     decoder = Decoder(parts.open(parts.decoder), keep=parts.keep)
-    played = [_play(decoder, each) for each in inputs]
+    _check_cuts(decoder.cuts, inputs)
+    played = [play(decoder, each) for each in inputs]
     silent = []
     for each in inputs:
         step = _prefill(decoder, each.case.question, np.full_like(each.embeds, np.nan))
@@ -71,41 +74,30 @@ def play_free(parts: Parts, inputs: Sequence[Inputs]) -> tuple[list[Played], lis
 
 
 def play_forced(parts: Parts, inputs: Sequence[Inputs]) -> list[Played]:
-    """Every case with the reference's keep-sets."""
-    session = Forced(parts.open(parts.decoder, forced_passes()))
+    """Every case with the reference's keep-sets, and what each cut scored."""
+    session = Forced(parts.open(parts.decoder, (ShowScores(), *forced_passes())))
+    _check_cuts(session.cuts, inputs)
     decoder = Decoder(session, keep=parts.keep)
-    return [_play(decoder, each, session) for each in inputs]
+    return [play(decoder, each, session) for each in inputs]
+
+
+def _check_cuts(count: int, inputs: Sequence[Inputs]) -> None:
+    expected = len(inputs[0].case.kept)
+    if count != expected:
+        raise GraphError(f"the decoder has {count} cuts, the reference {expected}")
 
 
 def forced_passes() -> tuple[ir.passes.PassBase, ...]:
-    """The decoder without its scores."""
+    """The decoder without its choices."""
     return (ForceKeepSets(), RemoveUnusedNodesPass())
 
 
-def prefill_feeds(parts: Parts, inputs: Inputs, session: Session) -> dict[str, Array]:
-    """The feeds of a first call, by the names of ``session``."""
-    question, case = inputs.case.question, inputs.case
-    feeds: dict[str, Array] = {
-        "inputs_embeds": inputs.embeds,
-        "attention_mask": question.attention_mask,
-        "position_ids": question.position_ids,
-        "vision_index": question.vision_index,
-    }
-    for cut, (kept, vision) in enumerate(zip(case.kept, case.kept_vision, strict=True)):
-        feeds |= {f"kept.{cut}": kept, f"kept_vision.{cut}": vision}
-    if parts.keep is not None:
-        feeds["keep"] = parts.keep
-    for name, port in session.inputs.items():
-        if name.startswith("past"):
-            tail = (size if isinstance(size, int) else 0 for size in port.shape[1:])
-            feeds[name] = np.zeros((case.batch, *tail), port.dtype)
-    return {name: feeds[name] for name in session.inputs}
-
-
-def _play(decoder: Decoder, inputs: Inputs, forced: Forced | None = None) -> Played:
+def play(decoder: Decoder, inputs: Inputs, forced: Forced | None = None) -> Played:
+    """Prefill, then the tokens the reference chose, one by one."""
     case = inputs.case
     if forced is not None:
         forced.force(case.kept, case.kept_vision)
+        forced.shown.clear()
     step = _prefill(decoder, case.question, inputs.embeds)
     kept, logits = step.kept, [step.logits]
     if forced is not None:
@@ -119,7 +111,14 @@ def _play(decoder: Decoder, inputs: Inputs, forced: Forced | None = None) -> Pla
             np.zeros((case.batch, 0), np.int64),
         )
         logits.append(step.logits)
-    return Played(case, np.stack(logits, 1), kept)
+    return Played(case, np.stack(logits, 1), kept, _scores(forced))
+
+
+def _scores(forced: Forced | None) -> tuple[Array, ...]:
+    """Of the prefill, in the order of cuts."""
+    first = forced.shown[0] if forced is not None else {}
+    count = sum(name.startswith("score.") for name in first)
+    return tuple(first[f"score.{cut}"] for cut in range(count))
 
 
 def _prefill(decoder: Decoder, question: Question, embeds: Array) -> Step:

@@ -7,18 +7,20 @@ from vtr_export.errors import InputError
 from vtr_export.families import ModelFacts
 from vtr_export.memory import parameters
 
-ELEMENT_BYTES = 4  # a session and the reference each hold the model in fp32
-COPIES = 2
+SESSION_BYTES = 4  # a parameter: ONNX Runtime computes in fp32 on a CPU, whatever the dtype
+REFERENCE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 SHARE = 0.8  # of what is free: activations, the interpreter and its wheels take the rest
 FLOOR_BYTES = 1 << 30
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def choose_scope(facts: ModelFacts, available_bytes: int | None = None) -> str:
+def choose_scope(
+    facts: ModelFacts, available_bytes: int | None = None, *, dtype: str = "fp32"
+) -> str:
     """``all``, or ``layers:K`` for the most layers that fit (one at least)."""
     free = available_memory() if available_bytes is None else available_bytes
     count = parameters(facts)
-    each = COPIES * ELEMENT_BYTES
+    each = SESSION_BYTES + REFERENCE_BYTES[dtype]
     layer = each * (count.layer_linear + count.layer_other)
     rest = each * count.total - facts.layers * layer
     budget = min(SHARE * free, free - FLOOR_BYTES)
@@ -27,13 +29,22 @@ def choose_scope(facts: ModelFacts, available_bytes: int | None = None) -> str:
     return f"layers:{max(1, min(facts.layers - 1, int((budget - rest) // layer)))}"
 
 
+def check_scope(scope: str, layers: int) -> str:
+    """``scope`` as it is written down: as many layers as the model has are all of it."""
+    return "all" if layers_of(scope, layers) is None else scope
+
+
 def layers_of(scope: str, layers: int) -> int | None:
     """K of ``layers:K``; None for the whole model. InputError for anything else."""
     if scope == "all":
         return None
     match = re.fullmatch(r"layers:([1-9][0-9]{0,8})", scope)
     if match is None:
-        raise InputError(f"no verification scope {scope!r}", hint="auto, all or layers:K")
+        raise InputError(
+            f"cannot verify {scope!r}",
+            where="--verify",
+            hint="auto, all, or layers:K with K from 1: the first K decoder layers",
+        )
     return int(match[1]) if int(match[1]) < layers else None
 
 

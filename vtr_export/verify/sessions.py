@@ -18,6 +18,8 @@ from vtr_export.verify.case import Ints
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _ERRORS_ONLY = 3
+_END = 150  # characters of either end of a long error
+SHOWN = ("score.", "stream.")  # outputs that only a verification asks for
 _NUMPY = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
@@ -35,6 +37,7 @@ class Parts:
     dtype: str
     shards: Mapping[str, Path]  # linked weights, by location name
     keep: Ints | None  # what a tunable decoder is to be given
+    cut_layers: tuple[int, ...] = ()  # the layer each cut stands before
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest) -> "Parts":
@@ -48,11 +51,13 @@ class Parts:
             dtype=manifest.dtype,
             shards=manifest.linked_shards(),
             keep=np.array(keeps, np.int64) if manifest.tunable else None,
+            cut_layers=tuple(stage.first_layer for stage in manifest.model.stages[1:]),
         )
 
-    def with_decoder(self, decoder: Path, keep: Ints | None) -> "Parts":
+    def with_decoder(self, decoder: Path, keep: Ints, cut_layers: tuple[int, ...]) -> "Parts":
         """The same with another decoder."""
-        return replace(self, decoder=decoder, keep=keep if self.keep is not None else None)
+        given = keep if self.keep is not None else None
+        return replace(self, decoder=decoder, keep=given, cut_layers=cut_layers)
 
     def open(self, file: Path, passes: Sequence[ir.passes.PassBase] = ()) -> Session:
         """``file`` after ``passes``; untouched files go the way every user's go."""
@@ -71,9 +76,21 @@ def speaking_of(name: str) -> Iterator[None]:
     except ArtifactError as error:
         raise GraphError(error.message) from error
     except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
+        if not _is_of_onnxruntime(error):
             raise
-        raise GraphError(f"{name}: {' '.join(str(error).split())[:400]}") from error
+        raise GraphError(f"{name}: {_shortened(str(error))}") from error
+
+
+def _is_of_onnxruntime(error: Exception) -> bool:
+    """Its own classes have its module; what a bound run raises has not."""
+    own = type(error).__module__.startswith("onnxruntime")
+    return own or (isinstance(error, RuntimeError) and str(error).startswith("Error in execution"))
+
+
+def _shortened(message: str) -> str:
+    """On one line, without the C++ signature in the middle: the ends say what and why."""
+    words = " ".join(message.split())
+    return words if len(words) <= 2 * _END else f"{words[:_END]} … {words[-_END:]}"
 
 
 class Spoken:
@@ -139,12 +156,23 @@ class Rewritten:
 
 
 class Forced:
-    """A decoder whose keep-sets are inputs, with the face of one that chooses by itself."""
+    """A decoder whose keep-sets are inputs, with the face of one that chooses by itself.
+
+    ``shown`` collects, call by call, what the graph shows beyond a decoder's outputs.
+    """
 
     def __init__(self, session: Session) -> None:
-        self._session, self.outputs = session, session.outputs
+        self._session = session
         self.inputs = {n: p for n, p in session.inputs.items() if not n.startswith("kept")}
+        self._extra = [name for name in session.outputs if name.startswith(SHOWN)]
+        self.outputs = {n: p for n, p in session.outputs.items() if n not in self._extra}
         self._kept: dict[str, Array] = {}
+        self.shown: list[dict[str, Array]] = []
+
+    @property
+    def cuts(self) -> int:
+        """How many keep-sets it takes."""
+        return sum(name.startswith("kept.") for name in self._session.inputs)
 
     def force(self, kept: Sequence[Ints], kept_vision: Sequence[Ints]) -> None:
         """Set what the next calls keep."""
@@ -161,7 +189,12 @@ class Forced:
         resident: Collection[str] = (),
     ) -> dict[str, Value]:
         """See :class:`Session`."""
-        return self._session.run({**feeds, **self._kept}, outputs, resident=resident)
+        names = list(self.outputs) if outputs is None else list(outputs)
+        results = self._session.run(
+            {**feeds, **self._kept}, [*names, *self._extra], resident=resident
+        )
+        self.shown.append({name: np.asarray(results.pop(name)) for name in self._extra})
+        return results
 
 
 @contextmanager

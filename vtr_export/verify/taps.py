@@ -1,21 +1,41 @@
-"""Which layer deviates first: the residual stream, tapped before every layer."""
+"""What a graph does between its inputs and its outputs, shown as outputs of its own."""
 
 from itertools import pairwise
 
-import numpy as np
 import onnx_ir as ir
 
+from vtr_export import ops
 from vtr_export.analysis.layers import residual
-from vtr_export.errors import AnalysisError
-from vtr_export.verify.case import Array
-from vtr_export.verify.gates import Bars
-from vtr_export.verify.play import Inputs, forced_passes, prefill_feeds
-from vtr_export.verify.sessions import Parts
+from vtr_export.passes.force_keep_sets import PRUNE
 
 NORMS = ("RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization")
 
 
-class TapLayers(ir.passes.InPlacePass):
+class ShowScores(ir.passes.InPlacePass):
+    """Show what every cut ranks by.
+
+    Before::
+
+        hidden', kept.J, vision_index' = vtr.VtrTopKPrune(query, keys, mask, vision_index, …)
+
+    After::
+
+        score.J = vtr.VtrScore(query, keys, mask, vision_index, hidden)     # output [B, V]
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """The cuts themselves stay as they are."""
+        graph = model.graph
+        cuts = [node for node in graph if node.op_type == PRUNE and node.domain == ops.DOMAIN]
+        for number, node in enumerate(cuts):
+            scale = ir.AttrFloat32("scale", node.attributes["scale"].as_float())
+            show = ir.Node(ops.DOMAIN, "VtrScore", [*node.inputs[:4], node.inputs[-1]], [scale])
+            _output(graph, show, f"score.{number}", ir.TensorType(ir.DataType.FLOAT))
+            graph.insert_before(node, show)
+        return ir.passes.PassResult(model, modified=bool(cuts))
+
+
+class ShowStreams(ir.passes.InPlacePass):
     """Show the last row of what enters each layer but the first, and of what leaves the last.
 
     Before::
@@ -37,67 +57,22 @@ class TapLayers(ir.passes.InPlacePass):
         final = [node.inputs[0] for node in graph if node.op_type in NORMS][-1:]
         for number, value in enumerate([*streams, *final], start=1):
             assert value is not None
-            _tap(graph, value, number)
+            _show_last_row(graph, value, number)
         return ir.passes.PassResult(model, modified=bool(sites))
 
 
-def _tap(graph: ir.Graph, value: ir.Value, number: int) -> None:
+def _show_last_row(graph: ir.Graph, value: ir.Value, number: int) -> None:
     index = ir.tensor(-1, dtype=ir.DataType.INT64, name=f"stream.{number}.index")
     last = ir.Node("", "Constant", [], [ir.AttrTensor("value", index)])
     gather = ir.Node("", "Gather", [value, last.outputs[0]], [ir.AttrInt64("axis", 1)])
     last.outputs[0].name = index.name
     last.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-    tapped = gather.outputs[0]
-    tapped.name, tapped.type = f"stream.{number}", value.type
-    tapped.shape = ir.Shape(["batch", None])
+    _output(graph, gather, f"stream.{number}", value.type)
     graph.extend([last, gather])
-    graph.outputs.append(tapped)
 
 
-def first_deviation(parts: Parts, inputs: Inputs, bars: Bars) -> str:
-    """A sentence that names the first layer whose output is not the reference's."""
-    trace = inputs.case.trace
-    if trace is None:
-        return ""
-    try:
-        session = parts.open(parts.decoder, (*forced_passes(), TapLayers()))
-    except AnalysisError as error:
-        return f"the layers could not be told apart: {error.message}"
-    names = sorted((n for n in session.outputs if n.startswith("stream.")), key=_number)
-    results = session.run(prefill_feeds(parts, inputs, session), names)
-    actual = [inputs.embeds[:, -1], *(np.asarray(results[name]) for name in names)]
-    return _blame(actual, list(trace.streams[: len(actual)]), bars.stream)
-
-
-def _number(name: str) -> int:
-    return int(name.rpartition(".")[2])
-
-
-def _blame(actual: list[Array], expected: list[Array], limit: float) -> str:
-    """Stream ``n`` is the input of layer ``n``: what it shows first was done by layer ``n - 1``."""
-    errors = [_relative(mine, theirs) for mine, theirs in zip(actual, expected, strict=True)]
-    for number, error in enumerate(errors):
-        if not np.isfinite(error):
-            return f"{_named(number)} is the first to give infinity or NaN"
-        if error > limit:
-            before = f", {errors[number - 1]:.1e} before it" if number else ""
-            return f"{_named(number)} deviates first (relative error {error:.1e}{before})"
-    worst = max(errors)
-    if worst < limit / 30:
-        return (
-            f"every layer agrees (relative error {worst:.1e}), but not the final norm or the head"
-        )
-    growth = [after / max(before, 1e-7) for before, after in pairwise(errors)]
-    number = 1 + int(np.argmax(growth))
-    return f"{_named(number)} deviates most (relative error {errors[number]:.1e})"
-
-
-def _named(number: int) -> str:
-    return f"layer {number - 1}" if number else "the embedding of the last token"
-
-
-def _relative(actual: Array, expected: Array) -> float:
-    a, b = actual.astype(np.float64), expected.astype(np.float64)
-    norm = np.linalg.norm(b, axis=-1)
-    with np.errstate(all="ignore"):
-        return float(np.max(np.linalg.norm(a - b, axis=-1) / np.maximum(norm, 1e-30)))
+def _output(graph: ir.Graph, node: ir.Node, name: str, kind: ir.TypeProtocol | None) -> None:
+    """Make the one output of ``node`` an output of the graph, ``[B, …]``."""
+    value = node.outputs[0]
+    value.name, value.type, value.shape = name, kind, ir.Shape(["batch", None])
+    graph.outputs.append(value)
