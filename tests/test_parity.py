@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from cut_graphs import Array, Client, Traced, Tracer, serialized
 from tiny_models import IMAGE, PAD, pictures, prompt
 from torch import Tensor
 
+from vtr_export.passes.widen import Widen
 from vtr_export.reference import Reference, Step, embed, pad_batch, positions_of, vision_index_of
 from vtr_export.schedule import Cut, Keep, Resolved
 
@@ -264,3 +266,43 @@ def calls(tiny: Traced, client: Client, also: dict[str, Array]) -> list[dict[str
         positions = positions_of(seen)[:, -mask.shape[1] :]
         outputs.append(client(**feeds(embeds, seen, positions, vision), **also))
     return outputs
+
+
+# --- keep everything ---
+
+WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "last": ("llama", {}),
+    "text": ("llama", {"query": "text", "heads": "max"}),
+    "next": ("llama", {"source": "next"}),
+    "inside": ("llama", {"drop_point": "inside"}),
+    "per_image": ("llama", {"rank": "per_image"}),
+    "repacked": ("llama", {"positions": "repacked"}),
+    "qwen2": ("qwen2", {}),
+    "fp16": ("fp16", {}),
+}
+
+
+class Twin(Client):
+    """The fp32 twin: fp16 as such is rounded at a cut and not between layers on this runtime."""
+
+    def __init__(self, model: ir.Model) -> None:
+        super().__init__(Widen()(model).model)
+
+    def __call__(self, **feeds: Array) -> dict[str, Array]:
+        wide = {n: a.astype(np.float32) if a.dtype == np.float16 else a for n, a in feeds.items()}
+        return super().__call__(**wide)
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_cuts_that_keep_everything_change_no_bit(case: str, traced: Tracer) -> None:
+    """Logits, keys and values, of a mixed batch's prefill and of a decode step."""
+    variant, options = WHOLE[case]
+    tiny, client = traced(variant), Twin if variant == "fp16" else Client
+    uncut = client(tiny.cut(tiny.schedule({})))
+    whole = client(tiny.cut(tiny.schedule({1: tiny.tokens, 2: tiny.tokens}, **options)))
+    assert any(name.startswith("kept.") for name in whole.outputs)
+    pairs = zip(calls(tiny, uncut, {}), calls(tiny, whole, {}), strict=True)
+    for expected, actual in pairs:
+        assert len(expected) == 1 + 2 * tiny.facts.layers
+        for name, array in expected.items():
+            assert array.tobytes() == actual[name].tobytes(), name
