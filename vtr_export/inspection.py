@@ -10,14 +10,13 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it ships no types
 
-from vtr_export.analysis import Axes, Layer, find_layers, find_sites, label_axes
+from vtr_export.analysis import Axes, Layer, find_layers, find_sites, label_axes, token_seeds
 from vtr_export.analysis.axes import NONE, OPAQUE
 from vtr_export.analysis.layers import descendants
 from vtr_export.errors import AnalysisError, InputError
 from vtr_export.manifest import Manifest
 from vtr_export.schedule import Cut, Keep, Resolved
 
-SEEDS = ("inputs_embeds", "input_ids", "position_ids")  # axis 1 counts this call's tokens
 PRUNE, NARROW = "VtrTopKPrune", "VtrNarrow"
 MAX_TRAIL = 12
 
@@ -124,8 +123,7 @@ def inspect_file(file: Path, layer: int | None = None) -> GraphFacts:
 
 def _facts(file: Path, model: ir.Model, layer: int | None) -> GraphFacts:
     graph = model.graph
-    seeds = {value: Axes(token=1) for value in graph.inputs if value.name in SEEDS}
-    labels = label_axes(graph, seeds)
+    labels = label_axes(graph, token_seeds(graph))
     layers, why = _layers(graph, labels)
     return GraphFacts(
         file=str(file),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+FAR = 2**31 - 1  # exporters write "to the end" as a bound at least this large
 LENGTH = "length"  # a number derived from the token count
 OPAQUE = "opaque"  # tokens went in, and the analysis lost them
 
@@ -30,8 +31,31 @@ class Axes:
         return Axes(token, key, self.state)
 
 
-NONE = Axes()
+NONE, LOST = Axes(), Axes(state=OPAQUE)
 Labels = Mapping[ir.Value, Axes]
+
+
+def token_seeds(graph: ir.Graph) -> dict[ir.Value, Axes]:
+    """The graph inputs with a token axis, told by the symbols in their shapes, or by name."""
+    inputs = {value.name: value for value in graph.inputs}
+    source = inputs.get("inputs_embeds", inputs.get("input_ids"))
+    tokens, keys = symbol(source), symbol(inputs.get("attention_mask"))
+    seeds: dict[ir.Value, Axes] = {}
+    for name, value in inputs.items():
+        dims = [str(dim) for dim in value.shape or ()]
+        token, key = (dims.index(s) if s in dims else None for s in (tokens, keys))
+        if token is None and name in ("inputs_embeds", "input_ids", "position_ids"):
+            token = 2 if name == "position_ids" and len(dims) == 3 else 1
+        if token is not None or key is not None:
+            seeds[value] = Axes(token, key if key != token else None)
+    return seeds
+
+
+def symbol(value: ir.Value | None, axis: int = 1) -> str | None:
+    """The name of a dimension, where it has one."""
+    shape = value.shape if value is not None else None
+    dim = shape[axis] if shape is not None and len(shape) > axis else None
+    return dim.value if isinstance(dim, ir.SymbolicDim) else None
 
 
 def label_axes(graph: ir.Graph, seeds: Labels) -> dict[ir.Value, Axes]:
@@ -39,7 +63,7 @@ def label_axes(graph: ir.Graph, seeds: Labels) -> dict[ir.Value, Axes]:
     labels = dict(seeds)
     for node in graph:
         inputs = [labels.get(value, NONE) if value is not None else NONE for value in node.inputs]
-        if not any(inputs):
+        if not any(inputs) and not _has_graph(node):
             continue
         found = zip(node.outputs, _rule(node, inputs), strict=False)
         labels |= {value: axes for value, axes in found if axes}
@@ -50,19 +74,34 @@ def _rule(node: ir.Node, inputs: list[Axes]) -> list[Axes]:
     """Labels of the outputs of ``node``."""
     if node.domain == "vtr" and node.op_type in OURS:
         return OURS[node.op_type](inputs)
-    if node.domain not in ("", "vtr", "com.microsoft"):
-        return [Axes(state=OPAQUE)] * len(node.outputs)
+    count = len(node.outputs)
+    if node.domain not in ("", "vtr", "com.microsoft") or _has_graph(node):
+        return [LOST] * count
     if node.op_type in ("Shape", "Size"):
-        return [Axes(state=LENGTH)]
+        return [_lengths(node, inputs[0])]
     for state in (OPAQUE, LENGTH):
         if any(axes.state == state for axes in inputs):
-            return [_through_state(inputs, state)] * len(node.outputs)
+            return [_through_state(inputs, state)] * count
     if node.op_type in SAME:
-        return [inputs[0]]
+        return [inputs[0]] * count
     rule = RULES.get(node.op_type, _broadcast if node.op_type in BROADCAST else None)
-    if rule is None:
-        return [Axes(state=OPAQUE)] * len(node.outputs)
-    return [rule(node, inputs)] + [NONE] * (len(node.outputs) - 1)
+    return [LOST] * count if rule is None else [rule(node, inputs)] + [LOST] * (count - 1)
+
+
+def _has_graph(node: ir.Node) -> bool:
+    """Whether ``node`` runs a graph of its own, which may read any value unseen."""
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(attribute.type in kinds for attribute in node.attributes.values())
+
+
+def _lengths(node: ir.Node, axes: Axes) -> Axes:
+    """Of ``Shape``: a length, unless only other axes are asked for."""
+    own = rank(node.inputs[0])
+    if own is None or axes.state or node.op_type == "Size":
+        return Axes(state=LENGTH)
+    bounds = (node.attributes.get(name) for name in ("start", "end"))
+    asked = range(own)[slice(*(bound.as_int() if bound else None for bound in bounds))]
+    return Axes(state=LENGTH) if {axes.token, axes.key} & set(asked) else NONE
 
 
 def _through_state(inputs: list[Axes], state: str) -> Axes:
@@ -72,20 +111,50 @@ def _through_state(inputs: list[Axes], state: str) -> Axes:
 
 
 def rank(value: ir.Value | None) -> int | None:
-    """Number of axes, if known."""
+    """Number of axes, if known: that of the value itself or of what it was made from."""
+    while value is not None and value.shape is None:
+        producer = value.producer()
+        value = _like(producer, value) if producer is not None else None
     return len(value.shape) if value is not None and value.shape is not None else None
 
 
+def _like(node: ir.Node, output: ir.Value) -> ir.Value | None:
+    """The input of ``node`` that has as many axes as its ``output``."""
+    if (node.domain, node.op_type) == ("vtr", "VtrTopKPrune"):
+        return node.inputs[-1] if output is node.outputs[0] else None
+    by_matrix = node.op_type == "MatMul" and rank(node.inputs[1]) == 2
+    same = by_matrix or node.op_type in SAME or node.op_type in ("Transpose", "VtrNarrow")
+    return node.inputs[0] if same else None
+
+
 def _broadcast(node: ir.Node, inputs: list[Axes]) -> Axes:
-    widest = rank(node.outputs[0]) or max(rank(value) or 0 for value in node.inputs)
-    ranks = [widest if (own := rank(value)) is None else own for value in node.inputs]
-    pairs = zip(inputs, ranks, strict=True)
-    aligned = [_shifted(axes, widest - own) for axes, own in pairs if axes]
+    ranks = [rank(value) for value in node.inputs]
+    known = [own for own in ranks if own is not None]
+    widest = rank(node.outputs[0]) or (max(known) if len(known) == len(ranks) else None)
+    if widest is None:
+        return LOST
+    aligned = []
+    for axes, own in zip(inputs, ranks, strict=True):
+        if axes and own is None:
+            return LOST
+        if axes and own is not None:
+            aligned.append(_shifted(axes, widest - own))
     tokens = {axes.token for axes in aligned if axes.token is not None}
     keys = {axes.key for axes in aligned if axes.key is not None}
     if len(tokens) > 1 or len(keys) > 1:
-        return Axes(state=OPAQUE)
-    return Axes(next(iter(tokens), None), next(iter(keys), None))
+        return LOST
+    found = Axes(next(iter(tokens), None), next(iter(keys), None))
+    others = [v for v, axes in zip(node.inputs, inputs, strict=True) if not axes]
+    return found if all(_spreads(value, found, widest) for value in others) else LOST
+
+
+def _spreads(value: ir.Value | None, axes: Axes, widest: int) -> bool:
+    """False if ``value``, which knows no tokens, has several entries where ``axes`` count them."""
+    if value is None or value.shape is None:
+        return True
+    places = [axis for axis in (axes.token, axes.key) if axis is not None]
+    own = [axis - widest + len(value.shape) for axis in places]
+    return all(axis < 0 or value.shape[axis] == 1 for axis in own)
 
 
 def _shifted(axes: Axes, by: int) -> Axes:
@@ -93,20 +162,25 @@ def _shifted(axes: Axes, by: int) -> Axes:
 
 
 def _matmul(node: ir.Node, inputs: list[Axes]) -> Axes:
-    left = rank(node.inputs[0])
-    if inputs[1] or left is None or inputs[0].token == left - 1:
-        return Axes(state=OPAQUE)
-    wide = rank(node.outputs[0]) or left
-    return inputs[0].moved(lambda axis: axis + wide - left)
+    left, right = rank(node.inputs[0]), rank(node.inputs[1])
+    wide = rank(node.outputs[0]) or (None if left is None or right is None else max(left, right))
+    if inputs[1] or left is None or wide is None or left - 1 in (inputs[0].token, inputs[0].key):
+        return LOST
+    return _shifted(inputs[0], wide - left)
 
 
 def _gemm(node: ir.Node, inputs: list[Axes]) -> Axes:
-    return inputs[0] if inputs[0].token == 0 and not inputs[1] else Axes(state=OPAQUE)
+    turned = node.attributes.get("transA")
+    if any(inputs[1:]) or inputs[0].token != 0 or (turned is not None and turned.as_int()):
+        return LOST
+    return inputs[0]
 
 
 def _transpose(node: ir.Node, inputs: list[Axes]) -> Axes:
-    order = list(node.attributes["perm"].as_ints())
-    return inputs[0].moved(order.index)
+    order, own = node.attributes.get("perm"), rank(node.inputs[0])
+    if order is not None:
+        return inputs[0].moved(list(order.as_ints()).index)
+    return LOST if own is None else inputs[0].moved(lambda axis: own - 1 - axis)
 
 
 def _constant(value: ir.Value | None) -> list[int] | None:
@@ -117,7 +191,7 @@ def _constant(value: ir.Value | None) -> list[int] | None:
 def _unsqueeze(node: ir.Node, inputs: list[Axes]) -> Axes:
     axes, own = _constant(node.inputs[1]), rank(node.inputs[0])
     if axes is None or own is None:
-        return Axes(state=OPAQUE)
+        return LOST
     new = {axis % (own + len(axes)) for axis in axes}
     kept = [axis for axis in range(own + len(axes)) if axis not in new]
     return inputs[0].moved(lambda axis: kept[axis])
@@ -126,7 +200,7 @@ def _unsqueeze(node: ir.Node, inputs: list[Axes]) -> Axes:
 def _squeeze(node: ir.Node, inputs: list[Axes]) -> Axes:
     axes, own = _constant(node.inputs[1]), rank(node.inputs[0])
     if axes is None or own is None:
-        return Axes(state=OPAQUE)
+        return LOST
     gone = {axis % own for axis in axes}
     kept = [axis for axis in range(own) if axis not in gone]
     return inputs[0].moved(lambda axis: kept.index(axis) if axis in kept else None)
@@ -134,9 +208,9 @@ def _squeeze(node: ir.Node, inputs: list[Axes]) -> Axes:
 
 def _reshape(node: ir.Node, inputs: list[Axes]) -> Axes:
     """An axis survives behind leading dimensions that are copied one by one."""
-    target = _constant(node.inputs[1])
-    if target is None:
-        return Axes(state=OPAQUE)
+    target, literal = _constant(node.inputs[1]), node.attributes.get("allowzero")
+    if target is None or (literal is not None and literal.as_int()):
+        return LOST
     kept = next((i for i, dim in enumerate(target) if dim != 0), len(target))
     lost = [axis for axis in (inputs[0].token, inputs[0].key) if axis is not None and axis >= kept]
     return Axes(state=OPAQUE) if lost else inputs[0]
@@ -146,32 +220,52 @@ def _concat(node: ir.Node, inputs: list[Axes]) -> Axes:
     """Past before new along the token axis makes keys."""
     own = next((r for value in node.inputs if (r := rank(value)) is not None), None)
     if own is None:
-        return Axes(state=OPAQUE)
+        return LOST
     axis = node.attributes["axis"].as_int() % own
     labelled = [axes for axes in inputs if axes]
     if any(axes.token == axis for axes in labelled):
-        return Axes(key=axis) if len(labelled) == 1 else Axes(state=OPAQUE)
-    return labelled[0] if len(set(labelled)) == 1 else Axes(state=OPAQUE)
+        return Axes(key=axis) if len(labelled) == 1 else LOST
+    return labelled[0] if len(set(labelled)) == 1 else LOST
 
 
 def _slice(node: ir.Node, inputs: list[Axes]) -> Axes:
-    """A slice of the token axis is no longer all tokens."""
-    axes = _constant(node.inputs[3]) if len(node.inputs) > 3 else None
+    """All tokens stay tokens, one is a row like any other, some are neither."""
+    starts, ends, axes, steps = (
+        _constant(node.inputs[i]) if len(node.inputs) > i else None for i in range(1, 5)
+    )
     own = rank(node.inputs[0])
-    if axes is None or own is None:
-        return Axes(state=OPAQUE)
-    cut = {axis % own for axis in axes}
-    return inputs[0].moved(lambda axis: None if axis in cut else axis)
+    if starts is None or ends is None or axes is None or own is None:
+        return LOST
+    steps = steps or [1] * len(axes)
+    spans = {
+        axis % own: _span(start, end, step)
+        for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)
+    }
+    labelled = [axis for axis in (inputs[0].token, inputs[0].key) if axis is not None]
+    if any(spans.get(axis) == "some" for axis in labelled):
+        return LOST
+    return inputs[0].moved(lambda axis: None if spans.get(axis) == "one" else axis)
+
+
+def _span(start: int, end: int, step: int) -> str:
+    """How much of an axis of any length lies between two bounds."""
+    if (start, step) == (0, 1) and end >= FAR:
+        return "all"
+    same_side = start * end > 0 or start == 0
+    return "one" if (start == -1 and end >= FAR) or (same_side and end - start == 1) else "some"
 
 
 def _gather(node: ir.Node, inputs: list[Axes]) -> Axes:
+    """One row of the token axis is a row like any other; several are some tokens."""
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     own, width = rank(node.inputs[0]), rank(node.inputs[1])
-    if own is None or width is None:
-        return Axes(state=OPAQUE)
+    if own is None or width is None or all(inputs):
+        return LOST
     axis %= own
     if inputs[1]:
         return inputs[1].moved(lambda at: at + axis)
+    if axis in (inputs[0].token, inputs[0].key) and len(_constant(node.inputs[1]) or ()) != 1:
+        return LOST
     return inputs[0].moved(lambda at: None if at == axis else at if at < axis else at + width - 1)
 
 
@@ -179,13 +273,14 @@ def _reduce(node: ir.Node, inputs: list[Axes]) -> Axes:
     axes, own = _constant(node.inputs[1]) if len(node.inputs) > 1 else None, rank(node.inputs[0])
     keepdims = node.attributes["keepdims"].as_int() if "keepdims" in node.attributes else 1
     if axes is None or own is None:
-        return Axes(state=OPAQUE)
+        return LOST
     gone = {axis % own for axis in axes}
     kept = list(range(own)) if keepdims else [axis for axis in range(own) if axis not in gone]
     return inputs[0].moved(lambda axis: None if axis in gone else kept.index(axis))
 
 
 def _attention(node: ir.Node, inputs: list[Axes]) -> Axes:
+    """A row for each query; the second and third output, keys and values, are not followed."""
     return Axes(token=inputs[0].token)
 
 
@@ -219,6 +314,9 @@ OURS: dict[str, Callable[[list[Axes]], list[Axes]]] = {
     "VtrBudget": lambda inputs: [NONE],
     "VtrCausalMask": lambda inputs: [Axes(token=2, key=3)],
     "VtrNarrow": lambda inputs: [inputs[0]],
+    "VtrPack": lambda inputs: [Axes(token=1)],
+    "VtrRowsLast": lambda inputs: [NONE],
+    "VtrRowsText": lambda inputs: [NONE],
     "VtrTail": lambda inputs: [NONE],
     "VtrTopKPrune": lambda inputs: [Axes(token=1), NONE, NONE],
     "VtrVisionCount": lambda inputs: [NONE],

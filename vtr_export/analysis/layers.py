@@ -1,11 +1,12 @@
 """Decoder layers: one attention node each, and the residual stream that enters it."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from vtr_export.analysis.axes import Labels
+from vtr_export.analysis.axes import NONE, OPAQUE, Axes, Labels, rank
 from vtr_export.errors import AnalysisError
 
 
@@ -32,45 +33,97 @@ def find_layers(graph: ir.Graph, labels: Labels) -> list[Layer]:
 
     Raises AnalysisError for an attention node that is not fed past and mask in the canonical way.
     """
-    sites = [node for node in graph if node.op_type == "Attention" and _is_site(node, labels)]
+    sites = [node for node in graph if _is_site(node, labels)]
+    source = next((value for value in graph.inputs if value.name == "inputs_embeds"), None)
+    if source is None:
+        raise AnalysisError("the graph has no input inputs_embeds", hint="give it a decoder")
+    _check_followed(graph, labels)
     layers: list[Layer] = []
-    source = next(value for value in graph.inputs if value.name == "inputs_embeds")
     for index, node in enumerate(sites):
         entry = source if index == 0 else residual(graph, layers[-1].attention, node)
-        layers.append(_layer(index, entry, node))
+        layers.append(_layer(index, entry, node, labels))
     return layers
 
 
 def _is_site(node: ir.Node, labels: Labels) -> bool:
-    query = node.inputs[0]
-    return query is not None and query in labels and labels[query].token is not None
+    return _is_attention(node) and _of(node.inputs[0], labels).token is not None
 
 
-def _layer(index: int, entry: ir.Value, node: ir.Node) -> Layer:
-    query, keys = node.inputs[0], node.inputs[1]
+def _is_attention(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) == ("", "Attention")
+
+
+def _of(value: ir.Value | None, labels: Labels) -> Axes:
+    return labels.get(value, NONE) if value is not None else NONE
+
+
+def _check_followed(graph: ir.Graph, labels: Labels) -> None:
+    """AnalysisError where tokens are lost on the way to an attention, naming the first place."""
+    ends = [node for node in graph if _is_attention(node) and _of(node.inputs[0], labels).state]
+    if not ends:
+        return
+    before = ancestors(ends[0].inputs[:1])
+    lost = (
+        (node, value)
+        for node in graph
+        for value in node.outputs
+        if node in before and _of(value, labels).state == OPAQUE
+    )
+    node, value = next(lost, (ends[0], ends[0].outputs[0]))
+    raise AnalysisError(
+        f"{value.name!r} leads to an attention, and its axis of tokens cannot be told",
+        where=f"node {node.name!r} ({node.op_type})",
+        hint="vtr inspect shows the trail of token axes",
+    )
+
+
+def _layer(index: int, entry: ir.Value, node: ir.Node, labels: Labels) -> Layer:
+    query, keys = node.inputs[:2]
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     concat = keys.producer() if keys is not None else None
     if query is None or keys is None or mask is None or concat is None:
-        raise AnalysisError(
-            f"layer {index}: attention node {node.name!r} has no mask or no computed keys",
-            hint="export the decoder with past keys concatenated before the attention",
-        )
+        raise _refusal(index, "its attention has no mask or no computed keys", node)
     if concat.op_type != "Concat" or len(concat.inputs) != 2:
-        raise AnalysisError(
-            f"layer {index}: its keys are not a concatenation of past and new keys",
-            where=f"node {concat.name!r} ({concat.op_type})",
-            hint="export the decoder with past keys concatenated before the attention",
-        )
+        raise _refusal(index, "its keys are not a concatenation of past and new keys", concat)
     past_key, key = concat.inputs
     assert past_key is not None
     assert key is not None
-    assert query.shape is not None
-    width = query.shape[-1]
+    shaped = rank(query) == 4 and _of(query, labels).token == 2
+    if not shaped or _of(keys, labels).key != 2:
+        raise _refusal(index, "its query and keys are not [batch, heads, tokens, width]", node)
+    if past_key in labels or _of(key, labels).token != 2:
+        raise _refusal(index, "its keys are not past keys before new ones", concat)
+    for what, stands in _foreign(node):
+        if stands:
+            raise _refusal(index, f"its attention has {what}, which a score leaves out", node)
+    return Layer(index, entry, node, query, key, past_key, keys, mask, _scale(index, node, query))
+
+
+def _foreign(node: ir.Node) -> Iterator[tuple[str, bool]]:
+    """What an Attention node can do beside softmax(scale · query · keys) under a mask."""
+    for name in ("is_causal", "softcap", "qk_matmul_output_mode"):
+        attribute = node.attributes.get(name)
+        yield name, attribute is not None and bool(attribute.value)
+    for number, name in ((4, "past_key"), (5, "past_value"), (6, "nonpad_kv_seqlen")):
+        yield name, len(node.inputs) > number and node.inputs[number] is not None
+
+
+def _scale(index: int, node: ir.Node, query: ir.Value) -> float:
     scale = node.attributes.get("scale")
-    if scale is None and not isinstance(width, int):
-        raise AnalysisError(f"layer {index}: the width of a head is unknown")
-    factor = scale.as_float() if scale is not None else float(int(width)) ** -0.5  # type: ignore[arg-type]
-    return Layer(index, entry, node, query, key, past_key, keys, mask, factor)
+    if scale is not None:
+        return scale.as_float()
+    width = query.shape[-1] if query.shape is not None else None
+    if not isinstance(width, int):
+        raise _refusal(index, "the width of a head is unknown", node)
+    return 1 / math.sqrt(width)
+
+
+def _refusal(index: int, why: str, node: ir.Node) -> AnalysisError:
+    return AnalysisError(
+        f"layer {index}: {why}",
+        where=f"node {node.name!r} ({node.op_type})",
+        hint="export the decoder with Attention(query, Concat(past, new), values, mask)",
+    )
 
 
 def residual(graph: ir.Graph, before: ir.Node, after: ir.Node) -> ir.Value:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from vtr_export import ops
-from vtr_export.analysis.axes import NONE, Axes, Labels
+from vtr_export.analysis.axes import NONE, Axes, Labels, rank
 from vtr_export.analysis.layers import Layer, descendants
 from vtr_export.errors import AnalysisError
 from vtr_export.schedule import Cut, Resolved
@@ -55,9 +55,50 @@ def _find(layers: list[Layer], labels: Labels, schedule: Resolved, cut: Cut) -> 
         entry = _attended(layers[layer - 1], labels)
     else:
         entry = layers[layer].entry
+    _check_entry(layer, entry, labels)
+    for reader in (scored, *layers[layer:]):
+        _check_mask(reader)
+    if schedule.source == "next":
+        _check_projections(scored, entry)
     after = frozenset(node for node in descendants(entry) if not _is_mask(node))
     streams, masks = _live_outs(layer, entry, after, labels)
     return Site(cut, scored, entry, after, streams, masks)
+
+
+def _check_entry(layer: int, entry: ir.Value, labels: Labels) -> None:
+    if rank(entry) == 3 and labels.get(entry, NONE) == Axes(token=1):
+        return
+    raise AnalysisError(
+        f"layer {layer}: the stream {entry.name!r} that enters it is not [batch, tokens, width]",
+        where=_place(entry),
+        hint="vtr inspect shows the trail of token axes",
+    )
+
+
+def _check_mask(layer: Layer) -> None:
+    producer = layer.mask.producer()
+    if producer is None or not _is_mask(producer):
+        raise AnalysisError(
+            f"layer {layer.index}: its mask {layer.mask.name!r} cannot be rebuilt",
+            where=_place(layer.mask),
+            hint="AttachMask gives every Attention a mask that can",
+        )
+
+
+def _check_projections(layer: Layer, entry: ir.Value) -> None:
+    """The layer after a cut can be asked before it runs if all it projects follows from there."""
+    for value in (layer.query, layer.key):
+        if value.producer() not in descendants(entry):
+            raise AnalysisError(
+                f"layer {layer.index}: {value.name!r} is not computed from the stream that enters",
+                where=_place(value),
+                hint="use score: {from: previous}",
+            )
+
+
+def _place(value: ir.Value) -> str:
+    node = value.producer()
+    return f"node {node.name!r} ({node.op_type})" if node is not None else "graph input"
 
 
 def _attended(layer: Layer, labels: Labels) -> ir.Value:
@@ -103,11 +144,15 @@ def _is_mask(node: ir.Node) -> bool:
 def _check(layer: int, value: ir.Value, axes: Axes) -> None:
     producer = value.producer()
     rebuilt = producer is not None and _is_mask(producer)
-    if axes.state or (axes.key is not None and not rebuilt):
-        kind = axes.state or "keys of an earlier length"
+    kind = axes.state
+    if axes.key is not None and not rebuilt:
+        kind = "keys of an earlier length"
+    elif axes.token not in (None, 1) and rank(value) is None:
+        kind = "of unknown rank"
+    if kind:
         raise AnalysisError(
             f"layer {layer}: the value {value.name!r} crosses the cut and cannot be narrowed "
             f"({kind})",
-            where=f"node {producer.name!r} ({producer.op_type})" if producer else "graph input",
+            where=_place(value),
             hint="vtr inspect shows the trail of token axes",
         )

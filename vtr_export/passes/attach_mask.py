@@ -3,6 +3,7 @@
 import onnx_ir as ir
 
 from vtr_export import ops
+from vtr_export.errors import AnalysisError
 
 
 class AttachMask(ir.passes.InPlacePass):
@@ -24,6 +25,12 @@ class AttachMask(ir.passes.InPlacePass):
         inputs = {value.name: value for value in graph.inputs}
         if "mask" not in inputs:
             return ir.passes.PassResult(model, modified=False)
+        for node, index in inputs["mask"].uses():
+            if (node.domain, node.op_type, index) != ("", "Attention", 3):
+                raise AnalysisError(
+                    f"the mask is read by {node.name!r} ({node.op_type}), which is no attention",
+                    hint="report the model: its decoder cannot be exported yet",
+                )
         padding = ir.val("attention_mask", ir.DataType.INT64, ["batch", "total"])
         mask = ir.Node(ops.DOMAIN, "VtrCausalMask", [padding, inputs["inputs_embeds"]])
         mask.outputs[0].name = "mask.0"

@@ -35,25 +35,32 @@ class Build:
 
     def narrow(self, value: ir.Value, kept: ir.Value, *, axis: int, name: str) -> ir.Value:
         """``value`` at the indices ``kept`` [B,S'] of its token axis."""
-        rank = len(value.shape) if value.shape is not None else axis + 1
-        if axis == 1:
-            narrowed = self.call("VtrNarrow", [value, kept], name)
-        else:
-            order = [0, axis, *(i for i in range(1, rank) if i != axis)]
-            back = [order.index(i) for i in range(rank)]
-            front = self._permute(value, order, f"{name}.front")
-            gathered = self.call("VtrNarrow", [front, kept], f"{name}.gathered")
-            narrowed = self._permute(gathered, back, name)
+        narrowed = self._along(axis, "VtrNarrow", value, kept, name)
         narrowed.type = value.type
         if value.shape is not None:
             narrowed.shape = ir.Shape([None if i == axis else d for i, d in enumerate(value.shape)])
         return narrowed
 
+    def tail(self, value: ir.Value, count: ir.Value, *, axis: int, name: str) -> ir.Value:
+        """The last ``count`` [1] entries of the token axis of ``value``."""
+        return self._along(axis, "VtrTail", value, count, name)
+
+    def _along(
+        self, axis: int, operator: str, value: ir.Value, which: ir.Value, name: str
+    ) -> ir.Value:
+        """An operator that works on axis 1, applied to another axis."""
+        if axis == 1:
+            return self.call(operator, [value, which], name)
+        assert value.shape is not None
+        order = [0, axis, *(i for i in range(1, len(value.shape)) if i != axis)]
+        front = self._permute(value, order, f"{name}.front")
+        found = self.call(operator, [front, which], f"{name}.found")
+        return self._permute(found, [order.index(i) for i in range(len(order))], name)
+
     def constant(self, values: Sequence[int], name: str) -> ir.Value:
         """An int64 vector."""
-        tensor = ir.tensor(list(values), dtype=ir.DataType.INT64, name=f"{self.prefix}.{name}")
-        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
-        node.outputs[0].name, node.outputs[0].const_value = tensor.name, tensor
+        node = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", values)])
+        node.outputs[0].name = f"{self.prefix}.{name}"
         self.graph.append(node)
         return node.outputs[0]
 
@@ -101,9 +108,16 @@ def depends(value: ir.Value, source: ir.Value) -> bool:
 
 
 def replay(
-    build: Build, value: ir.Value, source: ir.Value, substitutes: Mapping[ir.Value, ir.Value]
+    build: Build,
+    value: ir.Value,
+    source: ir.Value,
+    substitutes: Mapping[ir.Value, ir.Value],
+    name: str,
 ) -> ir.Value:
-    """``value``, which depends on ``source``, computed again from ``substitutes``."""
+    """``value``, which depends on ``source``, computed again from ``substitutes``.
+
+    The copies are called ``<prefix>.<name>.<original>``.
+    """
     path = ancestors([value]) & descendants(source)
     copies = dict(substitutes)
     for node in [node for node in build.graph if node in path]:
@@ -116,7 +130,7 @@ def replay(
             num_outputs=len(node.outputs),
         )
         for old, new in zip(node.outputs, clone.outputs, strict=True):
-            new.name, new.type = f"{build.prefix}.replay.{len(build.graph)}.{old.name}", old.type
+            new.name, new.type = f"{build.prefix}.{name}.{old.name}", old.type
             if old.shape is not None:
                 new.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in old.shape])
             copies[old] = new

@@ -22,7 +22,7 @@ class CastLinked(ir.passes.InPlacePass):
         modified = False
         for value in list(model.graph.initializers.values()):
             weight = value.const_value
-            if not isinstance(weight, CheckpointTensor):
+            if not isinstance(weight, CheckpointTensor) or not value.uses():
                 continue
             stored = source_dtype(weight.ref)
             if stored != weight.dtype:
@@ -38,6 +38,8 @@ def _cast(graph: ir.Graph, value: ir.Value, weight: CheckpointTensor, stored: ir
     result.type = ir.TensorType(weight.dtype)
     for use in [use for use in value.uses() if use.node is not cast]:
         use.node.replace_input_with(use.idx, result)
-    value.const_value = CheckpointTensor(weight.ref, name=value.name or "", dtype=stored)
+    value.const_value = CheckpointTensor(
+        weight.ref, name=value.name or "", dtype=stored, transpose=weight.transpose
+    )
     value.type = ir.TensorType(stored)
     graph.insert_before(graph[0], cast)

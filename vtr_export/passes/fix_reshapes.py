@@ -24,8 +24,8 @@ class FixReshapes(ir.passes.InPlacePass):
                 target = constant_target(node)
                 if target is not None and not _is_constant(node.inputs[1]):
                     plans.append((node, target))
-        for number, (node, target) in enumerate(plans):
-            _set_target(model.graph, node, target, f"reshape.{number}.shape")
+        for node, target in plans:
+            _set_target(model.graph, node, target, f"{node.outputs[0].name}.shape")
         return ir.passes.PassResult(model, modified=bool(plans))
 
 
@@ -42,7 +42,8 @@ def constant_target(node: ir.Node) -> list[int] | None:
             target.append(0)
         else:
             target.append(-1)
-    return target if target.count(-1) <= 1 else None
+    is_empty = any(dim == 0 for dim in after.shape)  # a target cannot say so
+    return None if is_empty or target.count(-1) > 1 else target
 
 
 def _kept(before: ir.Shape, dim: ir.SymbolicDim, axis: int) -> bool:

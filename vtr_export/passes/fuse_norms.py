@@ -1,5 +1,7 @@
 """Recognise root-mean-square norms; the rules are onnxscript's."""
 
+from typing import Any
+
 import onnx_ir as ir
 
 
@@ -13,11 +15,29 @@ class FuseNorms(ir.passes.InPlacePass):
     After::
 
         RMSNormalization(x, scale)
+
+    ``scale`` has one entry for each feature; a norm times anything else stays what it is.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply the fusion rules until none matches."""
-        from onnxscript.rewriter.rules.fusion import _rms_normalization
+        from onnxscript.rewriter import pattern
+        from onnxscript.rewriter.rules.fusion import _rms_normalization as rules
 
-        count = _rms_normalization.fuse_rms_normalization(model)
+        class OneScaleAFeature(rules.RmsNormFusion):  # type: ignore[misc]  # a wheel without types
+            def check(self, op: Any, x: ir.Value, scale: ir.Value, **others: Any) -> Any:
+                if _is_one_a_feature(x, scale):
+                    return super().check(op, x, scale, **others)
+                return pattern.MatchResult().fail("The scale is no vector over features.", scale)
+
+        ordered = [
+            OneScaleAFeature.rule(f"norm.{order}", mul_order=order) for order in (True, False)
+        ]
+        count = pattern.RewriteRuleSet(ordered).apply_to_model(model)
         return ir.passes.PassResult(model, modified=bool(count))
+
+
+def _is_one_a_feature(x: ir.Value, scale: ir.Value) -> bool:
+    if x.shape is None or scale.shape is None or len(scale.shape) != 1:
+        return False
+    return isinstance(scale.shape[0], int) and scale.shape[0] == x.shape[-1]

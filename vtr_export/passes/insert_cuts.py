@@ -1,14 +1,18 @@
 """Drop vision tokens where a schedule says so."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from vtr_export import ops
-from vtr_export.analysis import Axes, Site, find_layers, find_sites, label_axes
+from vtr_export.analysis import Site, find_layers, find_sites, label_axes, token_seeds
+from vtr_export.analysis.axes import symbol
+from vtr_export.errors import AnalysisError
 from vtr_export.passes.build import Build, depends, replay
 from vtr_export.schedule import Resolved
+
+PRUNE = "VtrTopKPrune"
 
 
 @dataclass
@@ -46,6 +50,8 @@ class InsertCuts(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Find every cut first, then edit: a graph that cannot be cut stays as it was."""
+        if self.schedule.cuts:
+            _check(model.graph)
         labels = label_axes(model.graph, token_seeds(model.graph))
         sites = find_sites(find_layers(model.graph, labels), labels, self.schedule)
         if sites:
@@ -53,10 +59,20 @@ class InsertCuts(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(sites))
 
 
-def token_seeds(graph: ir.Graph) -> Mapping[ir.Value, Axes]:
-    """The graph inputs whose axis 1 counts this call's tokens."""
-    names = ("inputs_embeds", "position_ids")
-    return {value: Axes(token=1) for value in graph.inputs if value.name in names}
+def _check(graph: ir.Graph) -> None:
+    """AnalysisError for what is no decoder of any length, or has cuts already."""
+    inputs = {value.name: value for value in graph.inputs}
+    for name in ("inputs_embeds", "attention_mask", "position_ids"):
+        if name not in inputs:
+            raise AnalysisError(f"the graph has no input {name}", hint="give it a decoder")
+    if any(node.op_type == PRUNE for node in graph):
+        raise AnalysisError("the graph has cuts already", hint="cut the graph without cuts")
+    if symbol(inputs["inputs_embeds"]) is None:
+        raise AnalysisError(
+            "the graph takes a fixed number of tokens",
+            where="input inputs_embeds",
+            hint="export it with a symbolic dimension for the sequence",
+        )
 
 
 class _Surgeon:
@@ -67,6 +83,9 @@ class _Surgeon:
         self.build = Build(model, ops.Choice(schedule.query, schedule.heads, schedule.rank))
         self.inputs = {value.name: value for value in model.graph.inputs}
         self.positions = self.inputs["position_ids"]
+        self.tokens = str(symbol(self.inputs["inputs_embeds"]))
+        self.total = symbol(self.inputs["attention_mask"]) or "total"
+        self.past = ""
         self.keep = (
             self.build.graph_input("keep", [len(schedule.cuts)], ir.DataType.INT64)
             if tunable
@@ -75,6 +94,7 @@ class _Surgeon:
 
     def operate(self, sites: list[Site]) -> None:
         """Build a narrower stage behind each site, then move every node onto its stage."""
+        self.past = symbol(sites[0].scored.past_key, 2) or "past"
         stages = [self._first(sites)]
         for number, site in enumerate(sites):
             stages.append(self._cut(number, site, stages[-1]))
@@ -84,7 +104,7 @@ class _Surgeon:
                 if value in stages[number].streams:
                     node.replace_input_with(index, stages[number].streams[value])
             for value in node.outputs:
-                value.shape = stage_shape(value.shape, number)
+                value.shape = _renamed(value.shape, number, (self.tokens, self.past, self.total))
         self._name_pasts(sites)
 
     def _first(self, sites: list[Site]) -> Stage:
@@ -105,7 +125,7 @@ class _Surgeon:
         build = self.build
         build.prefix = f"cut.{site.cut.before_layer}"
         past = build.graph_input(
-            f"past_mask.{number}", ["batch", f"past_{number + 1}"], ir.DataType.INT64
+            f"past_mask.{number}", ["batch", f"{self.past}_{number + 1}"], ir.DataType.INT64
         )
         keep, budget = self._budgets(number, site)
         entry = stage.streams.get(site.entry, site.entry)
@@ -114,6 +134,7 @@ class _Surgeon:
             [query, keys, mask, stage.vision_index, keep, budget, entry], site.scored.scale
         )
         hidden.type = site.entry.type
+        hidden.shape = _renamed(site.entry.shape, number + 1, (self.tokens,))
         current = build.call("VtrNarrow", [stage.current, kept], "current")
         padding = build.op("Concat", [past, current], "padding", axis=1)
         new = Stage(hidden, padding, current, vision_index, mask)
@@ -121,8 +142,11 @@ class _Surgeon:
         new.streams = self._narrow(site, stage, new, kept)
         if wide_key is not None:
             new.streams[site.scored.key] = build.narrow(wide_key, kept, axis=2, name="key")
-        build.graph_output(padding, f"present_mask.{number}", ["batch", f"total_{number + 1}"])
-        build.graph_output(kept, f"kept.{number}", ["batch", f"sequence_{number + 1}"])
+        for value, name, length in (
+            (padding, "present_mask", self.total),
+            (kept, "kept", self.tokens),
+        ):
+            build.graph_output(value, f"{name}.{number}", ["batch", f"{length}_{number + 1}"])
         return new
 
     def _budgets(self, number: int, site: Site) -> tuple[ir.Value, ir.Value]:
@@ -153,11 +177,11 @@ class _Surgeon:
         some = build.op("Max", [rows, one], "mask_rows")
         wide = {site.entry: hidden, **stage.streams}
         tail = {
-            value: build.call("VtrTail", [wide.get(value, value), rows], f"tail.{value.name}")
-            for value in (site.entry, *(stream.value for stream in site.streams))
+            value: build.tail(wide.get(value, value), rows, axis=axis, name=f"tail.{value.name}")
+            for value, axis in ((site.entry, 1), *((s.value, s.axis) for s in site.streams))
         }
-        key = replay(build, layer.key, site.entry, {**wide})
-        query = replay(build, layer.query, site.entry, {**wide, **tail})
+        key = replay(build, layer.key, site.entry, wide, "key")
+        query = replay(build, layer.query, site.entry, {**wide, **tail}, "query")
         keys = build.op("Concat", [layer.past_key, key], "keys", axis=2)
         padding = build.op("Concat", [past, stage.current], "scored_padding", axis=1)
         last = build.call("VtrTail", [hidden, some], "mask_tail")
@@ -172,15 +196,18 @@ class _Surgeon:
         streams = {site.entry: new.hidden, **dict.fromkeys(site.masks, new.mask)}
         if self.schedule.positions == "repacked":
             packed = build.call("VtrPack", [new.padding, new.hidden], "positions")
+            packed.type = self.positions.type
+            packed.shape = ir.Shape(new.hidden.shape[:2]) if new.hidden.shape else None
             streams[self.positions] = packed
         for stream in site.streams:
             if stream.value in streams:
                 continue
+            name = stream.value.name or "stream"
             if self.positions in streams and self._is_position(stream.value):
-                streams[stream.value] = replay(build, stream.value, self.positions, streams)
+                again = replay(build, stream.value, self.positions, streams, name)
+                streams[stream.value] = again
                 continue
             wide = stage.streams.get(stream.value, stream.value)
-            name = stream.value.name or "stream"
             streams[stream.value] = build.narrow(wide, kept, axis=stream.axis, name=name)
         return streams
 
@@ -191,15 +218,13 @@ class _Surgeon:
     def _name_pasts(self, sites: list[Site]) -> None:
         """Say in the signature that each stage has a past of its own length."""
         for value in self.graph.inputs:
-            parts = (value.name or "").split(".")
-            if parts[0] == "past_key_values":
-                stage = sum(int(parts[1]) >= site.cut.before_layer for site in sites)
-                value.shape = stage_shape(value.shape, stage)
+            stages = [sum(use.node in site.after for site in sites) for use in value.uses()]
+            value.shape = _renamed(value.shape, max(stages, default=0), (self.past,))
 
 
-def stage_shape(shape: ir.Shape | None, stage: int) -> ir.Shape | None:
-    """``shape`` with this stage's own names for its lengths."""
+def _renamed(shape: ir.Shape | None, stage: int, lengths: Sequence[str]) -> ir.Shape | None:
+    """``shape`` with this stage's own names for ``lengths``."""
     if shape is None or stage == 0:
         return shape
-    own = {name: f"{name}_{stage}" for name in ("sequence", "past", "total")}
+    own = {name: f"{name}_{stage}" for name in lengths}
     return ir.Shape([own.get(str(dim), dim) for dim in shape])

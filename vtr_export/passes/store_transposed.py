@@ -31,18 +31,34 @@ class StoreTransposed(ir.passes.InPlacePass):
             nodes = [use.node for use in value.uses()]
             if not isinstance(weight, CheckpointTensor) or not nodes:
                 continue
-            if not all(_swaps_two_axes(node) for node in nodes):
+            is_shared = weight.ref.name in self.shared
+            if value.is_graph_output() or not all(_can_go(node, is_shared) for node in nodes):
                 continue
             modified = True
             for node in nodes:
-                if weight.ref.name in self.shared:
+                if is_shared:
                     _multiply_transposed(model.graph, node, value)
                 else:
                     node.outputs[0].replace_all_uses_with(value)
                     model.graph.remove(node, safe=True)
-            if weight.ref.name not in self.shared:
+            if not is_shared:
                 _transpose(value, weight)
         return ir.passes.PassResult(model, modified=modified)
+
+
+def _can_go(node: ir.Node, is_shared: bool) -> bool:
+    """Whether ``node`` transposes for others in this graph that can do without it."""
+    if not _swaps_two_axes(node) or node.outputs[0].is_graph_output():
+        return False
+    return not is_shared or all(_is_row_product(*use) for use in node.outputs[0].uses())
+
+
+def _is_row_product(node: ir.Node, index: int) -> bool:
+    """Whether ``node`` multiplies [B,1,in] by its input ``index``."""
+    rows = node.inputs[0]
+    shape = rows.shape if rows is not None else None
+    is_right = (node.domain, node.op_type, index) == ("", "MatMul", 1)
+    return is_right and shape is not None and len(shape) == 3 and shape[1] == 1
 
 
 def _swaps_two_axes(node: ir.Node) -> bool:
@@ -55,7 +71,9 @@ def _swaps_two_axes(node: ir.Node) -> bool:
 
 
 def _transpose(value: ir.Value, weight: CheckpointTensor) -> None:
-    turned = CheckpointTensor(weight.ref, name=value.name or "", dtype=weight.dtype, transpose=True)
+    turned = CheckpointTensor(
+        weight.ref, name=value.name or "", dtype=weight.dtype, transpose=not weight.transpose
+    )
     value.const_value = turned
     value.shape = turned.shape
 

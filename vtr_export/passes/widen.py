@@ -34,7 +34,7 @@ class Widen(ir.passes.InPlacePass):
             _check(node)
         produced = [value for node in graph for value in node.outputs]
         values = (*graph.inputs, *graph.initializers.values(), *produced)
-        typed = [value for value in values if value.dtype in TYPED]
+        typed = [v for v in values if v.dtype in TYPED and not _is_rounded(v)]
         for value in typed:
             _widen(graph, value)
         return ir.passes.PassResult(model, modified=bool(typed))
@@ -79,6 +79,16 @@ def _widen(graph: ir.Graph, value: ir.Value) -> None:
         graph.insert_after(producer, casts)
     elif len(graph):
         graph.insert_before(graph[0], casts)
+
+
+def _is_rounded(value: ir.Value) -> bool:
+    """True if the value is kept or rounded in its dtype, and read in fp32 only."""
+    casts = (use.node for use in value.uses())
+    wide = all(
+        node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT
+        for node in casts
+    )
+    return _is_stored(value) and wide and not value.is_graph_output()
 
 
 def _is_stored(value: ir.Value) -> bool:
