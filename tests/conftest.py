@@ -2,7 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,13 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from cut_graphs import Traced, Tracer
+
+    from vtr_export.checkpoint import Checkpoint
+    from vtr_export.exporter import Report
+    from vtr_export.families import ModelFacts
+    from vtr_export.frontends.transformers import Graphs
+
+    Loader = Callable[[Checkpoint, ModelFacts, str], Graphs]
 
 Golden = Callable[[ir.Model, Path], None]
 
@@ -87,3 +96,65 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> "Tracer":
         return known[variant]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of three layers in several shards; tests leave it as it is."""
+    from tiny_models import save_checkpoint, tiny_llava
+
+    return save_checkpoint(tiny_llava(layers=3), tmp_path_factory.mktemp("model"), shards=2)
+
+
+@pytest.fixture(scope="session")
+def traced_once() -> "Loader":
+    """``frontends.transformers.load``, which traces a checkpoint once a session and a dtype."""
+    from vtr_export.frontends.transformers import Graphs, load
+
+    known: dict[object, Graphs] = {}
+
+    def get(checkpoint: "Checkpoint", facts: "ModelFacts", dtype: str) -> Graphs:
+        key = checkpoint.folder, checkpoint.config_sha256, dtype
+        graphs = known[key] = known.get(key) or load(checkpoint, facts, dtype)
+        copies = (graphs.vision_encoder, graphs.embed_tokens, graphs.decoder)
+        return Graphs(*(graph.clone() for graph in copies))
+
+    return get
+
+
+@pytest.fixture
+def shared_traces(traced_once: "Loader", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of this process take their graphs from ``traced_once``."""
+    from vtr_export.frontends import transformers
+
+    monkeypatch.setattr(transformers, "load", traced_once)
+
+
+@pytest.fixture(scope="session")
+def exported(
+    checkpoint: Path, traced_once: "Loader", tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, "Report"]:
+    """That model's artifact (FastV, half from layer 1 on), unverified, and its export's report."""
+    from vtr_export.exporter import export
+    from vtr_export.frontends import transformers
+    from vtr_export.schedule import Schedule
+
+    out = tmp_path_factory.mktemp("exported") / "artifact"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers, "load", traced_once)
+        return out, export(Schedule.fastv(1, "50%"), checkpoint, out, verify="none")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if (
+        not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no right to mount a small tmpfs here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -74,9 +74,9 @@ def _check_place(target: Path, needed_bytes: int) -> None:
         _fail(f"the target cannot be made: {place} is a file", target)
     if not os.access(place, os.W_OK | os.X_OK):
         _fail(f"the target cannot be made: no permission to write in {place}", target)
-    free_bytes = shutil.disk_usage(place).free
-    if free_bytes < needed_bytes:
-        message = f"the disk is too full: {needed_bytes:,} bytes are needed, {free_bytes:,} free"
+    disk = shutil.disk_usage(place)
+    if disk.total and disk.free < needed_bytes:  # of 0 bytes: a file system that does not count
+        message = f"the disk is too full: {needed_bytes:,} bytes are needed, {disk.free:,} free"
         _fail(message, target, "free some space, choose another disk, or use --weights link")
 
 
