@@ -50,8 +50,8 @@ def _force(graph: ir.Graph, node: ir.Node) -> None:
     graph.outputs.remove(kept)
     inputs = []
     for old, name, axis in ((kept, "kept", "sequence"), (vision, "kept_vision", "vision")):
-        shape = ir.Shape(["batch", f"{axis}_{int(number) + 1}"])
-        new = ir.Input(f"{name}.{number}", shape, ir.TensorType(ir.DataType.INT64))
+        shape = ["batch", f"{axis}_{int(number) + 1}"]
+        new = ir.val(f"{name}.{number}", ir.DataType.INT64, shape)
         inputs.append(new)
         old.replace_all_uses_with(new)
     graph.inputs.extend(inputs)

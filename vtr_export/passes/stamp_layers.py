@@ -82,7 +82,7 @@ class StampLayers(ir.passes.InPlacePass):
                 inputs,
                 list(node.attributes.values()),
                 num_outputs=len(node.outputs),
-                name=f"{node.name}.layer.{number}",
+                name=f"{node.name}.layer.{number}" if node.name else None,
             )
             for old, new in zip(node.outputs, clone.outputs, strict=True):
                 new.name = self._renamed(old.name or "", 1, number)
