@@ -6,9 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +23,7 @@ from vtr_export import compile as compiler
 from vtr_export.errors import ArtifactError
 from vtr_export.exporter import Report, export
 from vtr_export.families import read_facts
+from vtr_export.frontends import transformers
 from vtr_export.manifest import Gate, Manifest, hash_files
 from vtr_export.schedule import Schedule
 from vtr_export.verify.case import Case
@@ -47,7 +49,22 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def traced_once() -> Iterator[None]:
+    """All exports here are of one checkpoint in one dtype: the first trace serves them all."""
+    load, known = transformers.load, list[transformers.Graphs]()
+
+    def get(*given: Any) -> transformers.Graphs:
+        if not known:
+            known.append(load(*given))
+        return transformers.Graphs(*(graph.clone() for graph in known[0].parts().values()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers, "load", get)
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A verified export; nobody changes it."""
     checkpoint = save_checkpoint(tiny_llava(layers=4), tmp_path_factory.mktemp("model"), shards=2)
     folder = tmp_path_factory.mktemp("out") / "artifact"

@@ -64,20 +64,22 @@ def _against(artifact: Path, model: str, scope: str) -> "Sequence[Gate]":
     from vtr_export.families import read_facts
     from vtr_export.manifest import Manifest
     from vtr_export.schedule import Schedule
-    from vtr_export.verify import choose_scope, verify_export
+    from vtr_export.verify import check_scope, choose_scope, verify_export
 
     manifest = Manifest.load(artifact)
     checkpoint = Checkpoint.open(model)
     if checkpoint.config_sha256 != manifest.source.config_sha256:
         warn([f"{checkpoint.folder} is not the checkpoint this artifact was exported from"])
     facts = read_facts(checkpoint.config, str(checkpoint.folder / "config.json"))
+    if scope == "auto":
+        scope = choose_scope(facts, dtype=manifest.dtype)
     schedule = Schedule.parse(manifest.schedule.text, str(artifact / "schedule.yaml"))
     outcome = verify_export(
         artifact,
         checkpoint.folder,
         schedule.resolve(facts),
         dtype=manifest.dtype,
-        scope=choose_scope(facts, dtype=manifest.dtype) if scope == "auto" else scope,
+        scope=check_scope(scope, facts.layers),
         golden=False,
     )
     warn(outcome.warnings)

@@ -30,7 +30,7 @@ class Bars:
 BARS: Final[Mapping[str, Bars]] = {
     "fp32": Bars(0.99999, 1e-3, None, 0.99, near_tie=1e-5, stream=1e-4, score=1e-4),
     "fp16": Bars(0.999, None, 0.995, 0.97, near_tie=2**-7, stream=2e-2, score=None),
-    "bf16": Bars(0.995, None, None, 0.97, near_tie=2**-4, stream=8e-2, score=None),
+    "bf16": Bars(0.995, None, None, 0.95, near_tie=2**-4, stream=8e-2, score=None),
 }
 
 

@@ -102,7 +102,8 @@ def keep_set_gates(rows: Sequence[Row], bars: Bars, layers: Sequence[int]) -> li
         margins = [row.margin for row in here if np.isfinite(row.margin)]
         margin = f", least margin {min(margins):.3g}" if margins else ""
         measured = float(np.mean([row.excused_overlap for row in here]))
-        detail = f"before layer {layers[cut]}{margin}; {raw:.4f} with near ties counted"
+        counted = f"; {raw:.4f} if near ties count" if raw != measured else ""
+        detail = f"before layer {layers[cut]}{margin}{counted}"
         gates.append(at_least(f"keep_sets.cut.{cut}", measured, bars.overlap, detail))
     return gates
 

@@ -41,8 +41,7 @@ def layers_of(scope: str, layers: int) -> int | None:
     match = re.fullmatch(r"layers:([1-9][0-9]{0,8})", scope)
     if match is None:
         raise InputError(
-            f"cannot verify {scope!r}",
-            where="--verify",
+            f"no verification scope {scope!r}",
             hint="auto, all, or layers:K with K from 1: the first K decoder layers",
         )
     return int(match[1]) if int(match[1]) < layers else None
