@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import vtr_export
+from vtr_export import errors
 
 MAX_FILE, MAX_FUNCTION = 400, 60
 SOURCES = sorted(Path(vtr_export.__path__[0]).rglob("*.py"))
@@ -26,6 +27,20 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type)} - {"VtrError"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_every_error_shows_a_way_out(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ERRORS
+        ):
+            assert "hint" in {word.arg for word in node.keywords}, f"line {node.lineno}"
 
 
 def test_the_package_imports_without_heavy_wheels() -> None:

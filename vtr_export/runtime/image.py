@@ -52,6 +52,7 @@ PROCESSORS: Final[Mapping[str, Mapping[str, Any]]] = {
     "SiglipImageProcessor": {**_SQUARE, "resample": 3, "do_convert_rgb": True},
     "ViTImageProcessor": {**_SQUARE, "resample": 2},
 }
+_OTHERS: Final = "export a checkpoint whose images are prepared as CLIP, SigLIP, ViT or LLaVA do"
 _STEPS = frozenset(
     ("convert_rgb", "pad", "resize", "center_crop", "rescale", "normalize")
 )  # each is do_<step> in the file
@@ -295,5 +296,5 @@ def _refuse_file(error: Exception, where: str) -> NoReturn:
     raise InputError(message, where=where, hint=hint) from error
 
 
-def _refuse(message: str, where: str, hint: str = "") -> NoReturn:
+def _refuse(message: str, where: str, hint: str = _OTHERS) -> NoReturn:
     raise ArtifactError(message, where=where, hint=hint)

@@ -64,7 +64,9 @@ def load_golden(file: Path) -> Case:
         return _unpack(file.stem, arrays)
     except _UNREADABLE as error:
         raise ArtifactError(
-            f"the golden vectors cannot be read: {error}", where=str(file)
+            f"the golden vectors cannot be read: {error}",
+            where=str(file),
+            hint="copy the artifact again from where it was exported",
         ) from error
 
 
