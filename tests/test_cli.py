@@ -15,6 +15,7 @@ from vtr_export import exporter
 from vtr_export.cli import export_main
 from vtr_export.cli.app import app
 from vtr_export.errors import GateError
+from vtr_export.exporter import Report
 from vtr_export.schedule import Schedule
 
 COMMANDS = ["export", "plan", "run", "verify", "bench", "inspect", "doctor", "schedule"]
@@ -256,3 +257,35 @@ def test_commands_have_one_line_of_help() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         assert len((command.callback.__doc__ or "").splitlines()[0]) <= 80
+
+
+def test_bench_says_what_was_predicted_beside_what_was_measured(
+    exported: tuple[Path, Report],
+) -> None:
+    folder, _ = exported
+    sizes = ["--text-tokens", 8, "--new-tokens", 2]
+    planned = vtr(
+        *("plan", "-s", folder / "schedule.yaml", "-m", folder, *sizes),
+        *("--device", "h100", "--weights", "fp32", "--json"),
+    ).json
+    done = vtr("bench", folder, *sizes, "--predict", "h100", "--json")
+    said = done.json
+    assert said["predicted_prefill_speedup"] == planned["ideal_speedup"]
+    for suffix in ("", "_unpruned"):
+        assert said[f"predicted_first_token_ms{suffix}"] == planned[f"ttft_ms{suffix}"]
+        assert said[f"predicted_decode_ms{suffix}"] == planned[f"tpot_ms{suffix}"]
+        assert said[f"first_token_ms{suffix}"] > said[f"prefill_ms{suffix}"] > 0
+    assert said["prefill_speedup"] == said["prefill_ms_unpruned"] / said["prefill_ms"]
+    assert "run 7 of 7" in done.err
+    head, *rows = vtr("bench", folder, *sizes).out.splitlines()[:4]
+    assert head.split() == ["unpruned", "predicted", "pruned", "predicted", "speed-up", "predicted"]
+    assert [row[:16].strip() for row in rows] == ["prefill", "first token", "each next token"]
+
+
+def test_inspect_shows_layers_cuts_and_streams(exported: tuple[Path, Report]) -> None:
+    said = vtr("inspect", exported[0], "--json").json
+    decoder = next(graph for graph in said["graphs"] if "decoder" in graph["file"])
+    assert [layer["index"] for layer in decoder["layers"]] == [0, 1, 2]
+    assert [(cut["before_layer"], cut["keep"]) for cut in decoder["cuts"]] == [(1, "8 of 16")]
+    assert said["artifact"]["schedule"]["keep_per_layer"] == [16, 8, 8]
+    assert "cut before layer 1: keeps " in vtr("inspect", exported[0]).out

@@ -40,7 +40,7 @@ def bench(
     ] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Time an artifact beside its unpruned twin, and beside what was predicted."""
+    """Time an artifact beside its unpruned twin and the prediction."""
     from vtr_export.bench import bench as measure
 
     with progress() as announce:

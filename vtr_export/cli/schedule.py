@@ -214,7 +214,7 @@ def convert(
 
 @app.command()
 def diff(first: File, second: File, as_json: Json = False) -> None:
-    """What differs, defaults written out; nothing when both say the same."""
+    """What differs, defaults written out."""
     from vtr_export.schedule import Schedule
 
     before, after = (Schedule.load(path).dump().splitlines() for path in (first, second))
