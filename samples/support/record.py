@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "samples" / "digits"
 DTYPES = {"cpu": ("fp32", "fp16"), "cuda": ("fp32", "fp16", "bf16")}
 WHEEL = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
-BUILDER, BUILT = "tensorrt_rtx_bindings", "fp16"  # fp32 has no fused attention there
+BUILDER, WHEEL_OF_BUILDER = "tensorrt_rtx_bindings", "tensorrt-rtx-cu13-bindings"
+BUILT = "fp16"  # fp32 has no fused attention there
 BATCH = 32
 
 
@@ -54,7 +55,7 @@ def build(artifact: Path, vision_tokens: int) -> dict[str, Any] | None:
     found = json.loads(done.stdout.splitlines()[-1])
     if found["errors"]:
         raise SystemExit("\n".join(found["errors"]))
-    return {"builder": f"TensorRT-RTX {version(BUILDER)}", "dtypes": [BUILT]}
+    return {"builder": f"TensorRT-RTX {version(WHEEL_OF_BUILDER)}", "dtypes": [BUILT]}
 
 
 def machine(device: str) -> str:
