@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from test_families import LLAVA_7B
 from tiny_models import save_checkpoint, tiny_llava
 
 from vtr_export import compile as compiler
+from vtr_export.checkpoint import Checkpoint
 from vtr_export.errors import ArtifactError
 from vtr_export.exporter import Report, export
-from vtr_export.families import read_facts
+from vtr_export.families import ModelFacts, read_facts
 from vtr_export.frontends import transformers
 from vtr_export.manifest import Gate, Manifest, hash_files
 from vtr_export.schedule import Schedule
@@ -50,13 +52,13 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def traced_once() -> Iterator[None]:
-    """All exports here are of one checkpoint in one dtype: the first trace serves them all."""
-    load, known = transformers.load, list[transformers.Graphs]()
+    """All exports here are of one checkpoint: one trace a dtype serves them all."""
+    load, known = transformers.load, dict[str, transformers.Graphs]()
 
-    def get(*given: Any) -> transformers.Graphs:
-        if not known:
-            known.append(load(*given))
-        return transformers.Graphs(*(graph.clone() for graph in known[0].parts().values()))
+    def get(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> transformers.Graphs:
+        if dtype not in known:
+            known[dtype] = load(checkpoint, facts, dtype)
+        return transformers.Graphs(*(graph.clone() for graph in known[dtype].parts().values()))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers, "load", get)
@@ -72,12 +74,16 @@ def exported(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Exp
 
 
 @pytest.fixture(scope="module")
-def cases(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
-    """What the reference answers, its layers included."""
-    facts = read_facts(json.loads((exported.checkpoint / "config.json").read_text()), "")
-    picture = draw_picture(tmp_path_factory.mktemp("picture") / "picture.png")
-    asked = ask(exported.folder, exported.checkpoint, facts, picture, None)
-    oracle = Oracle(exported.checkpoint, exported.checkpoint, SCHEDULE.resolve(facts), "fp32")
+def cases(exported: Exported) -> list[Case]:
+    return answers(exported.checkpoint, exported.folder, SCHEDULE, "fp32")
+
+
+def answers(checkpoint: Path, folder: Path, schedule: Schedule, dtype: str) -> list[Case]:
+    """What the reference says, its layers included."""
+    facts = read_facts(json.loads((checkpoint / "config.json").read_text()), "")
+    with TemporaryDirectory() as scratch:
+        asked = ask(folder, checkpoint, facts, draw_picture(Path(scratch) / "picture.png"), None)
+    oracle = Oracle(checkpoint, checkpoint, schedule.resolve(facts), dtype)
     return [
         oracle.answer(question(name, asked, rows, facts, pad=0), steps)
         for name, (rows, steps) in CASES.items()
@@ -127,19 +133,54 @@ def test_a_planted_bug_fails_a_gate_that_says_where(
     name: str, copy: Path, cases: list[Case]
 ) -> None:
     graph, bug, gate, words = verify_bugs.PLANTED[name]
-    file = copy / "onnx" / f"{graph}.onnx"
-    model = ir.load(file)
-    bug(model)
-    ir.save(model, file)
-    failed = first_failed(compare(planted(copy), cases, BARS["fp32"]))
+    failed = first_failed(compare(plant(bug, copy, graph), cases, BARS["fp32"]))
     assert failed.name == gate, failed
     assert [part for part in words if part not in failed.detail] == [], failed.detail
 
 
-def planted(folder: Path) -> Parts:
-    """The parts of an artifact whose files are not those of its manifest any more."""
-    text = (folder / "manifest.json").read_text(encoding="utf-8")
-    return Parts.of(folder, Manifest.model_validate_json(text))
+def plant(bug: verify_bugs.Bug, folder: Path, graph: str = verify_bugs.DECODER) -> Parts:
+    """The parts of an artifact, one of them spoilt."""
+    parts = Parts.of(folder, Manifest.load(folder))
+    file = folder / "onnx" / f"{graph}.onnx"
+    model = ir.load(file)
+    bug(model)
+    ir.save(model, file)
+    return parts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"drop_point": "inside", "positions": "repacked"},
+        {"score": {"from": "next", "query": "text"}, "rank": "per_image"},
+    ],
+    ids=str,
+)
+def test_the_layer_is_named_wherever_the_cut_is(
+    options: dict[str, Any], exported: Exported, tmp_path: Path
+) -> None:
+    schedule = Schedule.from_keeps([16, 16, 9, 4], **options)
+    export(schedule, exported.checkpoint, tmp_path / "out", verify="none")
+    cases = answers(exported.checkpoint, tmp_path / "out", schedule, "fp32")
+    for layer in (1, 2):
+        bug = verify_bugs.scaled(f"layers.{layer}.mlp.up_proj.weight", 1.01)
+        copied = Path(shutil.copytree(tmp_path / "out", tmp_path / f"spoilt_{layer}"))
+        failed = first_failed(compare(plant(bug, copied), cases, BARS["fp32"]))
+        assert f"layer {layer} deviates first" in failed.detail
+
+
+def test_an_overflow_that_this_runtime_would_hide_is_seen(
+    exported: Exported, tmp_path: Path
+) -> None:
+    """An fp16 graph is compared as its fp32 twin, which rounds where the graph would."""
+    out = tmp_path / "out"
+    export(SCHEDULE, exported.checkpoint, out, verify="none", dtype="fp16")
+    cases = answers(exported.checkpoint, out, SCHEDULE, "fp16")
+    assert all(gate.passed for gate in compare(plant(lambda _: None, out), cases, BARS["fp16"]))
+    bug = verify_bugs.leaves_the_range_of_fp16(1)
+    failed = first_failed(compare(plant(bug, out), cases, BARS["fp16"]))
+    assert failed.name == "forced.prefill.cosine"
+    assert "layer 1 is the first to give infinity or NaN" in failed.detail
 
 
 # --- what an export does with it ---

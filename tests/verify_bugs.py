@@ -85,6 +85,38 @@ def decode_misses_the_newest_key(model: ir.Model) -> None:
     less.replace_input_with(1, _op(mask, less, "Sub", rows, shift))
 
 
+def padding_is_seen(model: ir.Model) -> None:
+    """Masks are causal and nothing else."""
+    mask = _function(model, "VtrCausalMask")
+    both = _only(mask, "And")
+    real = both.inputs[1]
+    assert real is not None
+    pads = _op(mask, both, "Not", real)
+    both.replace_input_with(1, _op(mask, both, "Or", real, pads))
+
+
+def leaves_the_range_of_fp16(layer: int) -> Bug:
+    """What the MLP gates is multiplied and divided by a number that is too large."""
+
+    def plant(model: ir.Model) -> None:
+        name = f"layers.{layer}.mlp.down_proj.weight"
+        (down,) = [
+            use.node
+            for value in model.graph.initializers.values()
+            if (value.name or "").endswith(name)
+            for use in value.uses()
+        ]
+        wide = down.inputs[0]
+        assert wide is not None
+        half = {"dtype": ir.DataType.FLOAT16}
+        for op in ("Mul", "Div"):
+            factor = _op(model.graph, down, "Constant", value=ir.tensor([60000.0], **half))
+            wide = _op(model.graph, down, op, wide, factor)
+        down.replace_input_with(0, wide)
+
+    return plant
+
+
 def scores_in_half_precision(model: ir.Model) -> None:
     score = _function(model, "VtrScore")
     softmax = _only(score, "Softmax")
@@ -223,6 +255,10 @@ PLANTED: dict[str, tuple[str, Bug, str, Sequence[str]]] = {
     "decode mask": (
         DECODER, decode_misses_the_newest_key,
         "forced.decode.cosine", ["layer 0 deviates first", "decode step 1 of single"],
+    ),
+    "padding": (
+        DECODER, padding_is_seen,
+        "forced.prefill.cosine", ["layer 0 deviates first", "the prefill of batch"],
     ),
     "cached keys": (
         DECODER, caches_keys_before_they_are_rotated(2),

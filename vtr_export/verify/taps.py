@@ -8,6 +8,7 @@ from vtr_export import ops
 from vtr_export.analysis.layers import residual
 from vtr_export.passes.force_keep_sets import PRUNE
 
+LENGTH_ONLY = ("VtrCausalMask", "VtrPack")  # their second input is read for its length
 NORMS = ("RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization")
 
 
@@ -52,6 +53,7 @@ class ShowStreams(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Find every stream first, then add the outputs."""
         graph = model.graph
+        _take_lengths_from_keep_sets(graph)
         sites = [node for node in graph if node.op_type == "Attention"]
         streams = [residual(graph, before, after) for before, after in pairwise(sites)]
         final = [node.inputs[0] for node in graph if node.op_type in NORMS][-1:]
@@ -59,6 +61,15 @@ class ShowStreams(ir.passes.InPlacePass):
             assert value is not None
             _show_last_row(graph, value, number)
         return ir.passes.PassResult(model, modified=bool(sites))
+
+
+def _take_lengths_from_keep_sets(graph: ir.Graph) -> None:
+    """Masks and positions read a stage's length off what a cut narrowed: no stream of tokens."""
+    for node in graph:
+        if node.domain == ops.DOMAIN and node.op_type in LENGTH_ONLY:
+            narrow = node.inputs[1].producer() if node.inputs[1] is not None else None
+            if narrow is not None and narrow.op_type == "VtrNarrow":
+                node.replace_input_with(1, narrow.inputs[1])
 
 
 def _show_last_row(graph: ir.Graph, value: ir.Value, number: int) -> None:
