@@ -56,9 +56,9 @@ def peers(provider: str) -> dict[str, Peer]:
         "transformers": Peer(hf, ("--last",), *two),
         "transformers, fused": Peer(hf, fused, *two),
         "transformers, fused, last": Peer(hf, (*fused, "--last"), *two),
-        "mobius, last": Peer(mobius, ("--last",), "decoder/model.onnx"),
-        "mobius, fused": Peer(mobius, fused, "decoder/model.onnx"),
-        "mobius, fused, last": Peer(mobius, (*fused, "--last"), "decoder/model.onnx"),
+        "mobius, last": Peer(mobius, ("--last",), "model.onnx"),
+        "mobius, fused": Peer(mobius, fused, "model.onnx"),
+        "mobius, fused, last": Peer(mobius, (*fused, "--last"), "model.onnx"),
     }
 
 
