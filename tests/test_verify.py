@@ -128,6 +128,33 @@ def test_the_reference_is_asked_for_sixteen_steps_and_for_rows_of_unlike_length(
     assert batch.attention_mask.min() == 0
 
 
+def asked_of(folder: Path, checkpoint: Path) -> dict[str, Gate]:
+    """The gates of what is prepared from the files of an artifact."""
+    facts = read_facts(json.loads((checkpoint / "config.json").read_text()), "")
+    with TemporaryDirectory() as scratch:
+        picture = draw_picture(Path(scratch) / "picture.png")
+        return {gate.name: gate for gate in ask(folder, checkpoint, facts, picture, None).gates}
+
+
+def test_an_artifact_that_prepares_images_or_prompts_otherwise_fails(
+    copy: Path, exported: Exported
+) -> None:
+    edit(copy / "processor_config.json", "image_processor", "resample", 2)
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant :", "assistant : ?"))
+    gates = asked_of(copy, exported.checkpoint)
+    assert not gates["pixel_values"].passed
+    assert "pictures" in gates["pixel_values"].detail
+    assert not gates["token_ids"].passed
+
+
+def edit(file: Path, part: str, name: str, value: object) -> None:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    assert data[part][name] != value
+    data[part][name] = value
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", verify_bugs.PLANTED)
 def test_a_planted_bug_fails_a_gate_that_says_where(
     name: str, copy: Path, cases: list[Case]

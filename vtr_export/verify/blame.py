@@ -22,17 +22,18 @@ def first_deviation(parts: Parts, inputs: Sequence[Inputs], bars: Bars) -> str:
     if not traced:
         return ""
     try:
-        calls = [call for each in traced for call in _calls(parts, each)]
+        session = Forced(parts.open(parts.decoder, (*forced_passes(), ShowStreams())))
+        decoder = Decoder(session, keep=parts.keep)
+        calls = [call for each in traced for call in _calls(session, decoder, each)]
     except (AnalysisError, GraphError) as error:
         return f"the layers could not be told apart: {error}"
     return _first_beyond(calls, bars.stream) or _largest(calls, bars.stream)
 
 
-def _calls(parts: Parts, inputs: Inputs) -> list[tuple[str, list[float]]]:
+def _calls(session: Forced, decoder: Decoder, inputs: Inputs) -> list[tuple[str, list[float]]]:
     """Of each call its name, and the error before every layer and the final norm."""
     assert inputs.case.trace is not None
-    session = Forced(parts.open(parts.decoder, (*forced_passes(), ShowStreams())))
-    play(Decoder(session, keep=parts.keep), inputs, session)
+    play(decoder, inputs, session)
     given = [inputs.embeds[:, -1], *np.moveaxis(inputs.steps, 1, 0)]
     found = []
     for number, (first, shown, theirs) in enumerate(
