@@ -1,6 +1,5 @@
 """Checkpoint and schedule to a published artifact: every step of an export, in order."""
 
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from vtr_export.families import ModelFacts, read_facts
 from vtr_export.manifest import MANIFEST, File, Gate, Manifest, hash_files
 from vtr_export.memory import get_weight_type, weight_bytes
 from vtr_export.plan import check_fits_target
+from vtr_export.process import peak_rss_bytes
 from vtr_export.publish import check_target, publish
 from vtr_export.schedule import Resolved, Schedule
 
@@ -163,7 +163,7 @@ def _export(
         written = _write_graphs(checkpoint, facts, resolved, staging, options, clock)
         warnings = assemble.copy_assets(checkpoint, staging)
         (staging / "schedule.yaml").write_text(schedule.dump(), encoding="utf-8")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_rss_bytes()
         draft = _manifest(schedule, checkpoint, facts, resolved, staging, options, written)
         draft.save(staging)
         scope, outcome = _verify(checkpoint, facts, resolved, staging, options, clock)
@@ -358,7 +358,7 @@ def _dry_report(
         verified=False,
         scope="none",
         seconds=round(sum(clock.steps.values()), 3),
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_rss_bytes(),
         files=dict.fromkeys(names),
         vision_tokens_per_layer=None if tokens is None else tuple(resolved.keep_per_layer(tokens)),
         steps=dict(clock.steps),

@@ -1,13 +1,13 @@
 """The process that verifies: it reads a job, and leaves its findings and its peak memory."""
 
 import json
-import resource
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vtr_export.errors import VtrError
+from vtr_export.process import peak_rss_bytes
 from vtr_export.schedule import Cut, Keep, Resolved
 from vtr_export.verify.check import Findings, Job, check
 
@@ -30,16 +30,6 @@ def read_job(folder: Path) -> Job:
     return Job(schedule=Resolved(cuts=cuts, **schedule), **data)
 
 
-def peak_bytes() -> int:
-    """The most this process ever held; that of its parent does not count."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def main(folder: Path) -> None:
     """Run the job of ``folder``. A user's mistake is a finding; ours keeps its traceback."""
     result: dict[str, Any]
@@ -48,7 +38,7 @@ def main(folder: Path) -> None:
     except VtrError as error:
         place = {"where": error.where, "hint": error.hint}
         result = {"error": type(error).__name__, "message": error.message, **place}
-    result["peak_rss_bytes"] = peak_bytes()
+    result["peak_rss_bytes"] = peak_rss_bytes()
     (folder / FINDINGS).write_text(json.dumps(result), encoding="utf-8")
 
 
