@@ -42,6 +42,7 @@ def schedules(facts: ModelFacts) -> dict[str, Schedule]:
         "steep list": Schedule.from_keeps(steep(layers, tokens)),
         f"VTW(K={layers // 2})": Schedule.vtw(layers // 2),
         f"VTW(K={layers - 2})": Schedule.vtw(layers - 2),
+        "digits/schedule.yaml": Schedule.load(SAMPLE / "schedule.yaml"),
     }
 
 
