@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import pytest
 from cut_graphs import Tracer, serialized
 
+from vtr_export.exporter import export
+
 REFUSED = {"TRT_decomposable", "softmax_precision"}  # by ONNX Runtime; by TensorRT
+ROOT = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("tensorrt_child.py")
 WHEEL = "tensorrt_rtx_bindings"
 pytestmark = pytest.mark.skipif(
@@ -30,18 +34,21 @@ CASES: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
 }
 
 
-def build(model: ir.Model, folder: Path) -> dict[str, Any]:
-    """What TensorRT made of ``model``; fails with its own words."""
-    path = folder / "decoder.onnx"
-    path.write_bytes(serialized(model))
-    done = subprocess.run(
-        [sys.executable, CHILD, path], capture_output=True, text=True, timeout=300, check=False
-    )
+def build(path: Path, vision_tokens: int = 32) -> dict[str, Any]:
+    """What TensorRT made of a decoder that holds its weights; fails with its own words."""
+    command = [sys.executable, CHILD, path, str(vision_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert found["errors"] == []
     assert found["plan_bytes"] > 0
     return found
+
+
+def saved(model: ir.Model, folder: Path) -> Path:
+    path = folder / "decoder.onnx"
+    path.write_bytes(serialized(model))
+    return path
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,7 +61,7 @@ def test_a_decoder_with_cuts_builds_with_fused_attention(
     model = tiny.cut(tiny.schedule(cuts, **options))
     nodes = [*model.graph, *(node for function in model.functions.values() for node in function)]
     assert not any(set(node.attributes) & REFUSED for node in nodes)
-    found = build(model, tmp_path)
+    found = build(saved(model, tmp_path))
     layers, types = found["layers"], found["types"]
     assert layers["ATTENTION_INPUT"] == tiny.facts.layers
     assert layers.get("SOFTMAX", 0) == layers.get("TOPK", 0) == len(cuts)
@@ -68,5 +75,16 @@ def test_a_decoder_with_cuts_builds_with_fused_attention(
 
 def test_a_budget_can_stay_an_input(traced: Tracer, tmp_path: Path) -> None:
     tiny = traced("fp16")
-    found = build(tiny.cut(tiny.schedule({1: 8, 2: 3}), tunable=True), tmp_path)
+    model = tiny.cut(tiny.schedule({1: 8, 2: 3}), tunable=True)
+    found = build(saved(model, tmp_path))
     assert found["shape_inputs"] == ["keep"]
+
+
+def test_the_samples_decoder_builds(tmp_path: Path) -> None:
+    sample, artifact = ROOT / "samples" / "digits", tmp_path / "artifact"
+    export(sample / "schedule.yaml", sample / "model", artifact, dtype="fp16", verify="none")
+    decoder = tmp_path / "decoder.onnx"
+    onnx.save(onnx.load(artifact / "onnx" / "decoder_model_merged.onnx"), decoder)
+    found = build(decoder, 144)
+    assert found["layers"]["ATTENTION_INPUT"] == 8
+    assert found["layers"]["TOPK"] == 2
