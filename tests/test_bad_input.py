@@ -222,6 +222,9 @@ def test_plan_refuses_the_same_schedules(case: Case, place: Place) -> None:
 BUILDS = [
     Case("another shape than the config's", lambda p: p.config("text_config", intermediate_size=96), "VTR002", ".safetensors", "shape"),
     Case("a layer without weights", lambda p: p.config("text_config", num_hidden_layers=5), "VTR002", "model", "in no shard"),
+    Case("text where a number belongs", lambda p: p.config(image_seq_length="x"), "VTR002", "config.json", "cannot read"),
+    Case("no dtype in a list of them", lambda p: p.config(dtype=[]), "VTR002", "config.json", "cannot read"),
+    Case("a rotary base that is no number", lambda p: p.config("text_config", rope_parameters={"rope_type": "default", "rope_theta": "x"}), "VTR002", "config.json", "cannot build"),
     Case("an activation nobody knows", lambda p: p.config("text_config", hidden_act="x"), "VTR002", "config.json", "cannot build"),
     Case("weights stored as integers", lambda p: p.header(as_integers), "VTR002", "model-00002", "stored as I32: the checkpoint is quantised"),
 ]  # fmt: skip

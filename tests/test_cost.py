@@ -226,18 +226,20 @@ def test_an_unknown_convention_names_the_known() -> None:
 
 
 def test_exact_equals_the_matrix_products_of_the_real_decoder() -> None:
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    flop_counter = pytest.importorskip("torch.utils.flop_counter")
+    torch = pytest.importorskip("torch", reason="its FLOP counter is the oracle")
+    transformers = pytest.importorskip("transformers", reason="its decoder is what is counted")
+    from torch.utils.flop_counter import FlopCounterMode
+
     config = transformers.LlavaConfig.from_dict(tiny(attn_implementation="eager"))
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(config)
         language, vision = model.model.language_model, model.model
         language.config._attn_implementation = "eager"
         vision.vision_tower.config._attn_implementation = "eager"
-        with flop_counter.FlopCounterMode(display=False) as decoder:
+        with FlopCounterMode(display=False) as decoder:
             hidden = language(inputs_embeds=torch.zeros(1, 10, 16)).last_hidden_state
             model.lm_head(hidden[:, -1:])
-        with flop_counter.FlopCounterMode(display=False) as tower:
+        with FlopCounterMode(display=False) as tower:
             vision.get_image_features(
                 torch.zeros(2, 3, 9, 9),
                 vision_feature_layer=-2,
@@ -296,7 +298,8 @@ def test_ideal_speedup_of_fastv_on_llava() -> None:
 
 @pytest.mark.parametrize("text", [{}, {"model_type": "qwen2", "tie_word_embeddings": True}])
 def test_parameters_equal_those_of_a_real_tiny_model(text: dict[str, Any]) -> None:
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="the oracle is a model of it")
+    transformers = pytest.importorskip("transformers", reason="the oracle is its model")
     config = tiny(text=text)
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(

@@ -80,7 +80,7 @@ def test_the_published_llava_7b() -> None:
 
 
 def test_a_llava_that_says_nothing_is_transformers_default() -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="its config is the oracle")
     facts, config = read_facts({"model_type": "llava"}, "x"), transformers.LlavaConfig()
     text, vision = config.text_config, config.vision_config
     assert (facts.layers, facts.hidden, facts.intermediate) == (
@@ -104,7 +104,7 @@ def test_a_llava_that_says_nothing_is_transformers_default() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
 def test_text_defaults_are_those_of_transformers(kind: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="its config is the oracle")
     config = transformers.AutoConfig.for_model(kind)
     facts = read_facts(
         {"model_type": "llava", "text_config": {"model_type": kind, "sliding_window": None}}, "x"
@@ -124,7 +124,7 @@ def test_text_defaults_are_those_of_transformers(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model"])
 def test_tower_defaults_are_those_of_transformers(kind: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="its config is the oracle")
     config = transformers.AutoConfig.for_model(kind)
     vision = read_facts({"model_type": "llava", "vision_config": {"model_type": kind}}, "x").vision
     assert vision is not None
@@ -160,7 +160,8 @@ def test_tower_defaults_are_those_of_transformers(kind: str) -> None:
 def test_counts_equal_those_of_a_real_tiny_model(
     strategy: str, tower: str, text: dict[str, Any], feature: Any
 ) -> None:
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="the oracle is a model of it")
+    transformers = pytest.importorskip("transformers", reason="the oracle is its model")
     config = tiny(
         text=text,
         vision={"model_type": tower},

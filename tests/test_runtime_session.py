@@ -90,7 +90,7 @@ def test_arrays_are_cast_to_what_the_graph_takes(session: OnnxRuntime) -> None:
 
 def test_a_device_that_is_not_there_is_never_replaced(tmp_path: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this machine has CUDA")
+        pytest.skip("CUDA is here: only a machine without it can refuse it")
     with pytest.raises(UnavailableError, match="CUDAExecutionProvider") as caught:
         open_session(saved(GRAPH, tmp_path), device="cuda")
     assert "pip uninstall -y onnxruntime && pip install 'vtr-export[gpu]'" in caught.value.hint

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
@@ -17,7 +18,14 @@ from vtr_export.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_REFUSALS = (ValueError, KeyError, TypeError, AttributeError, NotImplementedError)
+_REFUSALS = (  # what transformers' own code was seen to trip over; it has no common error
+    StrictDataclassError,  # a value of another type than its field's
+    ValueError,  # a model_type it does not know
+    LookupError,  # an activation or rope type it does not know; an empty list of dtypes
+    TypeError,  # a rotary base that is no number
+    AttributeError,  # a dtype that torch has not
+    NotImplementedError,  # a combination it leaves out
+)
 
 
 class _EmptyOnMeta(TorchFunctionMode):
