@@ -57,6 +57,12 @@ class InputError(VtrError):
     code = "VTR202"
 
 
+class EngineError(VtrError):
+    """An engine cannot be built, was tampered with, or does not belong on this machine."""
+
+    code = "VTR203"
+
+
 class UnavailableError(VtrError):
     """Something that is not installed, or not present on this machine, is needed."""
 

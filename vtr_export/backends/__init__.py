@@ -1,0 +1,1 @@
+"""What a target needs beyond the artifact: one folder, one builder."""

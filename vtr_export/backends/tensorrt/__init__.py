@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: one driver, branching on what the library offers."""
