@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 from vtr_export import ops
 from vtr_export.ops.functions import folder, load
+from vtr_export.ops.prune import INPUTS
+from vtr_export.ops.prune import OUTPUTS as PRUNE_OUTPUTS
 
 NAMES = sorted(path.stem for path in folder().glob("*.onnxtxt"))
 REFUSED = {"NonZero", "Compress", "Unique", "Scan", "If", "Loop"}  # by TensorRT, or in two profiles
@@ -126,6 +128,26 @@ def test_declaring_twice_is_once_and_brings_all_that_is_called() -> None:
     used = {node.op_type for f in model.functions.values() for node in f if node.domain == "vtr"}
     assert used < set(names)
     assert {"VtrWeightText", "VtrRowsText", "VtrHeadsMax", "VtrRankPerImage"} < set(names)
+
+
+@pytest.mark.parametrize("choice", [DEFAULT, ops.Choice("text", "max", "per_image")])
+def test_the_composite_is_declared_with_what_its_node_says(choice: ops.Choice) -> None:
+    """ONNX Runtime refuses an attribute that the function does not list."""
+    function = load(ops.PRUNE, choice)
+    said = ops.prune_attributes(0.5, choice)
+    assert sorted(function.attributes) == sorted(attribute.name for attribute in said)
+    assert [value.name for value in function.inputs] == list(INPUTS)
+    assert [value.name for value in function.outputs] == list(PRUNE_OUTPUTS)
+    values = {attribute.name: attribute.value for attribute in said}
+    assert ops.Choice(*(values[name] for name in ("query", "heads", "rank"))) == choice
+    assert [INPUTS[i] for i in values["tensorrt_plugin_shape_input_indices"]] == ["keep"]
+    read = {
+        attribute.ref_attr_name
+        for node in function
+        for attribute in node.attributes.values()
+        if attribute.is_ref()
+    }
+    assert read == {"scale"}
 
 
 # --- lengths, masks, streams ---

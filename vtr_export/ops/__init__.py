@@ -4,5 +4,6 @@ A backend may replace a body with a fused kernel; it may not change what it comp
 """
 
 from vtr_export.ops.functions import DOMAIN, Choice, declare
+from vtr_export.ops.prune import PRUNE, is_prune, prune_attributes
 
-__all__ = ["DOMAIN", "Choice", "declare"]
+__all__ = ["DOMAIN", "PRUNE", "Choice", "declare", "is_prune", "prune_attributes"]

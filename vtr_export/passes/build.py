@@ -16,21 +16,22 @@ class Build:
 
     def op(self, op_type: str, inputs: Sequence[ir.Value], name: str, **attrs: int) -> ir.Value:
         """One standard operator with integer attributes."""
-        return self._add("", op_type, inputs, [name], attrs)[0]
+        return self._append("", op_type, inputs, [name], _integers(attrs))[0]
 
     def call(self, operator: str, inputs: Sequence[ir.Value], name: str, **attrs: int) -> ir.Value:
         """One of our operators (its abstract name stands for the chosen variant)."""
         ops.declare(self.model, operator, self.choice)
         chosen = self.choice.names().get(operator, operator)
-        return self._add(ops.DOMAIN, chosen, inputs, [name], attrs)[0]
+        return self._append(ops.DOMAIN, chosen, inputs, [name], _integers(attrs))[0]
 
     def prune(
         self, inputs: Sequence[ir.Value], scale: float
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """``VtrTopKPrune``: narrow hidden states, kept indices, narrow vision index."""
-        ops.declare(self.model, "VtrTopKPrune", self.choice)
+        ops.declare(self.model, ops.PRUNE, self.choice)
         names = ["hidden", "kept", "vision_index"]
-        hidden, kept, index = self._add(ops.DOMAIN, "VtrTopKPrune", inputs, names, {"scale": scale})
+        attributes = ops.prune_attributes(scale, self.choice)
+        hidden, kept, index = self._append(ops.DOMAIN, ops.PRUNE, inputs, names, attributes)
         return hidden, kept, index
 
     def narrow(self, value: ir.Value, kept: ir.Value, *, axis: int, name: str) -> ir.Value:
@@ -82,24 +83,24 @@ class Build:
         self.graph.append(node)
         return node.outputs[0]
 
-    def _add(
+    def _append(
         self,
         domain: str,
         op_type: str,
         inputs: Sequence[ir.Value],
         names: Sequence[str],
-        attrs: Mapping[str, int | float],
+        attributes: Sequence[ir.Attr],
     ) -> Sequence[ir.Value]:
-        attributes = [
-            ir.AttrFloat32(key, value) if isinstance(value, float) else ir.AttrInt64(key, value)
-            for key, value in attrs.items()
-        ]
         node = ir.Node(domain, op_type, inputs, attributes, num_outputs=len(names))
         node.name = f"{self.prefix}.{op_type}.{names[0]}"
         for output, name in zip(node.outputs, names, strict=True):
             output.name = f"{self.prefix}.{name}"
         self.graph.append(node)
         return node.outputs
+
+
+def _integers(attributes: Mapping[str, int]) -> list[ir.Attr]:
+    return [ir.AttrInt64(name, value) for name, value in attributes.items()]
 
 
 def depends(value: ir.Value, source: ir.Value) -> bool:

@@ -12,8 +12,6 @@ from vtr_export.errors import AnalysisError
 from vtr_export.passes.build import Build, depends, replay
 from vtr_export.schedule import Resolved
 
-PRUNE = "VtrTopKPrune"
-
 
 @dataclass
 class Stage:
@@ -65,7 +63,7 @@ def _check(graph: ir.Graph) -> None:
     for name in ("inputs_embeds", "attention_mask", "position_ids"):
         if name not in inputs:
             raise AnalysisError(f"the graph has no input {name}", hint="give it a decoder")
-    if any(node.op_type == PRUNE for node in graph):
+    if any(ops.is_prune(node) for node in graph):
         raise AnalysisError("the graph has cuts already", hint="cut the graph without cuts")
     if symbol(inputs["inputs_embeds"]) is None:
         raise AnalysisError(

@@ -1,0 +1,39 @@
+"""The composite that a fused kernel may replace: its name, its ports, and what its node says."""
+
+from typing import Final
+
+import onnx_ir as ir
+
+from vtr_export.ops.functions import DOMAIN, Choice
+
+PRUNE: Final = "VtrTopKPrune"
+PLUGIN_NAMESPACE: Final = DOMAIN
+PLUGIN_VERSION: Final = "1"
+INPUTS: Final = ("query", "keys", "mask", "vision_index", "keep", "budget", "hidden")
+OUTPUTS: Final = ("kept_hidden", "indices", "kept_vision_index")
+SHAPE_INPUTS: Final = (INPUTS.index("keep"),)
+FIELDS: Final = ("scale", "query", "heads", "rank")
+"""What a kernel is told: the factor of the logits, and the choice the body was resolved with."""
+
+
+def is_prune(node: ir.Node) -> bool:
+    """Whether ``node`` is a cut."""
+    return (node.domain, node.op_type) == (DOMAIN, PRUNE)
+
+
+def prune_attributes(scale: float, choice: Choice) -> list[ir.Attr]:
+    """Everything on the node of a cut.
+
+    The body reads ``scale`` only. The others are for a TensorRT plugin of the node's name: the
+    ``plugin_*`` pair makes the parser prefer it to the body where it is registered, and
+    ``tensorrt_plugin_shape_input_indices`` tells it that keep decides an output's length.
+    """
+    return [
+        ir.AttrFloat32("scale", scale),
+        ir.AttrString("query", choice.query),
+        ir.AttrString("heads", choice.heads),
+        ir.AttrString("rank", choice.rank),
+        ir.AttrString("plugin_namespace", PLUGIN_NAMESPACE),
+        ir.AttrString("plugin_version", PLUGIN_VERSION),
+        ir.AttrInt64s("tensorrt_plugin_shape_input_indices", SHAPE_INPUTS),
+    ]
