@@ -12,8 +12,8 @@ from test_checkpoint import f32, write_shard
 
 from vtr_export.checkpoint import read_header
 from vtr_export.errors import ArtifactError
-from vtr_export.manifest import MANIFEST, SMALL_BYTES, File, Manifest, hash_files
-from vtr_export.publish import MANIFEST as PUBLISHED_MANIFEST
+from vtr_export.manifest import Manifest
+from vtr_export.published import MANIFEST, SMALL_BYTES, File, hash_files
 
 GRAPHS = {name: f"onnx/{name}.onnx" for name in ("vision_encoder", "embed_tokens", "decoder")}
 
@@ -93,15 +93,13 @@ def test_the_text_is_deterministic(tmp_path: Path) -> None:
     assert Manifest.model_validate_json(text).to_json() == text
 
 
-def test_publishing_knows_the_manifest_by_its_name() -> None:
-    assert PUBLISHED_MANIFEST == MANIFEST
-
-
 def test_no_artifact(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "no such")
     refused(tmp_path, "not an artifact")
     (tmp_path / MANIFEST).write_text("{}")
-    refused(tmp_path, "malformed", "versions")
+    refused(tmp_path, "malformed", "files")
+    (tmp_path / MANIFEST).write_text('{"kind": "engine"}')
+    refused(tmp_path, "holds an engine, not an artifact")
     for text in ("", "[]", "{", "[" * 100_000, "\x00"):
         (tmp_path / MANIFEST).write_text(text)
         refused(tmp_path, "manifest.json")

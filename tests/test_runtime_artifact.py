@@ -233,7 +233,7 @@ def test_a_template_that_hides_answers_takes_no_second_turn(folder: Path, tmp_pa
 
 def relisted(folder: Path) -> None:
     """Make a changed copy whole again."""
-    from vtr_export.manifest import hash_files
+    from vtr_export.published import hash_files
 
     data = json.loads((folder / "manifest.json").read_text())
     data["files"] = {name: file.model_dump() for name, file in hash_files(folder).items()}

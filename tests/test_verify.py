@@ -26,7 +26,8 @@ from vtr_export.errors import ArtifactError
 from vtr_export.exporter import Report, export
 from vtr_export.families import ModelFacts, read_facts
 from vtr_export.frontends import transformers
-from vtr_export.manifest import Gate, Manifest, hash_files
+from vtr_export.manifest import Gate, Manifest
+from vtr_export.published import hash_files
 from vtr_export.schedule import Schedule
 from vtr_export.verify.case import Case
 from vtr_export.verify.check import CASES

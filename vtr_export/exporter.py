@@ -11,11 +11,12 @@ from vtr_export import assemble
 from vtr_export.checkpoint import Checkpoint, find_folder, read_config
 from vtr_export.errors import GateError, InputError, ScheduleError, UnavailableError
 from vtr_export.families import ModelFacts, read_facts
-from vtr_export.manifest import MANIFEST, File, Gate, Manifest, hash_files
+from vtr_export.manifest import Gate, Manifest
 from vtr_export.memory import get_weight_type, weight_bytes
 from vtr_export.plan import check_fits_target
 from vtr_export.process import peak_rss_bytes
 from vtr_export.publish import check_target, publish
+from vtr_export.published import MANIFEST, File, hash_files
 from vtr_export.schedule import Resolved, Schedule
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from vtr_export.errors import ArtifactError
+from vtr_export.published import MANIFEST
 
-MANIFEST = "manifest.json"  # what makes a folder an artifact
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}
