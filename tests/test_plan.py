@@ -111,21 +111,22 @@ def test_tensorrt_selects_at_most_3840() -> None:
     schedule = Schedule.parse(
         "version: 1\nprefill:\n  stages:\n  - {before_layer: 2, keep: 50%}\n", "s.yaml"
     )
-    assert plan(schedule, LLAVA, images=13, target="tensorrt").vision_tokens_per_layer[2] == 3744
+    without: dict[str, Any] = {"target": "tensorrt", "plugin": "off"}
+    assert plan(schedule, LLAVA, images=13, **without).vision_tokens_per_layer[2] == 3744
     assert plan(schedule, LLAVA, images=14).vision_tokens_per_layer[2] == 4032
     with pytest.raises(ScheduleError, match=r"4032.*3840") as caught:
-        plan(schedule, LLAVA, images=14, target="tensorrt")
+        plan(schedule, LLAVA, images=14, **without)
     assert caught.value.where == "s.yaml:4: prefill.stages[0].keep"
     assert caught.value.hint
     many = replace(LLAVA, tokens_per_image=3840)
-    plan(Schedule.parse(schedule.dump().replace("50%", "3840")), many, target="tensorrt")
+    plan(Schedule.parse(schedule.dump().replace("50%", "3840")), many, **without)
     each = Schedule.from_keeps([576, *[288] * 31], rank="per_image")
-    plan(each, LLAVA, images=14, target="tensorrt")
+    plan(each, LLAVA, images=14, **without)
     with pytest.raises(ScheduleError) as caught:
         plan(
             Schedule.from_keeps([5000, *[4000] * 31]),
             replace(LLAVA, tokens_per_image=5000),
-            target="tensorrt",
+            **without,
         )
     assert caught.value.where.endswith("prefill.keep[1]")
 
@@ -135,7 +136,8 @@ def test_tensorrt_selects_at_most_3840() -> None:
     [
         {"convention": "F"},
         {"device": "tpu"},
-        {"weights": "fp8"},
+        {"weights": "fp6"},
+        {"dtype": "fp24"},
         {"memory": "much"},
         {"target": "coreml"},
         {"batch": 0},

@@ -20,16 +20,24 @@ class WeightType:
     linear: Fraction
     other: int
 
+    @property
+    def compute(self) -> str:
+        """What is multiplied: weights of fewer bits are widened, or their products are, to fp16."""
+        return self.name if self.linear >= 2 else "fp16"
+
 
 # Weight-only quantisation of the decoder's linear layers; the vision encoder, the embedding, norms
 # and biases stay fp16, and so do activations and cache. int8 has one scale per output channel
-# (nothing, here), int4 one fp16 scale per block of 32: 4.5 bits.
+# (nothing, here), int4 one fp16 scale per block of 32: 4.5 bits; fp8 one per tensor, fp4 one in fp8
+# per block of 16.
 WEIGHT_TYPES: Final[Mapping[str, WeightType]] = {
     "fp32": WeightType("fp32", Fraction(4), 4),
     "fp16": WeightType("fp16", Fraction(2), 2),
     "bf16": WeightType("bf16", Fraction(2), 2),
     "int8": WeightType("int8", Fraction(1), 2),
     "int4": WeightType("int4", Fraction(9, 16), 2),
+    "fp8": WeightType("fp8", Fraction(1), 2),
+    "fp4": WeightType("fp4", Fraction(9, 16), 2),
 }
 
 

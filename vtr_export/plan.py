@@ -1,7 +1,8 @@
 """What would happen: tokens, cost, bytes and time of a schedule on a model, from facts alone."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any
 
 from vtr_export.cost import (
     get_convention,
@@ -25,9 +26,7 @@ from vtr_export.memory import (
 )
 from vtr_export.roofline import first_token_parts, next_token_parts, seconds
 from vtr_export.schedule import Resolved, Schedule
-
-TENSORRT_TOP_K: Final = 3840  # the largest k of TensorRT's TopK layer
-TARGETS: Final = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+from vtr_export.targets import PLUGINS, TOP_K, TURING, check_target, target_notes
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class PlanReport:
 
     ``total`` and ``unpruned`` are the decoder's prefill of one prompt in the convention's unit;
     bytes and times are the whole batch's. ``ttft_ms`` (time to first token, vision encoder
-    included) and ``tpot_ms`` (time per output token) are lower bounds by roofline.
+    included) and ``tpot_ms`` (time per output token) are lower bounds by roofline. ``limits`` are
+    what the target cannot do and our plugin can.
     """
 
     model_type: str
@@ -69,6 +69,11 @@ class PlanReport:
     ttft_ms_unpruned: float | None
     tpot_ms: float | None
     tpot_ms_unpruned: float | None
+    target: str
+    sms: tuple[int, ...]
+    dtype: str
+    plugin: str
+    limits: tuple[str, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -112,12 +117,20 @@ def plan(
     weights: str = "fp16",
     memory: str | int | None = None,
     target: str = "onnxruntime",
+    sms: tuple[int, ...] = (),
+    dtype: str | None = None,
+    plugin: str = "auto",
 ) -> PlanReport:
     """Predict a schedule on a model.
 
-    ``vision_tokens`` (per prompt) is needed only where the tokens of an image vary. Raises
-    ScheduleError for a schedule that does not fit model or target, InputError for an option.
+    ``vision_tokens`` (per prompt) is needed only where the tokens of an image vary; ``dtype`` is
+    what the decoder computes in (by default as ``weights`` say). Raises ScheduleError for a
+    schedule that does not fit model or target, InputError for an option.
     """
+    kind = get_weight_type(weights)
+    dtype = dtype or kind.compute
+    for used in dict.fromkeys((dtype, weights)):
+        check_target(target, sms, used)
     resolved = schedule.resolve(facts)
     counts = {"text_tokens": text_tokens, "images": images, "new_tokens": new_tokens}
     for name, value in counts.items():
@@ -125,8 +138,8 @@ def plan(
     _check_count("batch", batch, 1)
     v = _vision_tokens(facts, images, vision_tokens)
     work = Workload(v, text_tokens, images, batch, new_tokens)
-    check_fits_target(schedule, resolved, v, target)
-    kind, whole = get_weight_type(weights), without_cuts(resolved)
+    limits = check_fits_target(schedule, resolved, v, target, sms=sms, plugin=plugin)
+    whole = without_cuts(resolved)
     rule = get_convention(convention)
     total = prefill_cost(facts, resolved, v, text_tokens, convention)
     unpruned = prefill_cost(facts, whole, v, text_tokens, convention)
@@ -150,33 +163,81 @@ def plan(
         weight_bytes=weight_bytes(facts, kind),
         kv_bytes=kv_bytes(facts, resolved, work, kind, new_tokens),
         kv_bytes_unpruned=kv_bytes(facts, whole, work, kind, new_tokens),
-        notes=_notes(facts, work),
+        target=target,
+        sms=sms,
+        dtype=dtype,
+        plugin=plugin,
+        limits=limits,
+        notes=(*_notes(facts, work), *target_notes(target, sms)),
         **_memory(facts, resolved, work, kind, device, memory),
         **_times(facts, resolved, work, kind, device),
     )
 
 
 def check_fits_target(
-    schedule: Schedule, resolved: Resolved, vision_tokens: int, target: str
-) -> None:
-    """Refuse what the target cannot run: TensorRT's TopK, and TensorRT-RTX's, select at most 3840.
+    schedule: Schedule,
+    resolved: Resolved,
+    vision_tokens: int,
+    target: str,
+    *,
+    sms: tuple[int, ...] = (),
+    plugin: str = "off",
+) -> tuple[str, ...]:
+    """Refuse cuts that ``target`` cannot build; what it can build with our plugin only is returned.
 
-    With ``rank: per_image`` each image selects its own keep, else a call selects for all.
+    TensorRT's TopK selects at most 3840: of a call, or with ``rank: per_image`` of an image.
+    TensorRT-RTX multiplies no fp32 matrices for Turing, and a cut's scores are such a product.
+    ``plugin`` is auto, on or off.
     """
-    if target not in TARGETS:
-        raise InputError(f"no target {target!r}", hint=f"one of: {', '.join(TARGETS)}")
+    _check_plugin(target, plugin)
     if not target.startswith("tensorrt"):
-        return
-    for cut in resolved.cuts:
-        per_image = resolved.rank == "per_image"
-        keep = cut.keep.numerator if per_image else cut.keep.of(vision_tokens)
-        if keep > TENSORRT_TOP_K:
+        return ()
+    limits = [*_too_many(resolved, vision_tokens, target), *_unscored(resolved, target, sms)]
+    serves = plugin != "off" and target != "tensorrt-10"
+    way_out = "" if serves or target == "tensorrt-10" else ", --plugin auto"
+    for before_layer, limit, hint in limits:
+        if not serves:
             raise ScheduleError(
-                f"{keep} tokens kept before layer {cut.before_layer}, "
-                f"but TensorRT selects at most {TENSORRT_TOP_K}",
-                where=schedule.place_of(cut.before_layer),
-                hint=f"keep at most {TENSORRT_TOP_K}, fewer images a call, or target onnxruntime",
+                limit,
+                where=schedule.place_of(before_layer),
+                hint=f"{hint}{way_out}, or target onnxruntime",
             )
+    return tuple(f"{limit}: needs the plugin" for _, limit, _ in limits)
+
+
+def _check_plugin(target: str, plugin: str) -> None:
+    if plugin not in PLUGINS:
+        raise InputError(f"no plugin choice {plugin!r}", hint=f"one of: {', '.join(PLUGINS)}")
+    if plugin == "on" and target in ("onnxruntime", "tensorrt-10"):
+        raise InputError(
+            f"{target} takes no plugin of ours",
+            where="--plugin on",
+            hint="leave it out: the operators' own bodies run there",
+        )
+
+
+def _too_many(
+    resolved: Resolved, vision_tokens: int, target: str
+) -> Iterator[tuple[int, str, str]]:
+    """Cuts beyond TopK: (layer, limit, way out). Engines leave out a cut that keeps everything."""
+    for cut in resolved.cuts:
+        kept = cut.keep.of(vision_tokens)
+        if kept == vision_tokens and target != "tensorrt-10":
+            continue
+        selected = cut.keep.numerator if resolved.rank == "per_image" else kept
+        if selected > TOP_K:
+            limit = f"{selected} tokens kept before layer {cut.before_layer}"
+            limit += f", but TensorRT selects at most {TOP_K}"
+            yield cut.before_layer, limit, f"keep at most {TOP_K}, fewer images a call"
+
+
+def _unscored(
+    resolved: Resolved, target: str, sms: tuple[int, ...]
+) -> Iterator[tuple[int, str, str]]:
+    """The first cut, where its scores cannot be multiplied: (layer, limit, way out)."""
+    if resolved.cuts and target == "tensorrt-rtx" and TURING in sms:
+        limit = "a cut's scores are an fp32 product, and TensorRT-RTX has none for SM 7.5 (Turing)"
+        yield resolved.cuts[0].before_layer, limit, "leave SM 7.5 out"
 
 
 def _check_count(name: str, value: int, least: int) -> None:

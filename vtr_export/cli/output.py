@@ -17,7 +17,16 @@ PLAIN: Final[dict[str, Any]] = {
 }
 Json = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
 Target = Annotated[
-    str, typer.Option(help="Refuse what it cannot run: onnxruntime, tensorrt or tensorrt-rtx.")
+    str,
+    typer.Option(
+        help="onnxruntime; or also tensorrt, tensorrt-rtx or tensorrt-10: refuse what it cannot."
+    ),
+]
+Sms = Annotated[
+    str | None, typer.Option("--sm", help="GPUs to build for: 86,89,120 or 8.6,8.9,12.0.")
+]
+Plugin = Annotated[
+    str, typer.Option("--plugin", help="Our CUDA plugin for cuts: auto (where needed), on or off.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 

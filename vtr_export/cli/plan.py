@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vtr_export.cli.output import Json, Target, columns, report, runs, warn
+from vtr_export.cli.output import Json, Plugin, Sms, Target, columns, report, runs, warn
 
 if TYPE_CHECKING:
     from vtr_export.families import ModelFacts
+    from vtr_export.plan import PlanReport
     from vtr_export.schedule import Schedule
 
 
@@ -31,14 +32,22 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="Predict times: orin-nx, agx-orin, rtx-4090, h100 or cpu.")
     ] = None,
-    weights: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")] = "fp16",
+    weights: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, int8, int4, fp8 or fp4.")
+    ] = "fp16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of activations; default: as --weights say, or fp16.")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Does it fit? 8GiB, 500MB, bytes.")] = None,
     target: Target = "onnxruntime",
+    sm: Sms = None,
+    plugin: Plugin = "auto",
     as_json: Json = False,
 ) -> None:
     """Predict tokens, FLOPs, bytes, fit and time; no weight is read."""
     from vtr_export.plan import plan as predict
     from vtr_export.schedule import Schedule
+    from vtr_export.targets import parse_sms
 
     parsed = Schedule.load(schedule)
     done = predict(
@@ -54,13 +63,24 @@ def plan(
         weights=weights,
         memory=memory,
         target=target,
+        sms=parse_sms(sm) if sm is not None else (),
+        dtype=dtype,
+        plugin=plugin,
     )
     warn(done.notes)
     lines = columns([("", "unpruned", "pruned"), *done.rows()])
     lines.append(f"vision tokens per layer: {runs(done.vision_tokens_per_layer)}")
     lines.append(f"{done.convention} counts {done.formula} per layer, in {done.unit}")
+    lines.append(f"target {done.target}: {_target(done)}")
+    lines += [f"limit: {limit}" for limit in done.limits]
     lines.append(f"ideal prefill speed-up, counted exactly: {done.ideal_speedup:.3f}")
     report(done.to_json(), lines, as_json)
+
+
+def _target(done: "PlanReport") -> str:
+    """What was checked of the target."""
+    sms = ", ".join(f"{sm // 10}.{sm % 10}" for sm in done.sms)
+    return f"{done.dtype} on SM {sms}" if sms else done.dtype
 
 
 def facts_of(schedule: "Schedule", model: str | None) -> "ModelFacts":
