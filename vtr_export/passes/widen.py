@@ -7,6 +7,7 @@ from vtr_export.errors import AnalysisError
 
 TYPED = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
+SUFFIXES = RAW, ROUNDED, WIDE = ".raw", ".rounded", ".wide"  # what a value's name gets
 _REPORT = "report the model: its typed graph cannot be checked yet"
 
 
@@ -65,14 +66,14 @@ def _widen(graph: ir.Graph, value: ir.Value) -> None:
     for to in chain:
         cast = ir.Node("", "Cast", [last], [ir.AttrInt64("to", to)])
         last = cast.outputs[0]
-        last.name = f"{value.name}.{'wide' if to == ir.DataType.FLOAT else 'rounded'}"
+        last.name = f"{value.name}{WIDE if to == ir.DataType.FLOAT else ROUNDED}"
         last.type, last.shape = ir.TensorType(to), value.shape
         cast.name = last.name
         casts.append(cast)
     for use in readers:
         use.node.replace_input_with(use.idx, last)
     if value.is_graph_output():
-        name, value.name = value.name, f"{value.name}.raw"
+        name, value.name = value.name, f"{value.name}{RAW}"
         last.name = name
         graph.outputs[graph.outputs.index(value)] = last
     if producer is not None:

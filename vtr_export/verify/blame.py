@@ -9,7 +9,7 @@ from vtr_export.errors import AnalysisError
 from vtr_export.runtime.decoder import Decoder
 from vtr_export.verify.case import Array
 from vtr_export.verify.gates import Bars
-from vtr_export.verify.play import Inputs, forced_passes, play
+from vtr_export.verify.play import Inputs, call_name, forced_passes, play
 from vtr_export.verify.sessions import Forced, GraphError, Parts
 from vtr_export.verify.taps import ShowStreams
 
@@ -40,9 +40,8 @@ def _calls(session: Forced, decoder: Decoder, inputs: Inputs) -> list[tuple[str,
         zip(given, session.shown, inputs.case.trace.streams, strict=True)
     ):
         mine = [first, *(shown[name] for name in sorted(shown, key=_number))]
-        where = f"decode step {number}" if number else "the prefill"
         errors = [_relative(*pair) for pair in zip(mine, theirs, strict=True)]
-        found.append((f"{where} of {inputs.case.question.name}", errors))
+        found.append((call_name(number, inputs.case), errors))
     return found
 
 

@@ -19,6 +19,7 @@ from vtr_export.verify.gates import (
 )
 from vtr_export.verify.keep_sets import compare as compare_keep_sets
 from vtr_export.verify.keep_sets import keep_set_gates, score_gates, tie_gate
+from vtr_export.verify.overflow import beyond_in_decoder, beyond_in_features
 from vtr_export.verify.play import Inputs, Played, embed, encode, play_forced, play_free
 from vtr_export.verify.sessions import GraphError, Parts
 
@@ -34,7 +35,8 @@ def compare(parts: Parts, cases: Sequence[Case], bars: Bars) -> list[Gate]:
     features = _try(gates, "vision_encoder", lambda: encode(parts, cases))
     if features is None:
         return gates
-    gates.append(_vision_gate(cases, features, bars))
+    seen = _vision_gate(cases, features, bars)
+    gates.append(seen if seen.passed else _with(seen, beyond_in_features(parts, cases)))
     inputs = _try(gates, "embed_tokens", lambda: embed(parts, cases, features))
     if inputs is None:
         return gates
@@ -119,15 +121,19 @@ def _same_choice(played: Played, near_tie: float) -> Array:
 
 
 def _explained(found: list[Gate], parts: Parts, inputs: Sequence[Inputs], bars: Bars) -> list[Gate]:
-    """The first failed gate says where it begins."""
+    """The first failed gate says where it begins, and what left its range first."""
     failed = [index for index, gate in enumerate(found) if not gate.passed]
     if not failed:
         return found
-    why = first_deviation(parts, inputs, bars)
-    first = found[failed[0]]
-    detail = "; ".join(part for part in (first.detail, why) if part)
-    found[failed[0]] = first.model_copy(update={"detail": detail})
+    why = first_deviation(parts, inputs, bars), beyond_in_decoder(parts, inputs)
+    found[failed[0]] = _with(found[failed[0]], *why)
     return found
+
+
+def _with(gate: Gate, *why: str) -> Gate:
+    """``gate`` with more to say."""
+    detail = "; ".join(part for part in (gate.detail, *why) if part)
+    return gate.model_copy(update={"detail": detail})
 
 
 def _free_gates(

@@ -39,16 +39,22 @@ class Played:
 def encode(parts: Parts, cases: Sequence[Case]) -> list[Array]:
     """The image features of every case."""
     session = parts.open(parts.vision)
-    return [_only(session, case.question.pixel_values) for case in cases]
+    return [encode_case(session, case) for case in cases]
+
+
+def encode_case(session: Session, case: Case) -> Array:
+    """``[images, tokens, D]`` of one case."""
+    return _only(session, case.question.pixel_values)
 
 
 def embed(parts: Parts, cases: Sequence[Case], features: Sequence[Array]) -> list[Inputs]:
     """Every case as the decoder takes it."""
     session = parts.open(parts.embedding)
-    return [_embed(session, *pair) for pair in zip(cases, features, strict=True)]
+    return [embed_case(session, *pair) for pair in zip(cases, features, strict=True)]
 
 
-def _embed(session: Session, case: Case, features: Array) -> Inputs:
+def embed_case(session: Session, case: Case, features: Array) -> Inputs:
+    """One case as the decoder takes it."""
     question = case.question
     row, entry = np.nonzero(question.real_vision)
     places = row, question.vision_index[row, entry]
@@ -112,6 +118,11 @@ def play(decoder: Decoder, inputs: Inputs, forced: Forced | None = None) -> Play
         )
         logits.append(step.logits)
     return Played(case, np.stack(logits, 1), kept, _scores(forced))
+
+
+def call_name(number: int, case: Case) -> str:
+    """Of the call before which there were ``number`` others, for people."""
+    return f"{f'decode step {number}' if number else 'the prefill'} of {case.question.name}"
 
 
 def _scores(forced: Forced | None) -> tuple[Array, ...]:

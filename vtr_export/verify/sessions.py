@@ -59,10 +59,18 @@ class Parts:
         given = keep if self.keep is not None else None
         return replace(self, decoder=decoder, keep=given, cut_layers=cut_layers)
 
-    def open(self, file: Path, passes: Sequence[ir.passes.PassBase] = ()) -> Session:
-        """``file`` after ``passes``; untouched files go the way every user's go."""
+    def open(
+        self,
+        file: Path,
+        passes: Sequence[ir.passes.PassBase] = (),
+        then: Sequence[ir.passes.PassBase] = (),
+    ) -> Session:
+        """``file`` after ``passes``, widened, and after ``then``.
+
+        Untouched files go the way every user's go.
+        """
         with speaking_of(file.stem):
-            steps = (*passes, Widen()) if self.dtype != "fp32" else tuple(passes)
+            steps = (*passes, *([Widen()] if self.dtype != "fp32" else []), *then)
             if not steps:
                 return Spoken(open_session(file, shards=self.shards or None), file.stem)
             return Spoken(Rewritten(file, steps, self.shards), file.stem)
