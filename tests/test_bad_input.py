@@ -213,7 +213,8 @@ def test_export_refuses_before_it_reads_a_weight(case: Case, place: Place) -> No
 @pytest.mark.parametrize("case", SCHEDULES, ids=str)
 def test_plan_refuses_the_same_schedules(case: Case, place: Place) -> None:
     case.arrange(place)
-    check_refused(vtr("plan", "-s", "s.yaml", "--json", *case.arguments), case)
+    asked = ("plan", "-s", "s.yaml", "--plugin", "off", "--json", *case.arguments)
+    check_refused(vtr(*asked), case)
 
 
 # --- what shows only when transformers or the weights are looked at ------------------------------

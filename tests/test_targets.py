@@ -144,6 +144,8 @@ def test_the_check_of_an_export_takes_no_plugin_for_granted() -> None:
     schedule = Schedule.fastv(2, "50%")
     with pytest.raises(ScheduleError, match="3840"):
         check_fits_target(schedule, schedule.resolve(LLAVA), 8064, "tensorrt-rtx")
+    with pytest.raises(InputError, match="abacus"):
+        check_fits_target(schedule, schedule.resolve(LLAVA), 8064, "abacus")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from vtr_export.memory import (
 )
 from vtr_export.roofline import first_token_parts, next_token_parts, seconds
 from vtr_export.schedule import Resolved, Schedule
-from vtr_export.targets import PLUGINS, TOP_K, TURING, check_target, target_notes
+from vtr_export.targets import PLUGINS, TOP_K, TURING, check_name, check_target, target_notes
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,7 @@ def check_fits_target(
     TensorRT-RTX multiplies no fp32 matrices for Turing, and a cut's scores are such a product.
     ``plugin`` is auto, on or off.
     """
+    check_name(target)
     _check_plugin(target, plugin)
     if not target.startswith("tensorrt"):
         return ()

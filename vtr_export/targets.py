@@ -74,16 +74,21 @@ def parse_sms(text: str) -> tuple[int, ...]:
     return tuple(sorted({parse_sm(part) for part in parts}))
 
 
+def check_name(target: str) -> None:
+    """InputError for what is no target."""
+    if target not in TARGETS:
+        raise InputError(
+            f"no target {target!r}", where="--target", hint=f"one of: {', '.join(TARGETS)}"
+        )
+
+
 def check_target(target: str, sms: tuple[int, ...], dtype: str) -> None:
     """Refuse what ``target`` cannot build: an SM it does not serve, a type the SM lacks.
 
     ``sms`` may be empty: then only what holds on every SM is refused. ``dtype`` is a key of
     ``FIRST_SM``: what a decoder computes in, or how its weights are held. Raises InputError.
     """
-    if target not in TARGETS:
-        raise InputError(
-            f"no target {target!r}", where="--target", hint=f"one of: {', '.join(TARGETS)}"
-        )
+    check_name(target)
     if dtype not in FIRST_SM:
         raise InputError(f"no dtype {dtype!r}", hint=f"one of: {', '.join(FIRST_SM)}")
     if target == "onnxruntime":
