@@ -1,7 +1,7 @@
 """The compiler on one page: what happens, in what order."""
 
 from collections import Counter
-from collections.abc import Iterable, Set
+from collections.abc import Collection, Iterable, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from vtr_export.passes.fold_constants import FoldConstants
 from vtr_export.passes.fuse_norms import FuseNorms
 from vtr_export.passes.fuse_rotary import FuseRotary
 from vtr_export.passes.insert_cuts import InsertCuts
+from vtr_export.passes.open_cuts import OpenCuts
 from vtr_export.passes.store_transposed import StoreTransposed
 from vtr_export.schedule import Resolved
 from vtr_export.weights import CheckpointTensor
@@ -56,6 +57,15 @@ def copied(shared: Set[str] = frozenset()) -> Passes:
 def linked() -> Passes:
     """The passes for weights that stay in the checkpoint: as they are stored."""
     return (CastLinked(), common.TopologicalSortPass())
+
+
+def engine(opened: Collection[int]) -> Passes:
+    """The passes between an artifact's decoder and TensorRT; ``opened`` cuts can drop nothing."""
+    return (
+        OpenCuts(opened),
+        common.RemoveUnusedNodesPass(),
+        common.TopologicalSortPass(),
+    )
 
 
 def lower(

@@ -62,11 +62,12 @@ class PluginFacts(Part):
     sha256: Sha256  # of the kernel's sources
 
 
-class Request(Part):
-    """What was asked for; the same request on the same artifact gives the same engine."""
+class Ranges(Part):
+    """How much a call may bring; ``opt_*`` is what the kernels are chosen for.
 
-    sms: tuple[PositiveInt, ...]  # as given; empty where the builder takes the GPU that is there
-    plugin: Literal["auto", "on", "off"]
+    Tokens are those of one prompt; a conversation may grow to the sum of the three maxima.
+    """
+
     max_batch: PositiveInt
     max_vision_tokens: NonNegativeInt
     max_text_tokens: PositiveInt
@@ -75,6 +76,19 @@ class Request(Part):
     opt_vision_tokens: NonNegativeInt
     opt_text_tokens: PositiveInt
     opt_new_tokens: PositiveInt
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence the cache holds."""
+        return self.max_vision_tokens + self.max_text_tokens + self.max_new_tokens
+
+
+class Request(Part):
+    """What was asked for; the same request on the same artifact gives the same engine."""
+
+    sms: tuple[PositiveInt, ...]  # empty where the builder takes the GPU that is there
+    plugin: Literal["auto", "on", "off"]
+    ranges: Ranges
     workspace_bytes: PositiveInt | None = None
     optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
 

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from vtr_export import __version__
-from vtr_export.cli import artifacts, export, machine, plan, run, schedule, verify
+from vtr_export.cli import artifacts, build, export, machine, plan, run, schedule, verify
 from vtr_export.cli.output import PLAIN
 from vtr_export.errors import GateError, VtrError
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     **PLAIN,
 )
 app.command()(export.export)
+app.command()(build.build)
 app.command()(plan.plan)
 app.command()(run.run)
 app.command()(verify.verify)

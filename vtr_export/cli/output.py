@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Final
 
@@ -78,35 +78,48 @@ def size(count: int) -> str:
     return f"{value:.4g} {unit}"
 
 
+class Progress:
+    """Announces each step on stderr, a line each."""
+
+    def __call__(self, step: str) -> None:
+        """A step begins."""
+        typer.echo(step, err=True)
+
+    def detail(self, text: str) -> None:
+        """How far it is: for those who watch."""
+
+
+class _Spinner(Progress):
+    """The step under way with its detail, and a line for each that is done."""
+
+    def __init__(self, console: Any, status: Any) -> None:
+        self.console, self.status = console, status
+        self.step, self.since = "", 0.0
+
+    def __call__(self, step: str) -> None:
+        self.end()
+        self.step, self.since = step, time.perf_counter()
+        self.status.update(step)
+
+    def detail(self, text: str) -> None:
+        self.status.update(f"{self.step}: {text}")
+
+    def end(self) -> None:
+        """The last step is done."""
+        if self.step:
+            self.console.print(f"{time.perf_counter() - self.since:7.1f} s  {self.step}")
+
+
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A function that announces each step on stderr: a spinner on a terminal, else a line."""
+def progress() -> Iterator[Progress]:
+    """What announces steps: a spinner on a terminal, else lines."""
     if not sys.stderr.isatty():
-        yield lambda step: typer.echo(step, err=True)
+        yield Progress()
         return
     from rich.console import Console
 
-    console, current = Console(stderr=True, highlight=False), _Step()
+    console = Console(stderr=True, highlight=False)
     with console.status("starting") as status:
-
-        def announce(step: str) -> None:
-            current.end(console.print)
-            current.begin(step)
-            status.update(step)
-
-        yield announce
-        current.end(console.print)
-
-
-class _Step:
-    """The step under way, and since when."""
-
-    def __init__(self) -> None:
-        self.name, self.since = "", 0.0
-
-    def begin(self, name: str) -> None:
-        self.name, self.since = name, time.perf_counter()
-
-    def end(self, say: Callable[[str], None]) -> None:
-        if self.name:
-            say(f"{time.perf_counter() - self.since:7.1f} s  {self.name}")
+        spinner = _Spinner(console, status)
+        yield spinner
+        spinner.end()

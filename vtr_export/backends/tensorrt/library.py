@@ -1,5 +1,6 @@
 """The installed TensorRT, whichever flavour: everything else branches on what it offers."""
 
+import ctypes
 import importlib
 import os
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ MODULES: Final = {
     "tensorrt-rtx": ("tensorrt_rtx_bindings", "tensorrt_rtx"),
 }  # the wheels' modules, first found first
 EXTRAS: Final = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _SHARED_OBJECT: Final = "libtensorrt_rtx.so"  # what the parser of the RTX wheel asks for
 
 
@@ -58,6 +60,21 @@ def load(target: str) -> Library:
 def is_installed(target: str) -> bool:
     """Whether ``load`` would find something to import; imports nothing."""
     return _module(target) is not None
+
+
+def device_sm() -> int | None:
+    """The compute capability of the first GPU, 86 is SM 8.6; None without driver or GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    asked = ((_MAJOR, major), (_MINOR, minor))
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    if any(driver.cuDeviceGetAttribute(ctypes.byref(to), what, device) for what, to in asked):
+        return None
+    return 10 * major.value + minor.value
 
 
 def environment(scratch: Path) -> Mapping[str, str]:
