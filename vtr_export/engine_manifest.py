@@ -1,5 +1,7 @@
 """What an engine folder is: which plans, built by what for what, and from which artifact."""
 
+import hashlib
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
@@ -109,6 +111,7 @@ class EngineManifest(Published):
     engines: tuple[Engine, ...]
     embeddings: RelativePath  # [vocab, D], numpy's format; bf16 as its bits in uint16
     opened_cuts: tuple[NonNegativeInt, ...] = ()  # those that could drop nothing in these profiles
+    seal: Sha256 | None = None  # of this text without it: what vouches for plans is itself whole
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -120,6 +123,21 @@ class EngineManifest(Published):
         if (self.plugin is not None) != any(engine.plugin_layers for engine in self.engines):
             raise ValueError("the plugin is named exactly when a plan calls it")
         return self
+
+    @classmethod
+    def _parse(cls, raw: bytes, where: Path) -> Self:
+        manifest = super()._parse(raw, where)
+        if raw != manifest.to_json().encode():
+            raise EngineError(
+                "the manifest is not the one that was written", where=str(where), hint=cls.REPLACE
+            )
+        return manifest
+
+    def to_json(self) -> str:
+        """As of every manifest, and sealed."""
+        bare = Published.to_json(self.model_copy(update={"seal": None}))
+        seal = hashlib.sha256(bare.encode()).hexdigest()
+        return Published.to_json(self.model_copy(update={"seal": seal}))
 
     def engine(self, component: Component) -> Engine:
         """The plan of one component."""
