@@ -28,6 +28,7 @@ FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type of ``hidden``
     "VtrBudget": [(INT64, 1)],
     "VtrCausalMask": [(BOOL, 4)],
+    "VtrColumns": [(INT64, 2)],
     "VtrHeadsMax": [(FLOAT, 3)],
     "VtrHeadsMean": [(FLOAT, 3)],
     "VtrNarrow": [(None, 3)],
@@ -180,6 +181,13 @@ def test_a_row_sees_real_keys_up_to_itself_and_always_itself(call: Call) -> None
         "VtrVisionCount", padding=call.padding, vision_index=call.vision, hidden=call.hidden()
     )
     assert count.tolist() == call.counts.tolist()
+
+
+@given(calls())
+def test_columns_count_every_row(call: Call) -> None:
+    hidden = call.hidden()
+    (actual,) = run("VtrColumns", hidden=hidden)
+    assert actual.tolist() == [list(range(hidden.shape[1]))] * hidden.shape[0]
 
 
 @given(calls())

@@ -41,7 +41,7 @@ from vtr_export.publish import check_target as check_place
 from vtr_export.publish import publish
 from vtr_export.published import MANIFEST, hash_files, kind_of, sha256_of
 from vtr_export.schedule import Keep
-from vtr_export.targets import TOP_K, check_target
+from vtr_export.targets import TOP_K, TURING, check_target
 
 EMBEDDINGS: Final = "embed_tokens.npy"
 
@@ -121,9 +121,7 @@ def build(
     with clock.step("read the artifact"):
         manifest = Manifest.load(folder)
         _check_verified(manifest, folder, unverified)
-        check_target(target, tuple(sms), manifest.dtype)
-        library = load(target)
-        chosen = _choose_sms(library, tuple(sms))
+        library, chosen = check_builds(target, tuple(sms), manifest.dtype)
         request = Request(
             sms=tuple(sms),
             plugin=_checked_choice(plugin),
@@ -272,6 +270,16 @@ class _Made:
         )
 
 
+def check_builds(target: str, sms: tuple[int, ...], dtype: str) -> tuple[Library, tuple[int, ...]]:
+    """The TensorRT that builds for ``target``, and the SMs it builds for.
+
+    Raises VtrError when it, the SMs or the dtype do not go together, or it is not installed.
+    """
+    check_target(target, sms, dtype)
+    library = load(target)
+    return library, _choose_sms(library, sms)
+
+
 def opened_cuts(keeps: Sequence[Keep], most: int) -> tuple[int, ...]:
     """Numbers of the cuts that keep every token of a call with up to ``most`` vision tokens."""
     return tuple(
@@ -330,12 +338,15 @@ def _find_plugin(
     keeps, most = _keeps(manifest), request.ranges.max_vision_tokens
     counted = (keep.denominator if manifest.tunable else keep.of(most) for keep in keeps)
     largest = max((min(most, count) for count in counted), default=0)
-    needed = largest > TOP_K
+    turing = bool(keeps) and target == "tensorrt-rtx" and TURING in sms
+    needed = largest > TOP_K or turing
     if needed and request.plugin == "off":
         raise EngineError(
-            f"{largest} tokens may be kept, TensorRT's own TopK takes {TOP_K}",
+            "TensorRT-RTX multiplies no fp32 matrices for SM 7.5, and scores are such a product"
+            if turing
+            else f"{largest} tokens may be kept, TensorRT's own TopK takes {TOP_K}",
             where=str(folder),
-            hint="build with --plugin auto, or lower --max-vision-tokens",
+            hint="build with --plugin auto, or for less: other SMs, a lower --max-vision-tokens",
         )
     found = plugins.find(request.plugin, target, needed=needed) if keeps else None
     if found is None:

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vtr_export import assemble
+from vtr_export.builder import build, check_builds
 from vtr_export.checkpoint import Checkpoint, find_folder, read_config
 from vtr_export.errors import GateError, InputError, ScheduleError, UnavailableError
 from vtr_export.families import ModelFacts, read_facts
@@ -18,12 +19,14 @@ from vtr_export.process import peak_rss_bytes
 from vtr_export.publish import check_target, publish
 from vtr_export.published import MANIFEST, File, hash_files
 from vtr_export.schedule import Resolved, Schedule
+from vtr_export.targets import check_name
 
 if TYPE_CHECKING:
     from vtr_export.verify import Outcome
     from vtr_export.weights import WeightsReport
 
 Progress = Callable[[str], None]
+ENGINES: Final = ("tensorrt", "tensorrt-rtx")
 CHOICES: Final = {"dtype": ("fp32", "fp16", "bf16"), "weights": ("copy", "link")}
 
 
@@ -38,6 +41,13 @@ class Options:
     force: bool = False
     dump: Path | None = None
     target: str = "onnxruntime"
+    sms: tuple[int, ...] = ()
+    plugin: str = "auto"
+
+    @property
+    def builds(self) -> bool:
+        """Whether engines are built of the artifact."""
+        return self.target in ENGINES
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -68,6 +78,7 @@ class Report:
     verification: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     dry_run: bool = False
+    build: dict[str, Any] | None = None  # of engines, where a target builds them
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``gates`` as dicts."""
@@ -104,17 +115,21 @@ def export(
     dump: str | Path | None = None,
     dry_run: bool = False,
     target: str = "onnxruntime",
+    sms: tuple[int, ...] = (),
+    plugin: str = "auto",
     progress: Progress | None = None,
+    detail: Progress | None = None,
 ) -> Report:
     """Compile ``model`` (a checkpoint folder or cached hub id) by ``schedule`` into ``out``.
 
     ``dtype`` fp32, fp16 or bf16; ``weights`` copy or link; ``verify`` auto, all, layers:K or none;
-    what ``target`` could not run with one image is refused. Raises VtrError for bad input before
-    any weight is read, GateError when the graphs do not say what the checkpoint says; ``out`` is
-    then as it was.
+    what ``target`` could not run with one image is refused, and where it builds engines (for
+    ``sms``, 86 is SM 8.6) they are built into ``out/<target>``. Raises VtrError for bad input
+    before any weight is read, GateError when the graphs do not say what the checkpoint says;
+    ``out`` is then as it was.
     """
     dump = Path(dump) if dump else None
-    options = Options(dtype, weights, verify, tunable, force, dump, target)
+    options = Options(dtype, weights, verify, tunable, force, dump, target, sms, plugin)
     clock = _Clock(progress)
     with clock.step("read the configuration"):
         if not isinstance(schedule, Schedule):
@@ -122,14 +137,45 @@ def export(
         folder = find_folder(_model(schedule, model))
         facts = read_facts(read_config(folder)[0], str(folder / "config.json"))
         resolved = schedule.resolve(facts)
-        check_fits_target(schedule, resolved, facts.tokens_per_image or 0, target)
+        _check_target(schedule, facts, resolved, options)
         check_target(Path(out), force, _needed_bytes(facts, options))
     with clock.step("read the headers"):
         checkpoint = Checkpoint.open(folder)
         assemble.check_assets(checkpoint)
     if dry_run:
         return _dry_report(Path(out), checkpoint, facts, resolved, options, clock)
-    return _export(schedule, checkpoint, facts, resolved, Path(out), options, clock)
+    done = _export(schedule, checkpoint, facts, resolved, Path(out), options, clock)
+    return _with_engines(done, options, progress, detail) if options.builds else done
+
+
+def _check_target(
+    schedule: Schedule, facts: ModelFacts, resolved: Resolved, options: Options
+) -> None:
+    """Refuse what the target, its GPUs, or what is installed here could not build."""
+    target, sms, plugin = options.target, options.sms, options.plugin
+    tokens = facts.tokens_per_image or 0
+    if not options.builds:
+        check_name(target)
+        check_fits_target(schedule, resolved, tokens, target, plugin="off")
+        return
+    check_builds(target, sms, options.dtype)
+    check_fits_target(schedule, resolved, tokens, target, sms=sms, plugin=plugin)
+
+
+def _with_engines(
+    done: Report, options: Options, progress: Progress | None, detail: Progress | None
+) -> Report:
+    """``done``, and engines of its artifact."""
+    built = build(
+        done.artifact,
+        target=options.target,
+        sms=options.sms,
+        plugin=options.plugin,
+        unverified=True,  # as this export was asked to
+        progress=progress,
+        detail=detail,
+    )
+    return replace(done, build=built.to_json(), seconds=round(done.seconds + built.seconds, 3))
 
 
 def _model(schedule: Schedule, model: str | Path | None) -> str | Path:

@@ -1,15 +1,12 @@
 """``vtr build``: artifact to TensorRT engines."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vtr_export.cli.output import Json, Plugin, Sms, Verbose, columns, progress, report, size, warn
-
-if TYPE_CHECKING:
-    from vtr_export.builder import BuildReport
 
 
 def build(
@@ -55,51 +52,47 @@ def build(
         "opt_text_tokens": opt_text_tokens,
         "opt_new_tokens": opt_new_tokens,
     }
-    done = run_build(
-        artifact,
-        out,
-        target=target,
-        sm=sm,
-        plugin=plugin,
-        ranges=ranges,
-        workspace_bytes=None if workspace_mib is None else workspace_mib << 20,
-        optimization_level=optimization_level,
-        unverified=unverified,
-    )
-    warn(done.warnings)
-    report(done.to_json(), lines(done, verbose), as_json)
-
-
-def run_build(artifact: Path, out: Path | None, *, sm: str | None, **options: Any) -> "BuildReport":
-    """Build with progress on stderr."""
     from vtr_export.builder import build as build_engines
     from vtr_export.targets import parse_sms
 
-    sms = () if sm is None else parse_sms(sm)
     with progress() as announce:
-        return build_engines(
-            artifact, out, sms=sms, progress=announce, detail=announce.detail, **options
+        done = build_engines(
+            artifact,
+            out,
+            target=target,
+            sms=() if sm is None else parse_sms(sm),
+            plugin=plugin,
+            ranges=ranges,
+            workspace_bytes=None if workspace_mib is None else workspace_mib << 20,
+            optimization_level=optimization_level,
+            unverified=unverified,
+            progress=announce,
+            detail=announce.detail,
         )
+    warn(done.warnings)
+    values = done.to_json()
+    report(values, built_lines(values, verbose), as_json)
 
 
-def lines(done: "BuildReport", verbose: bool) -> Iterator[str]:
-    """What was built, for people."""
-    sms = ", ".join(map(str, done.sms))
-    if done.up_to_date:
-        yield f"up to date: {done.engine} ({done.target} {done.tensorrt}, SM {sms})"
+def built_lines(done: Mapping[str, Any], verbose: bool) -> Iterator[str]:
+    """What was built, for people; ``done`` is a BuildReport as JSON."""
+    made = f"{done['engine']}: {done['target']} {done['tensorrt']}, "
+    made += f"SM {', '.join(map(str, done['sms']))}"
+    if done["up_to_date"]:
+        yield f"up to date: {made}"
         return
-    yield f"wrote {done.engine}: {done.target} {done.tensorrt}, SM {sms}"
-    yield from columns([_row(engine) for engine in done.engines])
-    if done.opened_cuts:
-        numbers = ", ".join(map(str, done.opened_cuts))
+    yield f"wrote {made}"
+    yield from columns([_row(engine) for engine in done["engines"]])
+    if done["opened_cuts"]:
+        numbers = ", ".join(map(str, done["opened_cuts"]))
         yield f"cuts that could drop nothing were left out: {numbers}"
-    yield f"plugin: {done.plugin or 'none, cuts are layers of TensorRT'}"
+    yield f"plugin: {done['plugin'] or 'none, cuts are layers of TensorRT'}"
     yield "built, not run: vtr verify replays the golden vectors on a GPU"
     if verbose:
-        yield from columns([(f"{seconds:8.2f} s", name) for name, seconds in done.steps.items()])
+        yield from columns([(f"{took:8.2f} s", name) for name, took in done["steps"].items()])
 
 
-def _row(engine: dict[str, Any]) -> tuple[str, ...]:
+def _row(engine: Mapping[str, Any]) -> tuple[str, ...]:
     ratio = engine["peak_rss_bytes"] / engine["bytes"]
     return (
         f"  {engine['component']}",

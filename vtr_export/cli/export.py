@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vtr_export.cli.output import Json, Target, Verbose, columns, progress, report, runs, size, warn
+from vtr_export.cli.build import built_lines
+from vtr_export.cli.output import (
+    Json,
+    Plugin,
+    Sms,
+    Target,
+    Verbose,
+    columns,
+    progress,
+    report,
+    runs,
+    size,
+    warn,
+)
 from vtr_export.cli.verify import gate_lines
 from vtr_export.errors import InputError
 
@@ -60,6 +73,8 @@ def export(
         bool, typer.Option("--dry-run", help="Check everything, read no weight, write nothing.")
     ] = False,
     target: Target = "onnxruntime",
+    sm: Sms = None,
+    plugin: Plugin = "auto",
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -67,6 +82,7 @@ def export(
     if no_verify and verify != "auto":
         raise InputError("--verify and --no-verify exclude each other", hint="give one of them")
     from vtr_export.exporter import export as compile_artifact
+    from vtr_export.targets import parse_sms
 
     with progress() as announce:
         done = compile_artifact(
@@ -81,7 +97,10 @@ def export(
             dump=dump,
             dry_run=dry_run,
             target=target,
+            sms=() if sm is None else parse_sms(sm),
+            plugin=plugin,
             progress=announce,
+            detail=announce.detail,
         )
     warn(done.warnings)
     report(done.to_json(), _lines(done, verbose), as_json)
@@ -98,6 +117,8 @@ def _lines(done: "Report", verbose: bool) -> Iterator[str]:
     if not done.dry_run:
         yield f"verified: {done.scope if done.verified else 'no'}"
     yield f"{done.seconds:.1f} s, peak RSS {size(done.peak_rss_bytes)}"
+    if done.build is not None:
+        yield from built_lines(done.build, verbose)
     if verbose:
         yield from columns([(f"{seconds:8.2f} s", name) for name, seconds in done.steps.items()])
         yield from gate_lines(done.gates)

@@ -60,7 +60,5 @@ def _open(build: Build, node: ir.Node) -> None:
     build.prefix = (node.name or "cut").partition(".Vtr")[0]
     columns = build.call("VtrColumns", [entry], "columns")
     columns.type, columns.shape = kept.type, kept.shape
-    graph, name = build.graph, kept.name
-    kept.replace_all_uses_with(columns)
-    graph.outputs[graph.outputs.index(kept)] = columns
-    kept.name, columns.name = f"{name}.closed", name
+    kept.replace_all_uses_with(columns, replace_graph_outputs=True)
+    columns.name, kept.name = kept.name, f"{kept.name}.closed"
