@@ -1,11 +1,11 @@
 """Parse and build one ONNX file with TensorRT-RTX, without a GPU, and print what came of it.
 
-A process of its own, because the builder may abort: ``python tensorrt_child.py decoder.onnx [32]``.
-The number is the most vision tokens of a call.
+A process of its own, because the builder may abort:
+``python tensorrt_child.py decoder.onnx --vision 32 --keep 16 --sm 86,120 --plugin python``.
 """
 
+import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -45,24 +45,27 @@ def ranges(name: str, axis: int, profile: dict[str, Range]) -> Range:
         return BATCH
     if name.startswith("past"):
         return profile["past"]
-    if name == "attention_mask":
+    if name in ("attention_mask", "keys", "mask"):
         past, new = profile["past"], profile["sequence"]
         return past[0] + new[0], past[1] + new[1], past[2] + new[2]
     return profile["vision" if name == "vision_index" else "sequence"]
 
 
-def add_profile(builder: Any, config: Any, network: Any, profile: dict[str, Range]) -> None:
+def add_profile(
+    builder: Any, config: Any, network: Any, profile: dict[str, Range], keep: int
+) -> None:
     wanted = builder.create_optimization_profile()
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
         shape = tuple(tensor.shape)
         if tensor.is_shape_tensor:
-            wanted.set_shape_input(tensor.name, *([keep] * shape[0] for keep in (0, 8, 16)))
+            bounds = (0, keep // 2, keep)
+            wanted.set_shape_input(tensor.name, *([bound] * shape[0] for bound in bounds))
             continue
-        bounds = [
+        dims = [
             (dim,) * 3 if dim >= 0 else ranges(tensor.name, axis, profile)
             for axis, dim in enumerate(shape)
         ]
-        wanted.set_shape(tensor.name, *zip(*bounds, strict=True))
+        wanted.set_shape(tensor.name, *zip(*dims, strict=True))
     config.add_optimization_profile(wanted)
 
 
@@ -85,26 +88,57 @@ def describe(network: Any) -> dict[str, Any]:
         "types": types,
         "matrices": weights,
         "shape_inputs": [tensor.name for tensor in inputs if tensor.is_shape_tensor],
+        "plugins": [
+            [list(layer.get_output(i).shape) for i in range(layer.num_outputs)]
+            for layer in layers
+            if kind[layer.name] == "PLUGIN_V3"
+        ],
     }
 
 
-def main(path: Path, vision: int) -> dict[str, Any]:
+def register(plugin: str) -> None:
+    """The Python plugin, or a compiled library."""
+    from vtr_export.backends.tensorrt import library
+    from vtr_export.backends.tensorrt.plugin import Plugin, in_python
+
+    found = in_python()
+    if plugin != "python":
+        found = Plugin("library", found.sha256, Path(plugin))
+    found.register(library.load("tensorrt-rtx"))
+
+
+def main(asked: argparse.Namespace) -> dict[str, Any]:
+    if asked.plugin:
+        register(asked.plugin)
     log = Log()
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
-    if not parser.parse(path.read_bytes()) or not network.num_outputs:
+    if not parser.parse(asked.path.read_bytes()) or not network.num_outputs:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         return {"errors": [f"{e.node_operator()}: {e.desc()}" for e in errors] or log.errors}
     config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-    for profile in (context(vision), GENERATION):
-        add_profile(builder, config, network, profile)
+    sms = asked.sm.split(",")
+    config.num_compute_capabilities = len(sms)
+    for number, sm in enumerate(sms):
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), number)
+    for profile in (context(asked.vision), GENERATION)[: 1 if asked.context else 2]:
+        add_profile(builder, config, network, profile, asked.keep)
     plan = builder.build_serialized_network(network, config)
     size_bytes = 0 if plan is None else plan.nbytes
     return {"errors": log.errors, "plan_bytes": size_bytes, **describe(network)}
 
 
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--vision", type=int, default=32, help="most vision tokens of a call")
+    parser.add_argument("--keep", type=int, default=16, help="most that a tunable budget keeps")
+    parser.add_argument("--context", action="store_true", help="no profile of generation")
+    parser.add_argument("--sm", default="86")
+    parser.add_argument("--plugin", default="", help="python, or the path of a library")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else 32)))
+    print(json.dumps(main(arguments())))

@@ -12,16 +12,18 @@ import onnx_ir as ir
 import pytest
 from cut_graphs import Tracer, serialized
 
+from vtr_export.backends.tensorrt.library import environment
 from vtr_export.exporter import export
 
 REFUSED = {"TRT_decomposable", "softmax_precision"}  # by ONNX Runtime; by TensorRT
 ROOT = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("tensorrt_child.py")
 WHEEL = "tensorrt_rtx_bindings"
-pytestmark = pytest.mark.skipif(
+needs_tensorrt = pytest.mark.skipif(
     importlib.util.find_spec(WHEEL) is None,
     reason=f"{WHEEL} is not installed: pip install 'vtr-export[rtx]' (x86-64 Linux)",
 )
+pytestmark = needs_tensorrt
 CASES: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
     "uncut": ({}, {}),
     "last": ({1: 8, 2: 3}, {}),
@@ -34,13 +36,20 @@ CASES: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
 }
 
 
-def build(path: Path, vision_tokens: int = 32) -> dict[str, Any]:
+def build(path: Path, *options: str) -> dict[str, Any]:
     """What TensorRT made of a decoder that holds its weights; fails with its own words."""
-    command = [sys.executable, CHILD, path, str(vision_tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, CHILD, path, *options],
+        env=environment(path.parent),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert found["errors"] == []
+    if found["errors"]:
+        raise AssertionError("\n".join(found["errors"]))
     assert found["plan_bytes"] > 0
     return found
 
@@ -85,6 +94,6 @@ def test_the_samples_decoder_builds(tmp_path: Path) -> None:
     export(sample / "schedule.yaml", sample / "model", artifact, dtype="fp16", verify="none")
     decoder = tmp_path / "decoder.onnx"
     onnx.save(onnx.load(artifact / "onnx" / "decoder_model_merged.onnx"), decoder)
-    found = build(decoder, 144)
+    found = build(decoder, "--vision", "144")
     assert found["layers"]["ATTENTION_INPUT"] == 8
     assert found["layers"]["TOPK"] == 2

@@ -1,0 +1,343 @@
+"""One ONNX file for all, the plugin that stands behind its cuts, and which plugin is taken."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from cut_graphs import Client, Traced, Tracer, serialized
+from graph_texts import graph
+from hypothesis import given
+from hypothesis import strategies as st
+from test_tensorrt_builds import build, needs_tensorrt
+
+from vtr_export import ops
+from vtr_export.backends.tensorrt import kernel, library, plugin
+from vtr_export.backends.tensorrt.plugin import Plugin, find, notes_file, read_library, serves
+from vtr_export.backends.tensorrt.python_plugin import PORTS, Fields, classes
+from vtr_export.errors import EngineError, InputError, UnavailableError
+from vtr_export.ops.prune import FIELDS, OUTPUTS, PRUNE
+
+CUTS = {1: 8, 2: 3}
+SMS = ("--sm", "86,89,120")
+PYTHON = ("--plugin", "python")
+TARGET = "tensorrt-rtx"
+TOP_K = 3840  # TensorRT's own keeps at most this many
+
+
+# --- one file for all ---
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A file, and the model it was made from."""
+
+    path: Path
+    tiny: Traced
+
+
+@pytest.fixture(scope="module")
+def decoder(traced: Tracer, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    tiny = traced("fp16")
+    path = tmp_path_factory.mktemp("decoder") / "decoder.onnx"
+    path.write_bytes(serialized(tiny.cut(tiny.schedule(CUTS))))
+    return Decoder(path, tiny)
+
+
+def test_the_file_runs_in_onnx_runtime(decoder: Decoder) -> None:
+    """The function's body: text and the kept vision tokens are left, then one step decodes."""
+    tiny, client = decoder.tiny, Client(decoder.path.read_bytes())
+    tokens, text, width = tiny.tokens, 5, client.inputs["inputs_embeds"].shape[-1]
+    for new, vision in ((tokens + text, tokens), (1, 0)):
+        seen = tokens + text + (new == 1)
+        embeds = np.random.default_rng(new).normal(size=(1, new, width)).astype(np.float16)
+        outputs = client(
+            inputs_embeds=embeds,
+            attention_mask=np.ones((1, seen), np.int64),
+            position_ids=np.arange(seen - new, seen)[None],
+            vision_index=np.arange(vision)[None] + 2,
+        )
+        assert np.isfinite(outputs["logits"]).all()
+        for number, keep in enumerate(CUTS.values()):
+            kept = outputs[f"kept.{number}"]
+            assert kept.shape == (1, text + keep if vision else 1)
+        assert outputs["present_mask.1"].shape[1] == text + keep + (new == 1)
+
+
+@needs_tensorrt
+def test_without_the_plugin_tensorrt_inlines_the_body(decoder: Decoder) -> None:
+    layers = build(decoder.path, *SMS)["layers"]
+    assert layers["TOPK"] == layers["SOFTMAX"] == len(CUTS)
+    assert "PLUGIN_V3" not in layers
+
+
+@needs_tensorrt
+def test_with_the_plugin_each_cut_is_one_layer(decoder: Decoder) -> None:
+    """Attention behind it is fused as ever: no plan comes without."""
+    found = build(decoder.path, *SMS, *PYTHON)
+    layers = found["layers"]
+    assert layers["PLUGIN_V3"] == len(CUTS)
+    assert not {"TOPK", "SOFTMAX"} & layers.keys()
+    assert layers["ATTENTION_INPUT"] == decoder.tiny.facts.layers
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(
+    ("cuts", "options"),
+    [
+        ({0: 9, 2: 4}, {"source": "next", "heads": "max"}),
+        ({1: 8, 2: 0}, {"rank": "per_image"}),
+        ({1: 8, 2: 3}, {"drop_point": "inside"}),
+    ],
+    ids=["next_max", "per_image_and_nothing_left", "inside"],
+)
+def test_every_choice_the_plugin_serves_builds(
+    cuts: dict[int, int], options: dict[str, Any], traced: Tracer, tmp_path: Path
+) -> None:
+    tiny = traced("fp16")
+    model = tiny.cut(tiny.schedule(cuts, **options))
+    assert serves(model) is None
+    path = tmp_path / "decoder.onnx"
+    path.write_bytes(serialized(model))
+    assert build(path, *PYTHON)["layers"]["PLUGIN_V3"] == len(cuts)
+
+
+@needs_tensorrt
+def test_a_budget_can_stay_an_input(traced: Tracer, tmp_path: Path) -> None:
+    tiny, path = traced("fp16"), tmp_path / "decoder.onnx"
+    path.write_bytes(serialized(tiny.cut(tiny.schedule(CUTS), tunable=True)))
+    found = build(path, *PYTHON)
+    assert found["shape_inputs"] == ["keep"]
+    assert found["layers"]["PLUGIN_V3"] == len(CUTS)
+
+
+@needs_tensorrt
+def test_a_cut_may_keep_more_than_tensorrts_own_top_k(decoder: Decoder) -> None:
+    """Half of an image of very many tokens, wherever the profile ends."""
+    tokens = str(4 * TOP_K * decoder.tiny.tokens // CUTS[1])
+    with pytest.raises(AssertionError, match=str(TOP_K)):
+        build(decoder.path, "--vision", tokens)
+    assert build(decoder.path, "--vision", tokens, *PYTHON)["layers"]["PLUGIN_V3"] == len(CUTS)
+
+
+# --- the plugin itself ---
+
+
+def cut(keep: int, choice: ops.Choice, dtype: str) -> ir.Model:
+    """A graph that is one cut, asked by one row."""
+    model = graph(
+        f"({dtype}[batch,4,1,16] query, {dtype}[batch,2,total,16] keys, bool[batch,1,1,total] mask,"
+        f" int64[batch,vision] vision_index, int64[budgets] budget,"
+        f" {dtype}[batch,sequence,32] hidden)"
+        f" => ({dtype}[batch,kept,32] kept_hidden, int64[batch,kept] indices,"
+        " int64[batch,keep] kept_vision_index)",
+        f"keep = Constant <value_ints: ints = [{keep}]> ()"
+        " kept_hidden, indices, kept_vision_index = vtr.VtrTopKPrune <scale: float = 0.25>"
+        " (query, keys, mask, vision_index, keep, budget, hidden)",
+        choice,
+    )
+    (node,) = (each for each in model.graph if ops.is_prune(each))
+    for attribute in ops.prune_attributes(0.25, choice):
+        node.attributes[attribute.name] = attribute
+    return model
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("dtype", ["float", "float16", "bfloat16"])
+def test_every_type_builds_and_what_is_kept_is_a_constant(dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(serialized(cut(TOP_K + 1, ops.Choice(), dtype)))
+    found = build(path, *PYTHON, "--vision", str(2 * TOP_K), "--context")
+    assert found["plugins"] == [[[-1, -1, 32], [-1, -1], [-1, TOP_K + 1]]]
+    assert len(found["layers"]) == 2  # keep, and the plugin
+
+
+FIELDS_DRAWN = st.builds(
+    Fields,
+    st.floats(width=32, allow_nan=False),
+    st.just("last"),
+    st.sampled_from(["mean", "max"]),
+    st.sampled_from(["joint", "per_image"]),
+)
+
+
+@needs_tensorrt
+@given(FIELDS_DRAWN)
+def test_a_plan_holds_what_the_node_says(fields: Fields) -> None:
+    trt = library.load(TARGET).trt
+    made, creator = classes(trt)
+    held = made(fields).clone().get_fields_to_serialize()
+    assert [field.name for field in held] == [field.name for field in creator().field_names]
+    again = creator().create_plugin("cut", held, trt.TensorRTPhase.RUNTIME)
+    assert again.fields == fields
+    assert (again.plugin_name, again.plugin_namespace, again.plugin_version) == (PRUNE, "vtr", "1")
+
+
+@needs_tensorrt
+def test_a_plugin_is_told_the_fields_that_its_node_has() -> None:
+    made, creator = classes(library.load(TARGET).trt)
+    said = {attribute.name for attribute in ops.prune_attributes(0.5, ops.Choice())}
+    parsers = {"plugin_namespace", "plugin_version", "tensorrt_plugin_shape_input_indices"}
+    assert {field.name for field in creator().field_names} == said - parsers == set(FIELDS)
+    text = made(Fields(1.0, "text", "mean", "joint")).get_fields_to_serialize()  # type: ignore[arg-type]  # an older node may say so
+    with pytest.raises(EngineError, match="query: text"):
+        creator().create_plugin("cut", text, None)
+    with pytest.raises(EngineError, match="scale, query, heads, rank"):
+        creator().create_plugin("cut", [], None)
+
+
+def test_the_kernel_gets_its_pointers_in_the_order_of_the_plugins_ports() -> None:
+    """TensorRT passes every input but keep, then every output."""
+    assert kernel.Pointers._fields == (*PORTS, *OUTPUTS)
+    assert (*PORTS[:4], "keep", *PORTS[4:]) == ops.prune.INPUTS
+
+
+SIZES = st.fixed_dictionaries(
+    {name: st.integers(1, 9000) for name in ("total", "new", "vision", "keep", "hidden")}
+    | {name: st.integers(1, 64) for name in ("batch", "heads", "head_dim", "query_rows")}
+)
+
+
+@given(SIZES, SIZES)
+def test_the_largest_shape_of_a_profile_needs_the_most_workspace(
+    one: dict[str, int], other: dict[str, int]
+) -> None:
+    """TensorRT asks for the profile's largest shape alone."""
+
+    def needed(sizes: dict[str, int]) -> int:
+        return kernel.workspace_bytes(kernel.Shape(**sizes, kv_heads=1, mask_rows=1))
+
+    most = {name: max(one[name], other[name]) for name in one}
+    assert needed(most) >= max(needed(one), needed(other)) > 0
+
+
+def test_a_choice_that_no_kernel_has_is_not_served(traced: Tracer) -> None:
+    tiny = traced("fp16")
+    assert serves(tiny.cut(tiny.schedule(CUTS))) is None
+    assert "query: text" in (serves(tiny.cut(tiny.schedule(CUTS, query="text"))) or "")
+    assert "no cut" in (serves(tiny.cut(tiny.schedule({}))) or "")
+
+
+# --- which plugin is taken ---
+
+
+@pytest.fixture
+def nothing_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No library is named, and none is where ours are written."""
+    monkeypatch.delenv(plugin.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def compiled(
+    nothing_built: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, dict[str, Any]]:
+    """A file that stands for a library of these sources, named by the variable, and its notes."""
+    path = tmp_path / kernel.LIBRARY
+    path.write_bytes(b"not loaded by who only looks")
+    notes = {
+        "plugin": PRUNE,
+        "version": "1",
+        "sha256": kernel.sha256(),
+        "targets": [TARGET, "tensorrt"],
+        "sms": [86, 120],
+    }
+    notes_file(path).write_text(json.dumps(notes))
+    monkeypatch.setenv(plugin.VARIABLE, str(path))
+    return path, notes
+
+
+@pytest.mark.usefixtures("nothing_built")
+def test_without_a_library_the_python_plugin_is_taken_where_it_is_needed() -> None:
+    assert find("off", TARGET, needed=True) is None
+    assert find("auto", TARGET) is None
+    for found in (find("auto", TARGET, needed=True), find("on", TARGET)):
+        assert found is not None
+        assert (found.kind, found.version, found.sha256) == ("python", "1", kernel.sha256())
+        assert found.passed_over == ()
+    with pytest.raises(InputError, match="'yes'"):
+        find("yes", TARGET)  # type: ignore[arg-type]  # what a user may type
+
+
+def test_a_library_of_these_sources_is_taken(
+    compiled: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = compiled
+    for named in (path, path.parent):
+        monkeypatch.setenv(plugin.VARIABLE, str(named))
+        for found in (find("auto", TARGET), find("on", TARGET)):
+            assert found == Plugin("library", kernel.sha256(), path, (86, 120))
+        assert find("off", TARGET) is None
+
+
+def test_a_library_is_found_where_ours_are_written(
+    compiled: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = compiled
+    monkeypatch.delenv(plugin.VARIABLE)
+    assert find("auto", TARGET) is None
+    built = kernel.library_path()
+    built.parent.mkdir(parents=True)
+    for file in (path, notes_file(path)):
+        built.with_name(file.name).write_bytes(file.read_bytes())
+    found = find("auto", TARGET)
+    assert found is not None
+    assert found.path == built
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("sha256", "0" * 64, "sha256 is 0000"),
+        ("version", "2", "version is 2"),
+        ("plugin", "VtrOther", "plugin is VtrOther"),
+        ("targets", ["tensorrt"], "compiled for tensorrt, not for tensorrt-rtx"),
+        ("sms", None, "says too little"),
+    ],
+)
+def test_a_library_of_something_else_is_refused_with_the_reason(
+    compiled: tuple[Path, dict[str, Any]], key: str, value: Any, words: str
+) -> None:
+    path, notes = compiled
+    notes_file(path).write_text(json.dumps(notes | {key: value}))
+    found, why = read_library(path, TARGET)
+    assert found is None
+    assert words in why
+    assert find("auto", TARGET) is None
+    instead = find("on", TARGET)
+    assert instead is not None
+    assert instead.kind == "python"
+    assert words in instead.passed_over[0]
+
+
+def test_a_library_without_notes_or_file_is_refused(compiled: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = compiled
+    notes_file(path).write_text("not json")
+    assert "says too little" in read_library(path, TARGET)[1]
+    notes_file(path).unlink()
+    assert "cannot be read" in read_library(path, TARGET)[1]
+    path.unlink()
+    assert "no such file" in read_library(path, TARGET)[1]
+
+
+@pytest.mark.usefixtures("nothing_built")
+def test_without_the_kernels_sources_there_is_no_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise UnavailableError("no sources")
+
+    monkeypatch.setattr(kernel, "sha256", missing)
+    with pytest.raises(UnavailableError):
+        find("on", TARGET)
+
+
+@needs_tensorrt
+def test_a_file_that_is_no_library_is_refused_when_it_is_loaded(
+    compiled: tuple[Path, dict[str, Any]],
+) -> None:
+    found = find("on", TARGET)
+    assert found is not None
+    with pytest.raises(EngineError, match="does not load the plugin"):
+        found.register(library.load(TARGET))
