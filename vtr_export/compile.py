@@ -10,14 +10,17 @@ import onnx_ir.passes.common as common
 
 from vtr_export.passes.attach_mask import AttachMask
 from vtr_export.passes.cast_linked import CastLinked
+from vtr_export.passes.decompose import Decompose
 from vtr_export.passes.fix_reshapes import FixReshapes
 from vtr_export.passes.fold_constants import FoldConstants
 from vtr_export.passes.fuse_norms import FuseNorms
 from vtr_export.passes.fuse_rotary import FuseRotary
 from vtr_export.passes.insert_cuts import InsertCuts
+from vtr_export.passes.lower_opset import LowerOpset
 from vtr_export.passes.open_cuts import OpenCuts
 from vtr_export.passes.store_transposed import StoreTransposed
 from vtr_export.schedule import Resolved
+from vtr_export.tensorrt_10 import OPSET
 from vtr_export.weights import CheckpointTensor
 
 if TYPE_CHECKING:
@@ -64,6 +67,18 @@ def engine(opened: Collection[int]) -> Passes:
     return (
         OpenCuts(opened),
         common.RemoveUnusedNodesPass(),
+        common.TopologicalSortPass(),
+    )
+
+
+def tensorrt_10() -> Passes:
+    """The passes between an artifact's graph and TensorRT 10: no function, no newer operator."""
+    return (
+        common.InlinePass(),
+        Decompose(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        LowerOpset(OPSET),
         common.TopologicalSortPass(),
     )
 

@@ -27,6 +27,7 @@ from vtr_export.memory import (
 from vtr_export.roofline import first_token_parts, next_token_parts, seconds
 from vtr_export.schedule import Resolved, Schedule
 from vtr_export.targets import PLUGINS, TOP_K, TURING, check_name, check_target, target_notes
+from vtr_export.tensorrt_10 import verdict
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class PlanReport:
     ``total`` and ``unpruned`` are the decoder's prefill of one prompt in the convention's unit;
     bytes and times are the whole batch's. ``ttft_ms`` (time to first token, vision encoder
     included) and ``tpot_ms`` (time per output token) are lower bounds by roofline. ``limits`` are
-    what the target cannot do and our plugin can.
+    what the target cannot do and our plugin can; ``parses``, with tensorrt-10, is whether a lowered
+    decoder would parse there.
     """
 
     model_type: str
@@ -74,6 +76,7 @@ class PlanReport:
     dtype: str
     plugin: str
     limits: tuple[str, ...]
+    parses: str | None
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -168,8 +171,9 @@ def plan(
         dtype=dtype,
         plugin=plugin,
         limits=limits,
+        parses=verdict(resolved) if target == "tensorrt-10" else None,
         notes=(*_notes(facts, work), *target_notes(target, sms)),
-        **_memory(facts, resolved, work, kind, device, memory),
+        **_memory(facts, resolved, work, kind, _holds_scores(device, target), memory),
         **_times(facts, resolved, work, kind, device),
     )
 
@@ -264,19 +268,24 @@ def _notes(facts: ModelFacts, work: Workload) -> tuple[str, ...]:
     return (f"{length} positions, but the model was trained for {facts.context}",)
 
 
+def _holds_scores(device: str | None, target: str) -> bool:
+    """Whether attention holds n x n scores: on ONNX Runtime's CPU, and written out."""
+    fused = device is not None and get_device(device).fused_attention
+    return target == "tensorrt-10" or not fused
+
+
 def _memory(
     facts: ModelFacts,
     resolved: Resolved,
     work: Workload,
     kind: WeightType,
-    device: str | None,
+    scores: bool,
     memory: str | int | None,
 ) -> dict[str, Any]:
-    """Peaks, and whether they fit; without a device, attention as ONNX Runtime's CPU holds it."""
-    fused = device is not None and get_device(device).fused_attention
+    """Peaks, with or without the n x n scores of an unfused attention, and whether they fit."""
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
     pruned, whole = (
-        peak_bytes(facts, r, work, kind, fused) for r in (resolved, without_cuts(resolved))
+        peak_bytes(facts, r, work, kind, not scores) for r in (resolved, without_cuts(resolved))
     )
 
     def fits(peak: Peak) -> bool | None:

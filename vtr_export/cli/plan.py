@@ -73,6 +73,7 @@ def plan(
     lines.append(f"{done.convention} counts {done.formula} per layer, in {done.unit}")
     lines.append(f"target {done.target}: {_target(done)}")
     lines += [f"limit: {limit}" for limit in done.limits]
+    lines += [f"parses: {done.parses}"] if done.parses else []
     lines.append(f"ideal prefill speed-up, counted exactly: {done.ideal_speedup:.3f}")
     report(done.to_json(), lines, as_json)
 
