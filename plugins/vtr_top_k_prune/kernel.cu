@@ -274,21 +274,17 @@ __device__ void score_group(const Params& p, ScoreShared& s) {
     }
 }
 
-template <class T, int WIDTH>
-__device__ void score_width(const Params& p, ScoreShared& s) {
-    const int group = p.heads / p.kv_heads;
-    if (group == 1) score_group<T, WIDTH, 1>(p, s);
-    else if (group == 2) score_group<T, WIDTH, 2>(p, s);
-    else if (group <= 4) score_group<T, WIDTH, 4>(p, s);
-    else score_group<T, WIDTH, MOST_HEADS>(p, s);
-}
-
 template <class T>
 __device__ void score(const Params& p, ScoreShared& s) {
     if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)  // of the second launch
         reinterpret_cast<uint2*>(p.workspace)[blockIdx.z] = make_uint2(0, 0);
-    if (p.wide) score_width<T, 4 * T::PER_WORD>(p, s);
-    else score_width<T, 1>(p, s);
+    constexpr int WIDE = 4 * T::PER_WORD;
+    const int group = p.heads / p.kv_heads;
+    if (!p.wide) score_group<T, 1, MOST_HEADS>(p, s);
+    else if (group == 1) score_group<T, WIDE, 1>(p, s);
+    else if (group == 2) score_group<T, WIDE, 2>(p, s);
+    else if (group <= 4) score_group<T, WIDE, 4>(p, s);
+    else score_group<T, WIDE, MOST_HEADS>(p, s);
 }
 
 // ---- second launch: scores, selection, gather ----

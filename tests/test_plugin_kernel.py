@@ -1,0 +1,412 @@
+"""The kernels behind the cut, run on a CPU from their own source, against the definition in numpy."""
+
+import ctypes
+import shutil
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from cut_oracle import Array, Call, ranked, selected
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from kernel_on_host import DTYPES, HostLauncher, Inputs, call, compile_for_host, rounded, stored
+
+from vtr_export import ops
+from vtr_export.backends.tensorrt import kernel
+from vtr_export.errors import EngineError
+from vtr_export.ops.prune import INPUTS, OUTPUTS
+
+compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler here"
+)
+nvrtc = pytest.mark.skipif(
+    find_spec("cuda") is None or find_spec("cuda.bindings") is None,
+    reason="cuda-bindings is not installed",
+)
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
+    return HostLauncher(compile_for_host(tmp_path_factory.mktemp("kernels")), multiprocessors=9)
+
+
+# --- the definition ---
+
+
+def scores(inputs: Inputs) -> Array:
+    """[B,V] in double precision: the last row's probabilities, reduced over heads."""
+    group = inputs.query.shape[1] // inputs.keys.shape[1]
+    keys = np.repeat(inputs.keys.astype(float), group, 1)
+    seen = inputs.mask[:, 0, -1]
+    with np.errstate(invalid="ignore", over="ignore"):
+        logits = (keys * inputs.query[:, :, -1:].astype(float)).sum(-1) * inputs.scale
+        masked = np.where(seen[:, None], logits, -np.inf)
+        odds = np.exp(masked - masked.max(-1, keepdims=True))
+        probability = odds / odds.sum(-1, keepdims=True)
+    score = probability.mean(1) if inputs.heads == "mean" else probability.max(1)
+    at = inputs.vision + inputs.keys.shape[2] - inputs.hidden.shape[1]
+    raw, real = (np.take_along_axis(values, at, 1) for values in (score, seen))
+    return np.where(real, np.where(np.isnan(raw), -1, raw), -2)
+
+
+def chosen(inputs: Inputs, score: Array) -> list[list[int]]:
+    """Entries of each row that survive."""
+    if inputs.rank == "joint":
+        return [ranked(s, inputs.keep, int(k)) for s, k in zip(score, inputs.budget, strict=True)]
+    images = max(1, int(inputs.budget[0]))
+    size, share = score.shape[1] // images, inputs.keep // images
+    return [
+        [g * size + e for g in range(images) for e in ranked(s[g * size :][:size], share, share)]
+        for s in score
+    ]
+
+
+def is_clear(inputs: Inputs, score: Array) -> bool:
+    """Whether fp32 must choose as double precision does: at each boundary a tie, or a gap."""
+    images = max(1, int(inputs.budget[0])) if inputs.rank == "per_image" else 1
+    for b, row in enumerate(score):
+        for part in np.split(row, images):
+            share = int(inputs.budget[b]) if inputs.rank == "joint" else inputs.keep // images
+            if not 0 < share < len(part):
+                continue
+            inside, outside = np.sort(part)[::-1][share - 1 :][:2]
+            if 0 < inside - outside < 1e-4 * abs(inside):
+                return False
+    return True
+
+
+def check(launcher: HostLauncher, inputs: Inputs, shift: int = 0) -> None:
+    """Scores to fp32, everything else to the bit, in either order of threads and blocks."""
+    expected = scores(inputs)
+    call_ = Call(np.zeros((1, 0)), np.zeros(inputs.hidden.shape[:2]), inputs.vision)
+    indices, vision = selected(call_, chosen(inputs, expected))
+    hidden = np.take_along_axis(stored(inputs.hidden, inputs.dtype), indices[:, :, None], 1)
+    for launcher.is_reversed in (False, True):
+        actual = call(launcher, inputs, shift)
+        if actual.score is not None:
+            np.testing.assert_allclose(actual.score, expected, atol=2e-6)
+        assert actual.indices.tolist() == indices.tolist()
+        assert actual.vision.tolist() == vision.tolist()
+        assert actual.hidden.tobytes() == hidden.tobytes()
+        assert len(actual.launches) <= 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a random call; ``distinct``: keys to draw from, so that some are equal."""
+
+    batch: int = 2
+    kv_heads: int = 1
+    group: int = 2
+    head_dim: int = 16
+    past: int = 3
+    text: int = 4
+    images: int = 1
+    image: int = 20
+    width: int = 8
+    distinct: int = 1000
+    mask_rows: int = 1
+
+    @property
+    def vision(self) -> int:
+        return self.images * self.image
+
+
+def draw(sizes: Sizes, seed: int, *, padded: bool = True, **options: Any) -> Inputs:
+    """Left-padded rows of real tokens, vision tokens anywhere but last; a row may have fewer."""
+    rng = np.random.default_rng(seed)
+    dtype = options.get("dtype", "fp32")
+    length, total = sizes.text + sizes.vision, sizes.past + sizes.text + sizes.vision
+    seen = rng.random((sizes.batch, total)) < 0.9
+    seen[:, sizes.past :] = True
+    vision = np.zeros((sizes.batch, sizes.vision), np.int64)
+    for b in range(sizes.batch):
+        pads = int(rng.integers(0, length)) if padded and b else 0
+        real = min(sizes.vision, length - 1 - pads)
+        places = pads + np.sort(rng.permutation(length - 1 - pads)[:real])
+        vision[b] = np.concatenate([np.arange(sizes.vision - real), places])
+        seen[b, sizes.past : sizes.past + pads] = False
+    mask = rng.random((sizes.batch, 1, sizes.mask_rows, total)) < 0.5
+    mask[:, 0, -1] = seen
+    heads = sizes.kv_heads * sizes.group
+    keys = rng.normal(size=(sizes.batch, sizes.kv_heads, sizes.distinct, sizes.head_dim))
+    which = rng.integers(0, sizes.distinct, total)
+    return Inputs(
+        query=rounded(2 * rng.normal(size=(sizes.batch, heads, 3, sizes.head_dim)), dtype),
+        keys=rounded(keys[:, :, which], dtype),
+        mask=mask,
+        vision=vision,
+        budget=np.full(sizes.batch, options["keep"]),
+        hidden=rounded(rng.normal(size=(sizes.batch, length, sizes.width)), dtype),
+        **options,
+    )
+
+
+def real_tokens(inputs: Inputs) -> Array:
+    past = inputs.keys.shape[2] - inputs.hidden.shape[1]
+    return np.take_along_axis(inputs.mask[:, 0, -1], inputs.vision + past, 1).sum(1)
+
+
+SIZES = st.builds(
+    Sizes,
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    group=st.sampled_from([1, 2, 3, 5, 9]),
+    head_dim=st.sampled_from([1, 8, 20, 64, 72, 136]),
+    past=st.integers(0, 40),
+    text=st.integers(1, 30),
+    image=st.integers(0, 150),
+    width=st.sampled_from([1, 8, 24]),
+    distinct=st.sampled_from([1, 3, 30, 1000]),
+    mask_rows=st.sampled_from([1, 4]),
+)
+OPTIONS = st.fixed_dictionaries(
+    {"dtype": st.sampled_from(DTYPES), "heads": st.sampled_from(["mean", "max"])}
+)
+
+
+@compiler
+@settings(max_examples=60)
+@given(SIZES, OPTIONS, st.integers(0, 2**32), st.sampled_from([0, 8]), st.data())
+def test_kernel_is_the_definition(
+    launcher: HostLauncher, sizes: Sizes, options: Any, seed: int, shift: int, data: Any
+) -> None:
+    keep = data.draw(st.integers(0, sizes.vision))
+    inputs = draw(sizes, seed, keep=keep, **options)
+    budget = [
+        data.draw(st.integers(max(0, keep - sizes.vision + real), min(keep, real)))
+        for real in real_tokens(inputs).tolist()
+    ]
+    inputs = replace(inputs, budget=np.array(budget))
+    assume(is_clear(inputs, scores(inputs)))
+    check(launcher, inputs, shift)
+
+
+@compiler
+@settings(max_examples=20)
+@given(SIZES, OPTIONS, st.integers(1, 5), st.integers(0, 2**32), st.data())
+def test_each_image_keeps_its_own_best(
+    launcher: HostLauncher, sizes: Sizes, options: Any, images: int, seed: int, data: Any
+) -> None:
+    sizes = replace(sizes, images=images, image=sizes.image // images)
+    share = data.draw(st.integers(0, sizes.image))
+    inputs = draw(sizes, seed, padded=False, keep=share * images, rank="per_image", **options)
+    inputs = replace(inputs, budget=np.array([images]))
+    assume(is_clear(inputs, scores(inputs)))
+    check(launcher, inputs)
+
+
+@compiler
+@pytest.mark.parametrize("keep", [1, 15, 50, 99])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_go_to_the_lower_index(launcher: HostLauncher, dtype: Any, keep: int) -> None:
+    """Two keys alternate: half of the scores are one number, half another."""
+    inputs = draw(Sizes(image=100, distinct=2, group=3), 0, padded=False, keep=keep, dtype=dtype)
+    assert len(np.unique(scores(inputs)[0])) == 2
+    check(launcher, inputs)
+
+
+@compiler
+def test_more_than_tensorrt_would_rank(launcher: HostLauncher) -> None:
+    """Its TopK ends at 3,840; here the boundary lies within a tie of thousands as well."""
+    for distinct, keep in ((10**6, 4000), (2, 4100)):
+        sizes = Sizes(1, 1, 1, 8, image=5001, distinct=distinct, past=0)
+        inputs = draw(sizes, 3, padded=False, keep=keep)
+        check(launcher, replace(inputs, keys=inputs.keys * 4, scale=1.0))
+
+
+@compiler
+@pytest.mark.parametrize("heads", ["mean", "max"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_ranks_below_numbers_and_above_pads(
+    launcher: HostLauncher, poison: float, heads: Any
+) -> None:
+    """Wherever it stands: in a query, in a key that is seen, in one that is not."""
+    whole = draw(Sizes(batch=3, group=2, image=30, past=40), 5, keep=7, heads=heads)
+    places = {
+        "query": (whole.query, np.s_[1, 0, -1, 3]),
+        "another row": (whole.query, np.s_[1, 0, 0, 3]),
+        "key": (whole.keys, np.s_[0, 0, 70, :]),
+        "chunk": (whole.keys, np.s_[0, 0, :64, :]),
+        "all": (whole.keys, np.s_[0, 0, :, :]),
+        "pads": (whole.keys, np.s_[2, 0, ~whole.mask[2, 0, -1], :]),
+    }
+    for name, (values, at) in places.items():
+        poisoned = values.copy()
+        poisoned[at] = poison
+        inputs = replace(whole, **{"query" if values is whole.query else "keys": poisoned})
+        expected = scores(inputs)
+        if name in ("another row", "pads"):
+            assert (expected == scores(whole)).all()
+        elif name == "all" or not np.isneginf(poison):
+            assert ((expected == -1) | (expected == -2)).any(1)[1 if name == "query" else 0]
+        check(launcher, inputs)
+
+
+@compiler
+@pytest.mark.parametrize("rank", ["joint", "per_image"])
+def test_what_needs_no_ranking_is_one_launch(launcher: HostLauncher, rank: Any) -> None:
+    for image, keep in ((0, 0), (40, 0), (40, 40)):
+        inputs = draw(Sizes(image=image, past=2), 1, padded=False, keep=keep, rank=rank)
+        inputs = replace(inputs, budget=np.full(2 if rank == "joint" else 1, image and keep and 1))
+        if rank == "joint":
+            inputs = replace(inputs, budget=np.full(2, keep))
+        check(launcher, inputs)
+        assert [name for name, _ in launcher.launches] == ["vtr_prune"]
+
+
+@compiler
+def test_a_generated_token_passes(launcher: HostLauncher) -> None:
+    inputs = draw(Sizes(batch=3, text=1, image=0, past=9), 1, padded=False, keep=0)
+    actual = call(launcher, inputs)
+    assert actual.indices.tolist() == [[0]] * 3
+    assert (actual.hidden == inputs.hidden).all()
+
+
+# --- the artifact's truth ---
+
+
+def model(inputs: Inputs) -> onnxruntime.InferenceSession:
+    """One node with its function, in ONNX Runtime."""
+    types = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+    data, int64 = types[inputs.dtype], ir.DataType.INT64
+    signature = ((data, 4), (data, 4), (ir.DataType.BOOL, 4), (int64, 2), (int64, 1), (int64, 1))
+    values = [
+        ir.val(name, shape=[f"{name}_{axis}" for axis in range(rank)], type=ir.TensorType(dtype))
+        for name, (dtype, rank) in zip(INPUTS, (*signature, (data, 3)), strict=True)
+    ]
+    choice: Any = ops.Choice("last", inputs.heads, inputs.rank)  # type: ignore[arg-type]
+    node = ir.Node(
+        ops.DOMAIN, ops.PRUNE, values, ops.prune_attributes(inputs.scale, choice), num_outputs=3
+    )
+    for value, (name, dtype, rank) in zip(
+        node.outputs,
+        zip(OUTPUTS, (data, int64, int64), (3, 2, 2), strict=True),
+        strict=True,
+    ):
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape([None] * rank)
+    graph = ir.Graph(
+        values, node.outputs, nodes=[node], opset_imports={"": 24, ops.DOMAIN: 1}, name="cut"
+    )
+    whole = ir.Model(graph, ir_version=11)
+    ops.declare(whole, ops.PRUNE, choice)
+    return onnxruntime.InferenceSession(ir.to_proto(whole).SerializeToString())
+
+
+@compiler
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("heads", ["mean", "max"])
+@pytest.mark.parametrize("rank", ["joint", "per_image"])
+def test_kernel_is_what_onnx_runtime_makes_of_the_functions_body(
+    launcher: HostLauncher, dtype: Any, heads: Any, rank: Any
+) -> None:
+    """Even where the call makes no sense: a budget whose pads were chosen already."""
+    sizes = Sizes(3, 2, 3, 64, past=37, image=90, distinct=40, mask_rows=94)
+    drawn = draw(sizes, 11, padded=rank == "joint", dtype=dtype, heads=heads, rank=rank, keep=30)
+    budgets = [[3]] if rank == "per_image" else [[30, 30, 30], [30, 25, 0]]
+    poisoned = [drawn.keys.copy() for _ in range(3)]
+    poisoned[1][0, 0, 100, 0], poisoned[2][0, 1, 100, :] = np.nan, np.inf
+    session = None
+    for budget in budgets:
+        for keys in poisoned:
+            inputs = replace(drawn, budget=np.array(budget), keys=keys)
+            assert is_clear(inputs, scores(inputs))
+            session = session or model(inputs)
+            wide = np.repeat(inputs.query, 40, 2)[:, :, -94:]  # as many rows as the mask
+            feeds = {
+                "query": stored(wide, dtype),
+                "keys": stored(keys, dtype),
+                "mask": inputs.mask,
+                "vision_index": inputs.vision,
+                "keep": np.array([30]),
+                "budget": inputs.budget,
+                "hidden": stored(inputs.hidden, dtype),
+            }
+            hidden, indices, vision = session.run(None, feeds)
+            actual = call(launcher, inputs)
+            assert actual.indices.tolist() == indices.tolist()
+            assert actual.vision.tolist() == vision.tolist()
+            assert actual.hidden.tobytes() == hidden.tobytes()
+
+
+# --- what is computed on the host ---
+
+SHAPES = st.builds(
+    kernel.Shape,
+    batch=st.integers(1, 200),
+    heads=st.sampled_from([8, 32, 64]),
+    kv_heads=st.sampled_from([1, 8]),
+    head_dim=st.sampled_from([20, 64, 128]),
+    query_rows=st.just(1),
+    mask_rows=st.just(1),
+    total=st.integers(9000, 200000),
+    new=st.integers(8500, 9000),
+    vision=st.integers(0, 8500),
+    keep=st.just(0),
+    hidden=st.sampled_from([7, 4096]),
+).flatmap(lambda shape: st.integers(0, shape.vision).map(lambda k: replace(shape, keep=k)))
+
+
+@compiler
+@given(SHAPES, st.sampled_from(DTYPES), st.integers(1, 200))
+def test_python_and_cpp_divide_the_work_alike(
+    launcher: HostLauncher, shape: kernel.Shape, dtype: Any, multiprocessors: int
+) -> None:
+    pointers = kernel.Pointers(*range(1000, 1009))
+    given_ = kernel.fill(shape, dtype, 0.5, "max", "joint", pointers, 256, multiprocessors)
+    params = kernel.Params.from_buffer_copy(given_)
+    params.chunk = params.tiles = params.wide = -1
+    library = launcher.library
+    library.host_divide(ctypes.byref(params), kernel.DTYPES[dtype], multiprocessors)
+    assert bytes(params) == bytes(given_)
+    assert library.host_workspace_bytes(ctypes.byref(params)) == kernel.workspace_bytes(shape)
+    assert library.host_shared_bytes(ctypes.byref(params)) == shape.shared_bytes
+    grown = replace(shape, total=shape.total + 999, batch=shape.batch + 1)
+    assert kernel.workspace_bytes(grown) > kernel.workspace_bytes(shape)
+
+
+@compiler
+def test_the_librarys_way_to_launch_is_pythons(launcher: HostLauncher) -> None:
+    """``vtr_launch`` of the C++ shell makes the same calls as ``Launcher``."""
+    inputs = draw(Sizes(image=300, width=64), 2, padded=False, keep=17, dtype="fp16")
+
+    class Library(HostLauncher):
+        def _start(self, name: str, *rest: Any) -> None:
+            params = rest[-1]
+            if name == "vtr_prune":  # the last of a call: make the whole of it
+                self.library.host_call(ctypes.byref(params), 1, 2, self.multiprocessors)
+
+    other = call(Library(launcher.library, launcher.multiprocessors), inputs)
+    mine = call(launcher, inputs)
+    assert other.indices.tolist() == mine.indices.tolist()
+    assert other.hidden.tobytes() == mine.hidden.tobytes()
+
+
+@compiler
+def test_calls_beyond_the_kernels_limits_are_refused(launcher: HostLauncher) -> None:
+    wide = draw(Sizes(head_dim=520), 0, keep=2)
+    with pytest.raises(EngineError, match="512"):
+        call(launcher, wide)
+    shape = replace(wide.shape, head_dim=8, new=400_000, total=400_000)
+    with pytest.raises(EngineError, match="400000 tokens"):
+        launcher.launch(shape, "fp32", 1.0, "mean", "joint", kernel.Pointers(*range(9)), 0, 0)
+
+
+@nvrtc
+@pytest.mark.parametrize("sm", [75, 120])
+def test_compiles_without_a_gpu(sm: int) -> None:
+    text = kernel.compile_ptx(sm).decode()
+    assert f".target sm_{sm}" in text
+    names = {f"vtr_score_{dtype}" for dtype in DTYPES} | {"vtr_prune"}
+    assert {name for name in names if f".entry {name}(" in text} == names
+
+
+@nvrtc
+def test_machine_code_is_for_one_capability() -> None:
+    image = kernel.compile_image(86)
+    assert image[:4] == b"\x7fELF"
+    assert b"vtr_prune" in image
