@@ -1,4 +1,4 @@
-"""Time an artifact beside its unpruned twin, and say what was predicted."""
+"""Time an artifact or an engine beside its unpruned twin, and say what was predicted."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from vtr_export.checkpoint import read_config
 from vtr_export.errors import InputError
 from vtr_export.families import ModelFacts, read_facts
 from vtr_export.plan import PlanReport, plan
+from vtr_export.published import kind_of
 from vtr_export.runtime.artifact import Artifact
 from vtr_export.runtime.batch import Ints
 from vtr_export.runtime.decoder import Cache, Decoder
@@ -150,19 +151,24 @@ def bench(
     new_tokens: int = 16,
     repeats: int = MIN_REPEATS,
     threads: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     predict: str = "cpu",
     progress: Progress | None = None,
 ) -> BenchReport:
     """Time ``artifact`` and its twin in turns: prefill of random embeddings, then decode steps.
 
-    The twin is ``against`` (an artifact of the same model), or else the artifact's own graph given
-    no vision index, which drops nothing. ``predict`` names the machine of ``vtr plan`` whose times
-    stand beside. Raises InputError for an option, ArtifactError for a damaged artifact,
-    UnavailableError for a device that is not there.
+    The twin is ``against`` (an artifact or engine of the same model), or else the artifact's own
+    graph given no vision index, which drops nothing; an engine's kernels were chosen for what its
+    schedule keeps, so one built without cuts is the fairer twin. ``device`` None: the GPU as soon
+    as one of them is an engine, else the CPU. ``predict`` names the machine of ``vtr plan`` whose
+    times stand beside. Raises InputError for an option, ArtifactError or EngineError for a damaged
+    folder, UnavailableError for a device that is not there.
     """
     _check(repeats, new_tokens, text_tokens)
     say = progress or (lambda _: None)
+    folders = [artifact] if against is None else [artifact, against]
+    if device is None and "engine" in [kind_of(folder) for folder in folders]:
+        device = "cuda"
     say("open the artifact")
     loaded = Artifact.load(artifact, device=device, threads=threads)
     facts = _facts(loaded)
@@ -188,7 +194,7 @@ def bench(
     return BenchReport(
         artifact=str(loaded.folder),
         against=SAME_GRAPH if against is None else str(against),
-        device=device,
+        device=loaded.device,
         threads=threads,
         dtype=loaded.manifest.dtype,
         repeats=repeats,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vtr_export.inspection import GraphFacts
     from vtr_export.manifest import Manifest
 
-Artifact = Annotated[Path, typer.Argument(help="Folder that vtr export published.")]
+Artifact = Annotated[Path, typer.Argument(help="Folder that vtr export or vtr build published.")]
 
 
 def bench(
@@ -21,7 +21,8 @@ def bench(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="Another artifact of the same model; default: this one, dropping nothing."
+            help="Another artifact or engine of its model; default: this one, dropping nothing. "
+            "An engine's kernels are chosen for what it keeps: one built without cuts is fairer."
         ),
     ] = None,
     images: Annotated[int, typer.Option(help="In the prompt.")] = 1,
@@ -34,13 +35,16 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(help="Of ONNX Runtime; default: all cores.")
     ] = None,
-    device: Annotated[Device, typer.Option(help="This one or not at all.")] = Device.CPU,
+    device: Annotated[
+        Device | None,
+        typer.Option(help="This one or not at all; default: cpu, of an engine cuda."),
+    ] = None,
     predict: Annotated[
         str, typer.Option(help="The machine predicted for: orin-nx, agx-orin, rtx-4090, h100, cpu.")
     ] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Time an artifact beside its unpruned twin and the prediction."""
+    """Time an artifact or engine beside its unpruned twin and the prediction."""
     from vtr_export.bench import bench as measure
 
     with progress() as announce:
@@ -53,7 +57,7 @@ def bench(
             new_tokens=new_tokens,
             repeats=repeats,
             threads=threads,
-            device=device.value,
+            device=device,
             predict=predict,
             progress=announce,
         )

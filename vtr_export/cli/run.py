@@ -27,7 +27,9 @@ class Device(StrEnum):
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="Folder that vtr export published.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="Folder that vtr export or vtr build published.")
+    ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     image: Annotated[
         list[Path] | None, typer.Option("--image", "-i", help="Image file; repeat for several.")
@@ -39,7 +41,10 @@ def run(
     temperature: Annotated[float, typer.Option(help="0 takes the best token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the best tokens of this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    device: Annotated[Device, typer.Option(help="This one or not at all.")] = Device.CPU,
+    device: Annotated[
+        Device | None,
+        typer.Option(help="This one or not at all; default: cpu, of an engine cuda."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Of ONNX Runtime; default: all cores.")
     ] = None,
@@ -64,7 +69,7 @@ def run(
     keeps = None if keep is None else _numbers(keep)
     from vtr_export.runtime.artifact import Artifact
 
-    loaded = Artifact.load(artifact, device=device.value, threads=threads, keep=keeps)
+    loaded = Artifact.load(artifact, device=device, threads=threads, keep=keeps)
     live = stream and not as_json
     answer = loaded.generate(
         images,

@@ -1,8 +1,8 @@
-"""``vtr verify``: whether an artifact says what its checkpoint says."""
+"""``vtr verify``: whether an artifact, or an engine of it, says what its checkpoint says."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -12,9 +12,13 @@ from vtr_export.errors import InputError
 if TYPE_CHECKING:
     from vtr_export.manifest import Gate
 
+NOT_EXECUTED: Final = 3  # exit status: what was looked at is right, the engine did not run
+
 
 def verify(
-    artifact: Annotated[Path, typer.Argument(help="Folder that vtr export published.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="Folder that vtr export or vtr build published.")
+    ],
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="Its checkpoint: compare with that, by torch."),
@@ -22,11 +26,31 @@ def verify(
     scope: Annotated[
         str, typer.Option(help="With --model: auto, all, or layers:K for the first K layers.")
     ] = "auto",
+    onnxruntime: Annotated[
+        Path | None,
+        typer.Option(help="Of an engine: compare with this artifact in ONNX Runtime, too."),
+    ] = None,
+    files: Annotated[
+        bool, typer.Option("--files", help="Of an engine: look at its files alone; no GPU needed.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Replay an artifact's golden vectors, without torch."""
+    """Replay an artifact's, or an engine's, golden vectors; neither needs torch.
+
+    An engine needs its GPU: where it cannot run, its files are checked and the exit status is 3.
+    """
+    from vtr_export.published import kind_of
+
     if model is None and scope != "auto":
         raise InputError("golden vectors are replayed whole", hint="--scope goes with --model")
+    if kind_of(artifact) == "engine":
+        _engine(artifact, model, onnxruntime, files, as_json)
+        return
+    if onnxruntime is not None or files:
+        option = "--files" if files else "--onnxruntime"
+        raise InputError(
+            f"{option} goes with an engine, and this is an artifact", hint="leave it out"
+        )
     with progress() as announce:
         if model is None:
             from vtr_export.verify import verify_artifact
@@ -46,6 +70,44 @@ def verify(
     report(values, [*gate_lines(gates), summary], as_json)
     if failed:
         raise typer.Exit(1)
+
+
+def _engine(
+    folder: Path, model: str | None, onnxruntime: Path | None, files: bool, as_json: bool
+) -> None:
+    if model is not None:
+        raise InputError(
+            "an engine is compared with its artifact's golden vectors, not with a checkpoint",
+            hint="vtr verify ARTIFACT --model FOLDER compares the artifact",
+        )
+    from vtr_export.verify.engine import verify_engine
+
+    with progress() as announce:
+        announce("hash the files" if files else "hash the files and replay the golden vectors")
+        found = verify_engine(folder, artifact=onnxruntime, run=not files)
+    passed = not found.failed
+    values = {
+        "engine": str(folder),
+        "executed": found.executed,
+        "passed": passed if found.executed or not passed else None,
+        "checked": found.checked,
+        "not_checked": found.not_checked,
+        "gates": [gate.model_dump() for gate in found.gates],
+    }
+    lines = [*gate_lines(found.gates), *(f"checked: {what}" for what in found.checked)]
+    lines += [f"NOT checked: {what}" for what in found.not_checked]
+    lines.append(_summary(found.executed, found.failed, len(found.gates)))
+    report(values, lines, as_json)
+    if not passed:
+        raise typer.Exit(1)
+    if not (found.executed or files):
+        raise typer.Exit(NOT_EXECUTED)
+
+
+def _summary(executed: bool, failed: int, count: int) -> str:
+    if failed:
+        return f"{failed} of {count} gates failed"
+    return f"all {count} gates pass" if executed else "the engine was NOT executed"
 
 
 def gate_lines(gates: "Sequence[Gate]") -> list[str]:

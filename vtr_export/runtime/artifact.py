@@ -1,4 +1,4 @@
-"""An artifact, loaded: images and a prompt in, an answer out."""
+"""An artifact or an engine, loaded: images and a prompt in, an answer out."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from PIL import Image
 
 from vtr_export.errors import ArtifactError, InputError, UnavailableError
 from vtr_export.manifest import Manifest
+from vtr_export.published import kind_of
 from vtr_export.runtime.batch import Ints
 from vtr_export.runtime.decoder import Cache, Decoder
 from vtr_export.runtime.generation import Finish, Generated, generate
@@ -17,7 +18,7 @@ from vtr_export.runtime.image import Picture
 from vtr_export.runtime.model import Model
 from vtr_export.runtime.processor import Form, Processor
 from vtr_export.runtime.sampling import Options
-from vtr_export.runtime.session import Array, open_session
+from vtr_export.runtime.session import Array, Session, open_session
 from vtr_export.runtime.show_kept import Grid, Panel, draw
 from vtr_export.runtime.text import Detokenizer
 
@@ -80,42 +81,38 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published model with its schedule, on one device."""
+    """A published model with its schedule, on one device; ``device`` is where it runs."""
 
     folder: Path
-    manifest: Manifest
+    manifest: Manifest  # of an engine: that of the artifact it was built from
     processor: Processor
     model: Model
+    device: str = "cpu"
 
     @classmethod
     def load(
         cls,
         path: str | Path,
         *,
-        device: str = "cpu",
+        device: str | None = None,
         threads: int | None = None,
         keep: Sequence[int] | None = None,
     ) -> "Artifact":
-        """Check the folder against its manifest and open its graphs.
+        """Check the folder of an artifact or an engine against its manifest, and open its graphs.
 
-        ``device`` cpu or cuda, that one or not at all; ``keep``: what a tunable artifact keeps at
-        each cut, per image. Raises ArtifactError, UnavailableError, InputError.
+        ``device`` cpu or cuda, that one or not at all (None: the CPU; an engine runs on a GPU
+        only); ``threads`` are ONNX Runtime's; ``keep``: what a tunable one keeps at each cut, per
+        image. Raises ArtifactError, EngineError, UnavailableError, InputError.
         """
         folder = Path(path)
-        manifest = Manifest.load(folder)
-        if manifest.dtype == "bf16" and device == "cpu":
-            raise UnavailableError(
-                "a bf16 artifact does not run on the CPU: ONNX Runtime has no bf16 kernels there",
-                where=str(folder),
-                hint="run it with --device cuda, or export with --dtype fp16 or fp32",
-            )
-        keeps, shards = _keeps(manifest, keep), manifest.linked_shards()
-        graphs = manifest.graphs
-        vision, embedding, decoder = (
-            open_session(folder / graph, device=device, threads=threads, shards=shards)
-            for graph in (graphs.vision_encoder, graphs.embed_tokens, graphs.decoder)
-        )
-        facts = manifest.model
+        if kind_of(folder) == "engine":
+            manifest, sessions = _open_engine(folder, device, threads)
+            device = "cuda"
+        else:
+            device = device or "cpu"
+            manifest, sessions = _open_graphs(folder, device, threads)
+        vision, embedding, decoder = sessions
+        keeps, facts = _keeps(manifest, keep), manifest.model
         model = Model(
             vision,
             embedding,
@@ -123,7 +120,7 @@ class Artifact:
             facts.image_token_id,
             facts.pad_token_id or 0,
         )
-        return cls(folder, manifest, Processor(folder), model)
+        return cls(folder, manifest, Processor(folder), model, device)
 
     def generate(
         self,
@@ -288,6 +285,39 @@ def as_list(images: Sequence[Picture] | Picture | None) -> Sequence[Picture]:
     if images is None:
         return ()
     return [images] if isinstance(images, str | Path | bytes | Image.Image) else images
+
+
+def _open_graphs(
+    folder: Path, device: str, threads: int | None
+) -> tuple[Manifest, Sequence[Session]]:
+    manifest = Manifest.load(folder)
+    if manifest.dtype == "bf16" and device == "cpu":
+        raise UnavailableError(
+            "a bf16 artifact does not run on the CPU: ONNX Runtime has no bf16 kernels there",
+            where=str(folder),
+            hint="run it with --device cuda, or export with --dtype fp16 or fp32",
+        )
+    shards, graphs = manifest.linked_shards(), manifest.graphs
+    sessions = [
+        open_session(folder / graph, device=device, threads=threads, shards=shards)
+        for graph in (graphs.vision_encoder, graphs.embed_tokens, graphs.decoder)
+    ]
+    return manifest, sessions
+
+
+def _open_engine(
+    folder: Path, device: str | None, threads: int | None
+) -> tuple[Manifest, Sequence[Session]]:
+    if device == "cpu" or threads is not None:
+        raise InputError(
+            f"an engine runs on a GPU: it takes no {'threads' if threads else '--device cpu'}",
+            where=str(folder),
+            hint="leave the option out, or give the artifact the engine was built from",
+        )
+    from vtr_export.runtime.engine import open_engine
+
+    manifest, sessions = open_engine(folder)
+    return manifest.artifact, sessions
 
 
 def _panel(layers: tuple[int, int], left: Ints, start: int, tokens: int) -> Panel:

@@ -1,6 +1,7 @@
-"""Loaded graphs that run: one Protocol, ONNX Runtime behind it."""
+"""What runs: one Protocol, one table of what stands behind it, and ONNX Runtime."""
 
 import ctypes
+import importlib
 import math
 import mmap
 from collections.abc import Collection, Mapping, Sequence
@@ -12,10 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vtr_export.errors import ArtifactError, InputError, UnavailableError
+from vtr_export.runtime import bfloat16
 
 Array: TypeAlias = NDArray[Any]
 Device: TypeAlias = Literal["cpu", "cuda"]
 
+BACKENDS: Final = {
+    ".onnx": "vtr_export.runtime.session:OnnxRuntime",
+    ".plan": "vtr_export.runtime.tensorrt:TensorRT",
+    ".npy": "vtr_export.runtime.embedding:EmbeddingTable",
+}  # what runs a file of this kind; imported when one is opened
 PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PACKAGES: Final = {"cpu": "vtr-export[cpu]", "cuda": "vtr-export[gpu]"}
 DTYPES: Final = {
@@ -84,8 +91,9 @@ class OnnxRuntime:
         """Open ``file``; ``shards`` are weight files that lie elsewhere, by location name.
 
         UnavailableError where the device cannot be used, ArtifactError for a file that is gone or
-        that this ONNX Runtime does not take.
+        that this ONNX Runtime does not take, InputError for an option that makes no sense.
         """
+        _check(device, threads)
         self._ort = _import(device)
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
@@ -148,24 +156,29 @@ class OnnxRuntime:
         make = self._ort.OrtValue
         if self.inputs[name].dtype != "bfloat16":
             return make.ortvalue_from_numpy(array.astype(self.inputs[name].dtype, copy=False))
-        return make.ortvalue_from_numpy_with_onnx_type(_to_bfloat16_bits(array), _BFLOAT16)
+        return make.ortvalue_from_numpy_with_onnx_type(bfloat16.to_bits(array), _BFLOAT16)
 
 
-def open_session(
-    file: Path,
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    shards: Mapping[str, Path] | None = None,
-) -> Session:
-    """Open a graph on ``device``, on that one or not at all."""
+def open_session(file: Path, **options: Any) -> Session:
+    """Open a file with what runs its kind; ``options`` are those of that class."""
+    if (target := BACKENDS.get(file.suffix)) is None:
+        raise ArtifactError(
+            f"nothing runs a {file.suffix or 'file without a suffix'}",
+            where=str(file),
+            hint=f"what is known: {', '.join(BACKENDS)}",
+        )
+    module, _, name = target.partition(":")
+    session: Session = getattr(importlib.import_module(module), name)(file, **options)
+    return session
+
+
+def _check(device: str, threads: int | None) -> None:
     if device not in PROVIDERS:
         raise InputError(
             f"no device named {device!r}", hint=f"choose one of: {', '.join(PROVIDERS)}"
         )
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}", hint="give at least 1, or leave it out")
-    return OnnxRuntime(file, device=device, threads=threads, shards=shards)  # type: ignore[arg-type]
 
 
 class _Mapped:
@@ -223,12 +236,6 @@ def _result(value: Any, resident: bool) -> Value:
     return array
 
 
-def _to_bfloat16_bits(array: Array) -> NDArray[np.uint16]:
-    import ml_dtypes
-
-    return array.astype(ml_dtypes.bfloat16).view(np.uint16)
-
-
 def _from_bfloat16(value: Any) -> Array:
     """A bfloat16 tensor in host memory as float32, which holds it exactly."""
     shape = tuple(value.shape())
@@ -236,4 +243,4 @@ def _from_bfloat16(value: Any) -> Array:
     if not count:
         return np.zeros(shape, np.float32)
     bits = np.ctypeslib.as_array((ctypes.c_uint16 * count).from_address(value.data_ptr()))
-    return (bits.astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    return bfloat16.from_bits(bits).reshape(shape)

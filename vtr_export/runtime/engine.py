@@ -1,0 +1,50 @@
+"""An engine folder, loaded: nothing of a plan is looked into before everything fits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vtr_export.backends.tensorrt.library import Library, load
+from vtr_export.engine_manifest import EngineManifest
+from vtr_export.runtime.cuda import Cuda
+from vtr_export.runtime.session import Session, open_session
+from vtr_export.runtime.tensorrt import Gpu, Plan
+
+
+def read_engine(folder: Path) -> tuple[EngineManifest, list[Plan], Session]:
+    """What can be checked on any machine: the manifest, every file's hash, the table.
+
+    ArtifactError or EngineError for what is damaged. Deserialises nothing.
+    """
+    manifest = EngineManifest.load(folder)
+    manifest.check_hashes(folder, full=True)
+    plans = [Plan.open(folder / e.file, manifest.files[e.file].sha256) for e in manifest.engines]
+    return manifest, plans, open_session(folder / manifest.embeddings)
+
+
+def open_engine(folder: Path) -> tuple[EngineManifest, Sequence[Session]]:
+    """Vision encoder, embedding table and decoder of an engine folder.
+
+    Checked in this order, and the first misfit is raised: manifest and hashes, TensorRT's flavour
+    and version, the GPU, the plugin. UnavailableError for what this machine lacks.
+    """
+    manifest, plans, table = read_engine(folder)
+    library = load(manifest.versions.target)
+    manifest.check_library(library.target, library.version)
+    cuda = Cuda()
+    manifest.check_device(cuda.sm)
+    _register_plugin(manifest, library)
+    gpu = Gpu.of(library, cuda)
+    vision, decoder = (open_session(plan.file, data=plan.data, gpu=gpu) for plan in plans)
+    return manifest, (vision, table, decoder)
+
+
+def _register_plugin(manifest: EngineManifest, library: Library) -> None:
+    if manifest.plugin is None:
+        return
+    from vtr_export.backends.tensorrt import plugin
+
+    found = plugin.find("on", library.target)
+    version, sha256 = (None, None) if found is None else (found.version, found.sha256)
+    manifest.check_plugin(version, sha256)
+    if found is not None:
+        found.register(library)
