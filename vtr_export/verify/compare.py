@@ -19,7 +19,11 @@ from vtr_export.verify.gates import (
 )
 from vtr_export.verify.keep_sets import compare as compare_keep_sets
 from vtr_export.verify.keep_sets import keep_set_gates, score_gates, tie_gate
-from vtr_export.verify.overflow import beyond_in_decoder, beyond_in_features
+from vtr_export.verify.overflow import (
+    beyond_in_decoder,
+    beyond_in_embeddings,
+    beyond_in_features,
+)
 from vtr_export.verify.play import Inputs, Played, embed, encode, play_forced, play_free
 from vtr_export.verify.sessions import GraphError, Parts
 
@@ -40,7 +44,10 @@ def compare(parts: Parts, cases: Sequence[Case], bars: Bars) -> list[Gate]:
     inputs = _try(gates, "embed_tokens", lambda: embed(parts, cases, features))
     if inputs is None:
         return gates
-    gates += _embedding_gates(inputs)
+    gates += [
+        gate if gate.passed else _with(gate, beyond_in_embeddings(parts, inputs))
+        for gate in _embedding_gates(inputs)
+    ]
     forced = _try(gates, "forced", lambda: play_forced(parts, inputs))
     if forced is not None:
         found = logit_gates("forced", forced, bars)
@@ -125,8 +132,9 @@ def _explained(found: list[Gate], parts: Parts, inputs: Sequence[Inputs], bars: 
     failed = [index for index, gate in enumerate(found) if not gate.passed]
     if not failed:
         return found
-    why = first_deviation(parts, inputs, bars), beyond_in_decoder(parts, inputs)
-    found[failed[0]] = _with(found[failed[0]], *why)
+    why = first_deviation(parts, inputs, bars)
+    beyond = beyond_in_embeddings(parts, inputs) or beyond_in_decoder(parts, inputs)
+    found[failed[0]] = _with(found[failed[0]], why, beyond)
     return found
 
 

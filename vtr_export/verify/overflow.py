@@ -1,5 +1,6 @@
 """Which tensor of a graph leaves the range of its dtype first."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,16 +11,15 @@ from typing import Final
 
 import ml_dtypes
 import numpy as np
-import onnx.parser
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from vtr_export.errors import AnalysisError, ArtifactError, UnavailableError
 from vtr_export.manifest import Manifest
-from vtr_export.passes.widen import ROUNDED, SUFFIXES, TYPED
+from vtr_export.passes.widen import FLOAT, ROUNDED, SUFFIXES, TYPED
 from vtr_export.runtime.decoder import Decoder
 from vtr_export.runtime.session import Value
-from vtr_export.verify.case import Array, Case
+from vtr_export.verify.case import Case
 from vtr_export.verify.play import (
     Inputs,
     call_name,
@@ -32,41 +32,29 @@ from vtr_export.verify.play import (
 )
 from vtr_export.verify.sessions import Forced, GraphError, Parts
 
-DOMAIN, SHOWN = "vtr.verify", "range."
+SHOWN = "range."
 DTYPES: Final = {
     ir.DataType.FLOAT16: ("fp16", np.dtype(np.float16), 65504.0),
     ir.DataType.BFLOAT16: ("bf16", np.dtype(ml_dtypes.bfloat16), 3.38953e38),
 }
-_FUNCTION = """
-<domain: "vtr.verify", opset_import: ["" : 24]>
-Range (value) => (range)
-{
-    zero = Constant <value_floats: floats = [0.0]> ()
-    row = Constant <value_ints: ints = [-1]> ()
-    flat = Reshape (value, row)
-    some = Concat <axis: int = 0> (flat, zero)
-    is_nan = IsNaN (some)
-    is_inf = IsInf (some)
-    is_neither = Or (is_nan, is_inf)
-    magnitude = Abs (some)
-    finite = Where (is_neither, zero, magnitude)
-    nans = Cast <to: int = 1> (is_nan)
-    infs = Cast <to: int = 1> (is_inf)
-    nan = ReduceMax (nans)
-    inf = ReduceMax (infs)
-    largest = ReduceMax (finite)
-    range = Concat <axis: int = 0> (nan, inf, largest)
-}
-"""
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a tensor holds: NaN, infinities, and the largest of the rest."""
+    """The sum and the largest of a tensor's magnitudes; -inf is the largest of none."""
 
-    nan: bool = False
-    inf: bool = False
+    sum: float = 0.0
     largest: float = 0.0
+
+    @property
+    def nan(self) -> bool:
+        """Whether it holds NaN; ONNX Runtime's maximum passes over it."""
+        return math.isnan(self.sum)
+
+    @property
+    def inf(self) -> bool:
+        """Whether it holds an infinity."""
+        return self.largest == math.inf
 
 
 class ShowRanges(ir.passes.InPlacePass):
@@ -79,7 +67,7 @@ class ShowRanges(ir.passes.InPlacePass):
     After::
 
         y = MatMul(x, weight)
-        range.N = vtr.verify.Range(y)     # output [3]: has NaN, has infinities, largest |y|
+        range.sum.N, range.largest.N = ReduceSum(Abs(y)), ReduceMax(Abs(y))     # outputs []
 
     ``values[N]`` is then the value of that number, in ``graph``.
     """
@@ -97,16 +85,15 @@ class ShowRanges(ir.passes.InPlacePass):
             for value in (*graph.inputs, *graph.initializers.values(), *made)
             if value.dtype == ir.DataType.FLOAT and _source(value) is value
         ]
-        function = ir.serde.deserialize_function(onnx.parser.parse_function(_FUNCTION))
-        model.functions[function.identifier()] = function
-        graph.opset_imports[DOMAIN] = 1
-        shows = [ir.Node(DOMAIN, "Range", [value]) for value in values]
-        for number, node in enumerate(shows):
-            node.name = node.outputs[0].name = f"{SHOWN}{number}"
-            node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-            node.outputs[0].shape = ir.Shape([3])
-        graph.extend(shows)
-        graph.outputs.extend(node.outputs[0] for node in shows)
+        for number, value in enumerate(values):
+            magnitude = ir.Node("", "Abs", [value])
+            graph.append(magnitude)
+            for op, name in (("ReduceSum", "sum"), ("ReduceMax", "largest")):
+                show = ir.Node("", op, magnitude.outputs, [ir.AttrInt64("keepdims", 0)])
+                show.outputs[0].name = f"{SHOWN}{name}.{number}"
+                show.outputs[0].type, show.outputs[0].shape = FLOAT, ir.Shape([])
+                graph.append(show)
+                graph.outputs.append(show.outputs[0])
         self.graph, self.values = graph, values
         return ir.passes.PassResult(model, modified=bool(values))
 
@@ -121,10 +108,9 @@ class Watched:
     def __init__(self, parts: Parts, file: Path, passes: Sequence[ir.passes.PassBase] = ()) -> None:
         self._show = ShowRanges()
         self._session = parts.open(file, passes, then=(self._show,))
-        self.inputs = self._session.inputs
-        self.outputs = {
-            name: port for name, port in self._session.outputs.items() if not name.startswith(SHOWN)
-        }
+        self.inputs, outputs = self._session.inputs, self._session.outputs
+        self._extra = [name for name in outputs if name.startswith(SHOWN)]
+        self.outputs = {name: port for name, port in outputs.items() if name not in self._extra}
 
     def run(
         self,
@@ -135,10 +121,13 @@ class Watched:
     ) -> dict[str, Value]:
         """See :class:`Session`."""
         names = list(self.outputs) if outputs is None else list(outputs)
-        extra = [f"{SHOWN}{number}" for number in range(len(self._show.values))]
-        results = self._session.run(feeds, [*names, *extra], resident=resident)
-        shown = [_read(np.asarray(results.pop(name))) for name in extra]
-        found = first_beyond(self._show.graph, dict(zip(self._show.values, shown, strict=True)))
+        results = self._session.run(feeds, [*names, *self._extra], resident=resident)
+        shown = {name: float(np.asarray(results.pop(name))) for name in self._extra}
+        ranges = {
+            value: Range(shown[f"{SHOWN}sum.{number}"], shown[f"{SHOWN}largest.{number}"])
+            for number, value in enumerate(self._show.values)
+        }
+        found = first_beyond(self._show.graph, ranges)
         if found:
             raise _BeyondError(found)
         return results
@@ -164,7 +153,8 @@ def check_range(folder: str | Path) -> str:
     parts, cases = Parts.of(folder, manifest), [load_golden(folder / name) for name in files]
     if said := beyond_in_features(parts, cases):
         return said
-    return beyond_in_decoder(parts, embed(parts, cases, encode(parts, cases)))
+    inputs = embed(parts, cases, encode(parts, cases))
+    return beyond_in_embeddings(parts, inputs) or beyond_in_decoder(parts, inputs)
 
 
 def beyond_in_features(parts: Parts, cases: Sequence[Case]) -> str:
@@ -179,14 +169,22 @@ def beyond_in_features(parts: Parts, cases: Sequence[Case]) -> str:
     return _spoken(look)
 
 
-def beyond_in_decoder(parts: Parts, inputs: Sequence[Inputs]) -> str:
-    """The same of the embedding table, then of the decoder with the reference's keep-sets."""
+def beyond_in_embeddings(parts: Parts, inputs: Sequence[Inputs]) -> str:
+    """The same of the embedding table."""
 
     def look() -> None:
-        table = Watched(parts, parts.embedding)
+        session = Watched(parts, parts.embedding)
         for each in inputs:
             with _during(lambda case: f"the embeddings of {case.question.name}", each.case):
-                embed_case(table, each.case, each.features)
+                embed_case(session, each.case, each.features)
+
+    return _spoken(look)
+
+
+def beyond_in_decoder(parts: Parts, inputs: Sequence[Inputs]) -> str:
+    """The same of the decoder with the reference's keep-sets."""
+
+    def look() -> None:
         forced = Forced(Watched(parts, parts.decoder, forced_passes()))
         decoder = Decoder(forced, keep=parts.keep)
         for each in inputs:
@@ -215,10 +213,6 @@ def _during(call: Callable[[Case], str], case: Case) -> Iterator[None]:
         raise
 
 
-def _read(shown: Array) -> Range:
-    return Range(bool(shown[0]), bool(shown[1]), float(shown[2]))
-
-
 def first_beyond(graph: ir.Graph, ranges: Mapping[ir.Value, Range]) -> str:
     """What the first node did, in the graph's order, that made NaN or infinity of finite values.
 
@@ -238,15 +232,15 @@ def _rounding(node: ir.Node, ranges: Mapping[ir.Value, Range], layer: str) -> st
     if not _casts(node) or result.dtype not in DTYPES or _is_stored(result):
         return ""
     (source,) = _sources(node)
-    largest = ranges.get(source, Range()).largest
+    found = ranges.get(source, Range())
     name, dtype, limit = DTYPES[result.dtype]
     with np.errstate(over="ignore"):
-        if np.isfinite(np.float32(largest).astype(dtype)):
-            return ""
+        if found.nan or found.inf or np.isfinite(np.float32(max(found.largest, 0)).astype(dtype)):
+            return ""  # NaN and infinities have another origin
     maker = source.producer() if (result.name or "").endswith(ROUNDED) else node
     return (
         f"{_plain(result)!r} ({_op(maker)}{layer}) is the first to leave the range of {name}: "
-        f"{largest:.6g} is beyond {limit:.6g}"
+        f"{found.largest:.6g} is beyond {limit:.6g}"
     )
 
 
