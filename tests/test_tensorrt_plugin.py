@@ -1,6 +1,7 @@
 """One ONNX file for all, the plugin that stands behind its cuts, and which plugin is taken."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from cut_graphs import Client, Traced, Tracer, serialized
-from graph_texts import graph
+from graph_texts import graph, run
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_on_host import Array, Guarded, HostLauncher, compile_for_host
 from test_tensorrt_builds import build, needs_tensorrt
 
 from vtr_export import ops
 from vtr_export.backends.tensorrt import kernel, library, plugin
 from vtr_export.backends.tensorrt.plugin import Plugin, find, notes_file, read_library, serves
-from vtr_export.backends.tensorrt.python_plugin import PORTS, Fields, classes
+from vtr_export.backends.tensorrt.python_plugin import HIDDEN, KEYS, PORTS, QUERY, Fields, classes
 from vtr_export.errors import EngineError, InputError, UnavailableError
 from vtr_export.ops.prune import FIELDS, OUTPUTS, PRUNE
 
@@ -25,6 +27,7 @@ CUTS = {1: 8, 2: 3}
 SMS = ("--sm", "86,89,120")
 PYTHON = ("--plugin", "python")
 TARGET = "tensorrt-rtx"
+DTYPES = {"float": "float32", "float16": "float16"}  # in graphs; in numpy and TensorRT
 TOP_K = 3840  # TensorRT's own keeps at most this many
 
 
@@ -193,6 +196,121 @@ def test_the_kernel_gets_its_pointers_in_the_order_of_the_plugins_ports() -> Non
     """TensorRT passes every input but keep, then every output."""
     assert kernel.Pointers._fields == (*PORTS, *OUTPUTS)
     assert (*PORTS[:4], "keep", *PORTS[4:]) == ops.prune.INPUTS
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arrays of one call of a cut by name, and how many vision tokens it keeps."""
+
+    feeds: dict[str, Array]
+    keep: int
+
+    @property
+    def shapes(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Of the plugin's inputs and outputs."""
+        batch, length, width = self.feeds["hidden"].shape
+        kept = length - self.feeds["vision_index"].shape[1] + self.keep
+        outputs = [(batch, kept, width), (batch, kept), (batch, self.keep)]
+        return [self.feeds[name].shape for name in PORTS], outputs
+
+
+def drawn(keep: int, rank: str, dtype: Any, images: int = 3, image: int = 7) -> Call:
+    """Rows without pads after a past of four."""
+    rng, batch, vision = np.random.default_rng(keep), 2, images * image
+    length, total = vision + 5, vision + 9
+    every = [np.sort(rng.permutation(length - 1)[:vision]) for _ in range(batch)]
+    feeds = {
+        "query": rng.normal(size=(batch, 4, 1, 16)).astype(dtype),
+        "keys": rng.normal(size=(batch, 2, total, 16)).astype(dtype),
+        "mask": np.ones((batch, 1, 1, total), bool),
+        "vision_index": np.stack(every),
+        "budget": np.full(batch, keep) if rank == "joint" else np.array([images]),
+        "hidden": rng.normal(size=(batch, length, 32)).astype(dtype),
+    }
+    return Call(feeds, keep)
+
+
+def described(trt: Any, shapes: list[tuple[int, ...]], types: list[Any]) -> list[Any]:
+    tensors = [trt.PluginTensorDesc() for _ in shapes]
+    for tensor, shape, kind in zip(tensors, shapes, types, strict=True):
+        tensor.dims, tensor.type = shape, kind
+    return tensors
+
+
+def bounded(trt: Any, tensors: list[Any]) -> list[Any]:
+    """As in a profile that ends at these shapes."""
+    dynamic = [trt.DynamicPluginTensorDesc() for _ in tensors]
+    for each, tensor in zip(dynamic, tensors, strict=True):
+        each.desc, each.max = tensor, tensor.dims
+    return dynamic
+
+
+def of_type(trt: Any, data: Any) -> tuple[list[Any], list[Any]]:
+    """The types of inputs and outputs."""
+    return [data, data, trt.bool, trt.int64, trt.int64, data], [data, trt.int64, trt.int64]
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    return HostLauncher(compile_for_host(tmp_path_factory.mktemp("kernels")))
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("heads", ["mean", "max"])
+@pytest.mark.parametrize(
+    ("keep", "rank"), [(8, "joint"), (0, "joint"), (21, "joint"), (9, "per_image")]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_it_enqueues_computes_what_onnx_runtime_does(
+    dtype: str,
+    keep: int,
+    rank: Any,
+    heads: Any,
+    on_host: HostLauncher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The plugin's own launch, of the kernel compiled for the CPU."""
+    trt = library.load(TARGET).trt
+    call = drawn(keep, rank, DTYPES[dtype])
+    expected = run(cut(keep, ops.Choice("last", heads, rank), dtype), call.feeds)
+    inputs, outputs = (
+        described(trt, shapes, types)
+        for shapes, types in zip(
+            call.shapes, of_type(trt, getattr(trt, DTYPES[dtype])), strict=True
+        )
+    )
+    made = classes(trt)[0](Fields(0.25, "last", heads, rank))
+    arrays = [call.feeds[name] for name in PORTS]
+    results = [np.full_like(expected[name], 77) for name in OUTPUTS]
+    workspace = Guarded(made.get_workspace_size(bounded(trt, inputs), bounded(trt, outputs)))
+    monkeypatch.setattr(kernel, "launcher", lambda: on_host)
+    pointers = ([array.ctypes.data for array in both] for both in (arrays, results))
+    made.enqueue(inputs, outputs, *pointers, workspace.pointer, 0)
+    for name, actual in zip(OUTPUTS, results, strict=True):
+        assert actual.tolist() == expected[name].tolist(), name
+
+
+@needs_tensorrt
+def test_only_plain_tensors_of_the_kernels_types_are_taken() -> None:
+    trt = library.load(TARGET).trt
+    made, call = classes(trt)[0](Fields(1.0, "last", "mean", "joint")), drawn(8, "joint", "f4")
+
+    def taken(at: int, kind: Any = None, form: Any = None, data: Any = trt.float16) -> bool:
+        types = [each for both in of_type(trt, data) for each in both]
+        tensors = described(trt, [shape for both in call.shapes for shape in both], types)
+        tensors[at].type = kind or types[at]
+        tensors[at].format = form or trt.TensorFormat.LINEAR
+        return bool(made.supports_format_combination(at, bounded(trt, tensors), len(PORTS)))
+
+    count = len(PORTS) + len(OUTPUTS)
+    for data in (trt.float32, trt.float16, trt.bfloat16):
+        assert all(taken(at, data=data) for at in range(count))
+    assert not any(taken(at, data=trt.int8) for at in (QUERY, KEYS, HIDDEN, count - 3))
+    assert not any(taken(at, form=trt.TensorFormat.CHW32) for at in range(count))
+    assert not any(taken(at, kind=trt.int32) for at in range(count))
+    assert not any(taken(at, kind=trt.bfloat16) for at in (KEYS, HIDDEN, count - 3))
 
 
 SIZES = st.fixed_dictionaries(
