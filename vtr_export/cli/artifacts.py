@@ -1,15 +1,18 @@
 """``vtr bench`` and ``vtr inspect``: look at what was made."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vtr_export.cli.output import Json, columns, progress, report, runs
+from vtr_export.cli.output import Json, columns, progress, report, runs, size
 from vtr_export.cli.run import Device
+from vtr_export.errors import InputError
 
 if TYPE_CHECKING:
+    from vtr_export.engine_manifest import Engine, EngineManifest
     from vtr_export.inspection import GraphFacts
     from vtr_export.manifest import Manifest
 
@@ -44,7 +47,7 @@ def bench(
     ] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Time an artifact or engine beside its unpruned twin and the prediction."""
+    """Time an artifact or engine beside its unpruned twin."""
     from vtr_export.bench import bench as measure
 
     with progress() as announce:
@@ -68,13 +71,18 @@ def bench(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="ONNX file, or artifact.")],
+    path: Annotated[Path, typer.Argument(help="ONNX file, artifact or engine.")],
     layer: Annotated[
         int | None, typer.Option(help="What would a cut before this layer narrow?")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show layers, token streams and cuts of any ONNX."""
+    """Show layers, token streams and cuts of any ONNX, or an engine."""
+    from vtr_export.published import MANIFEST, kind_of
+
+    if (path / MANIFEST).is_file() and kind_of(path) == "engine":
+        _inspect_engine(path, layer, as_json)
+        return
     from vtr_export.inspection import inspect_path
 
     manifest, graphs = inspect_path(path, layer)
@@ -87,6 +95,65 @@ def inspect(
     for graph in graphs:
         lines += ["", *_graph_lines(graph)]
     report(values, lines, as_json)
+
+
+def _inspect_engine(folder: Path, layer: int | None, as_json: bool) -> None:
+    """Plans are not deserialised: what they take stands in the manifest."""
+    if layer is not None:
+        raise InputError(
+            "the layers of a plan cannot be told apart",
+            where=str(folder),
+            hint="vtr inspect ARTIFACT --layer N shows those of its graph",
+        )
+    from vtr_export.engine_manifest import EngineManifest
+
+    manifest = EngineManifest.load(folder)
+    values = {
+        "path": str(folder),
+        "artifact": manifest.artifact.model_dump(mode="json", exclude={"files"}),
+        "engine": manifest.model_dump(mode="json", exclude={"artifact"}),
+        "graphs": [],
+    }
+    lines = columns([*_manifest_rows(manifest.artifact), *_build_rows(manifest)])
+    for engine in manifest.engines:
+        lines += ["", *_engine_lines(engine, manifest.files[engine.file].bytes)]
+    report(values, lines, as_json)
+
+
+def _build_rows(manifest: "EngineManifest") -> list[tuple[str, str]]:
+    plugin, built = manifest.plugin, manifest.versions
+    return [
+        ("built by", f"{built.target} {built.tensorrt}, vtr-export {built.vtr_export}"),
+        ("for", ", ".join(f"SM {sm // 10}.{sm % 10}" for sm in manifest.sms)),
+        ("plugin", "none" if plugin is None else f"version {plugin.version}, {plugin.sha256}"),
+        ("cuts left open", ", ".join(map(str, manifest.opened_cuts)) or "none"),
+    ]
+
+
+def _engine_lines(engine: "Engine", size_bytes: int) -> Iterator[str]:
+    """One line an input; equal ranges of a layer's cache are shown once."""
+    plugin = f", {engine.plugin_layers} of the plugin" if engine.plugin_layers else ""
+    yield f"{engine.file}: {size(size_bytes)}, {engine.layers} layers{plugin}"
+    for number, profile in enumerate(engine.profiles):
+        yield f"profile {number}, {profile.name}: least, best, most"
+        rows: dict[tuple[str, ...], str] = {}
+        for name, bounds in profile.inputs.items():
+            ranges = tuple(map(_dims, (bounds.least, bounds.best, bounds.most)))
+            rows.setdefault(ranges, name)
+        counts = Counter(
+            tuple(map(_dims, (b.least, b.best, b.most))) for b in profile.inputs.values()
+        )
+        yield from columns(
+            [("  " + name, *ranges, _more(counts[ranges])) for ranges, name in rows.items()]
+        )
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _more(count: int) -> str:
+    return f"and {count - 1} more" if count > 1 else ""
 
 
 def _manifest_rows(manifest: "Manifest") -> list[tuple[str, str]]:

@@ -35,7 +35,7 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Replay an artifact's, or an engine's, golden vectors; neither needs torch.
+    """Replay golden vectors of an artifact or engine, without torch.
 
     An engine needs its GPU: where it cannot run, its files are checked and the exit status is 3.
     """

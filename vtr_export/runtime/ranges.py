@@ -11,8 +11,9 @@ Numbers = tuple[int, ...]
 BATCH, VISION, TEXT, NEW = (
     "--max-batch", "--max-vision-tokens", "--max-text-tokens", "--max-new-tokens",
 )  # fmt: skip
+IMAGES: Final = f"{BATCH} or {VISION}"  # rows, or images of a row
 _FLAGS: Final = (
-    ("pixel_values", 0, VISION),
+    ("pixel_values", 0, IMAGES),
     ("vision_index", 1, VISION),
     ("inputs_embeds", 1, TEXT),
     ("position_ids", 1, TEXT),
@@ -20,7 +21,7 @@ _FLAGS: Final = (
     ("past_key_values.", 2, NEW),
     ("past_mask.", 1, NEW),
 )  # beginning of an input's name, its axis, the flag of ``vtr build`` that widens it
-_ORDER: Final = (BATCH, VISION, TEXT, NEW, "")  # a cause before what follows from it
+_ORDER: Final = (BATCH, IMAGES, VISION, TEXT, NEW, "")  # a cause before what follows from it
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _outside(name: str, given: Numbers, allowed: Range, *, are_sizes: bool) -> l
 
 def _hint(misfit: Misfit) -> str:
     if misfit.flag:
-        return f"ask for less, or build for more: vtr build ARTIFACT {misfit.flag} N"
+        return f"ask for less, or build for more: vtr build ARTIFACT with a larger {misfit.flag}"
     if misfit.got < misfit.least:
         return "no flag of vtr build widens it downwards: give as much as the engine takes"
     return "no flag of vtr build widens it: it is the model's own"
