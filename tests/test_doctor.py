@@ -8,6 +8,7 @@ from command import vtr
 from test_families import tiny
 
 from vtr_export import doctor
+from vtr_export.backends.tensorrt import kernel, library, plugin
 from vtr_export.doctor import Check, examine
 
 
@@ -83,6 +84,65 @@ def test_cuda_is_missed_only_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatc
     assert found("CUDAExecutionProvider").remedy == ""
     monkeypatch.setattr(doctor, "has_gpu", lambda: True)
     assert "vtr-export[gpu]" in found("CUDAExecutionProvider").remedy
+
+
+def test_builders_and_compilers_are_named_with_their_versions(
+    wheels: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wheels |= {"cuda-bindings": "13.1.0", "tensorrt-rtx-cu13-bindings": "1.8.0"}
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.1, V13.1.9'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(library, "find_spec", lambda name: name if "rtx" in name else None)
+    assert found("nvcc") == Check("nvcc", True, f"13.1 ({nvcc})")
+    assert found("cuda-python").found == "13.1.0"
+    assert found("TensorRT-RTX").found == "1.8.0"
+    assert found("TensorRT").ok is None
+    assert "vtr-export[tensorrt]" in found("TensorRT").found
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    assert found("nvcc").ok is False
+
+
+def test_missing_builders_are_no_fault(
+    wheels: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wheels |= {"cuda-bindings": None, "cuda-python": None}
+    monkeypatch.setattr(doctor, "NVCC", tmp_path / "nvcc")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found("nvcc").ok is None
+    assert found("cuda-python").ok is None
+    assert "cuda-bindings" in found("cuda-python").found
+
+
+def test_the_plugin_that_is_found_is_named_and_a_refused_one_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(plugin.VARIABLE, raising=False)
+    names = {check.name for check in examine()}
+    assert "plugin" not in names
+    assert found("plugin in Python").ok
+    path = tmp_path / kernel.LIBRARY
+    path.write_bytes(b"")
+    monkeypatch.setenv(plugin.VARIABLE, str(path))
+    assert found("plugin").ok is False
+    assert found("plugin").remedy == "vtr build-plugin"
+    notes = {"plugin": "VtrTopKPrune", "version": "1", "sha256": kernel.sha256()}
+    notes |= {"targets": ["tensorrt"], "sms": [87, 120]}
+    plugin.notes_file(path).write_text(json.dumps(notes))
+    assert found("plugin") == Check("plugin", True, f"{path}, for SM 8.7, 12.0 and tensorrt")
+    plugin.notes_file(path).write_text(json.dumps(notes | {"sha256": "f00d"}))
+    assert "sha256 is f00d" in found("plugin").found
+
+
+def test_a_python_plugin_that_could_not_run_says_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
+    assert found("plugin in Python") == Check(
+        "plugin in Python", True, "builds engines; to run, it needs cuda-bindings"
+    )
 
 
 def test_the_command_prints_a_table_or_json() -> None:

@@ -360,7 +360,7 @@ def compiled(
         "plugin": PRUNE,
         "version": "1",
         "sha256": kernel.sha256(),
-        "targets": [TARGET, "tensorrt"],
+        "targets": ["tensorrt", TARGET],
         "sms": [86, 120],
     }
     notes_file(path).write_text(json.dumps(notes))

@@ -2,26 +2,35 @@
 
 import importlib
 import os
+import re
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vtr_export import __version__
 from vtr_export.checkpoint import find_folder, read_config
+from vtr_export.errors import UnavailableError
 from vtr_export.families import ModelFacts, read_facts
 from vtr_export.memory import get_weight_type, weight_bytes
+
+if TYPE_CHECKING:
+    from vtr_export.backends.tensorrt.plugin import Plugin
 
 PYTHONS: Final = (3, 11), (3, 14)
 CORE: Final = ("numpy", "onnx", "onnx-ir", "pydantic", "PyYAML", "tokenizers", "Jinja2", "Pillow")
 EXPORT: Final = ("torch", "transformers", "safetensors", "onnxscript")
 ENGINES: Final = (
-    ("TensorRT", "tensorrt", "tensorrt-cu13", "tensorrt"),
-    ("TensorRT-RTX", "tensorrt_rtx_bindings", "tensorrt-rtx-cu13-bindings", "rtx"),
-)  # what people call it, module, wheel, extra
+    ("TensorRT", "tensorrt", ("tensorrt", "tensorrt-cu13")),
+    ("TensorRT-RTX", "tensorrt-rtx", ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13")),
+)  # what people call it, the target, the wheels that may bring it
+CUDA: Final = ("cuda-bindings", "cuda-python")
+NVCC: Final = Path("/usr/local/cuda/bin/nvcc")  # where NVIDIA's installer puts it
 PROVIDERS: Final = ("CPUExecutionProvider", "CUDAExecutionProvider")
 
 
@@ -82,6 +91,9 @@ def examine() -> list[Check]:
         *_providers(),
         *_export(),
         *(_engine(*engine) for engine in ENGINES),
+        _cuda(),
+        _nvcc(),
+        *_plugins(),
     ]
 
 
@@ -194,10 +206,62 @@ def _export() -> list[Check]:
     ]
 
 
-def _engine(name: str, module: str, wheel: str, extra: str) -> Check:
-    if find_spec(module) is None:
-        return Check(name, None, f"missing ({_install(extra)}); nothing needs it yet")
-    return Check(name, True, installed(wheel) or "found")
+def _engine(name: str, target: str, wheels: Sequence[str]) -> Check:
+    from vtr_export.backends.tensorrt.library import EXTRAS, is_installed
+
+    if not is_installed(target):
+        return Check(name, None, f"missing: target {target} needs it ({_install(EXTRAS[target])})")
+    return Check(name, True, _first(wheels) or "found")
+
+
+def _first(wheels: Sequence[str]) -> str | None:
+    """The version of the first that is installed."""
+    return next((found for wheel in wheels if (found := installed(wheel))), None)
+
+
+def _cuda() -> Check:
+    if found := _first(CUDA):
+        return Check("cuda-python", True, found)
+    return Check("cuda-python", None, f"missing: running engines needs it (pip install {CUDA[0]})")
+
+
+def _nvcc() -> Check:
+    """The CUDA compiler, by its own words."""
+    path = shutil.which("nvcc") or (str(NVCC) if NVCC.exists() else None)
+    if path is None:
+        return Check("nvcc", None, "missing: only vtr build-plugin needs it")
+    asked = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release ([\d.]+)", asked.stdout)
+    if release is None:
+        return Check(
+            "nvcc", False, f"{path} does not say its version", "reinstall the CUDA toolkit"
+        )
+    return Check("nvcc", True, f"{release[1]} ({path})")
+
+
+def _plugins() -> list[Check]:
+    """Every compiled plugin that may be there, else the one in Python."""
+    from vtr_export.backends.tensorrt import plugin
+
+    checks = []
+    for path in plugin.candidates():
+        found, why = plugin.read_library(path)
+        if found is None:
+            checks.append(Check("plugin", False, f"{path} is refused: {why}", "vtr build-plugin"))
+        else:
+            checks.append(Check("plugin", True, f"{path}, for {_served(found)}"))
+    try:
+        fallback = plugin.in_python()
+    except UnavailableError as error:
+        return [*checks, Check("plugin in Python", False, error.message, error.hint)]
+    lacks = fallback.why_it_cannot_run()
+    does = "builds engines, and runs in them" if lacks is None else f"builds engines; {lacks}"
+    return [*checks, Check("plugin in Python", True, does)]
+
+
+def _served(plugin: "Plugin") -> str:
+    sms = ", ".join(f"{sm // 10}.{sm % 10}" for sm in plugin.sms)
+    return f"SM {sms} and {' and '.join(plugin.targets)}"
 
 
 def _weights_remarks(folder: Path) -> list[str]:

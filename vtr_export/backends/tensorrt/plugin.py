@@ -4,6 +4,7 @@ Both shells launch the same kernel. A library is trusted by the notes beside it 
 written by whoever compiled it): they name the kernel's sources by their hash.
 """
 
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any, Final, Literal
 import onnx_ir as ir
 
 from vtr_export.backends.tensorrt import kernel, python_plugin
-from vtr_export.backends.tensorrt.library import Library
+from vtr_export.backends.tensorrt.library import MODULES, Library
 from vtr_export.errors import EngineError, InputError
 from vtr_export.ops.prune import PLUGIN_NAMESPACE, PLUGIN_VERSION, PRUNE, is_prune
 
@@ -30,14 +31,15 @@ class Plugin:
     """A plugin that can be registered.
 
     ``sha256`` is that of the kernel's sources, ``path`` a library or the sources' folder, ``sms``
-    what it was compiled for (empty: for whichever GPU it meets). ``passed_over`` says why another
-    was not taken.
+    what it was compiled for (empty: whichever GPU it meets), ``targets`` what loads it.
+    ``passed_over`` says why another was not taken.
     """
 
     kind: Kind
     sha256: str
     path: Path
     sms: tuple[int, ...] = ()
+    targets: tuple[str, ...] = tuple(MODULES)
     version: str = PLUGIN_VERSION
     passed_over: tuple[str, ...] = ()
 
@@ -75,11 +77,14 @@ class Plugin:
         """What launching it lacks on this machine (building lacks nothing); None: nothing."""
         if self.kind == "library":
             return None
-        missing = [wheel for module, wheel in _LAUNCHING if not _is_there(module)]
-        return f"the Python plugin needs {' and '.join(missing)} to run" if missing else None
-
-
-_LAUNCHING: Final = (("cuda.bindings", "cuda-bindings"),)
+        if not _is_there("cuda.bindings"):
+            return "to run, it needs cuda-bindings"
+        finder = importlib.import_module("cuda.pathfinder")  # comes with cuda-bindings
+        try:
+            finder.load_nvidia_dynamic_lib("nvrtc")
+        except finder.DynamicLibNotFoundError:
+            return "to run, it needs nvidia-cuda-nvrtc"
+        return None
 
 
 def find(
@@ -125,14 +130,15 @@ def notes_file(library: Path) -> Path:
     return library.with_name(f"{library.name}.json")
 
 
-def read_library(path: Path, target: str) -> tuple[Plugin | None, str]:
-    """The plugin in the library ``path``, or why it is refused; loads nothing."""
+def read_library(path: Path, target: str | None = None) -> tuple[Plugin | None, str]:
+    """The plugin in the library ``path``, or why it is refused (for ``target``); loads nothing."""
     if not path.is_file():
         return None, "there is no such file"
     try:
         notes = json.loads(notes_file(path).read_text(encoding="utf-8"))
         said = {key: notes[key] for key in ("plugin", "version", "sha256", "targets", "sms")}
         sms = tuple(int(sm) for sm in said["sms"])
+        targets = tuple(str(name) for name in said["targets"])
     except OSError as error:
         return None, f"{notes_file(path).name} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError) as error:
@@ -144,9 +150,9 @@ def read_library(path: Path, target: str) -> tuple[Plugin | None, str]:
     ):
         if said[key] != expected:
             return None, f"its {key} is {said[key]}, this vtr-export has {expected}"
-    if target not in said["targets"]:
-        return None, f"compiled for {', '.join(said['targets'])}, not for {target}"
-    return Plugin("library", said["sha256"], path, sms), ""
+    if target is not None and target not in targets:
+        return None, f"compiled for {', '.join(targets)}, not for {target}"
+    return Plugin("library", said["sha256"], path, sms, targets), ""
 
 
 def serves(model: ir.Model) -> str | None:
