@@ -34,8 +34,10 @@ class Decompose(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Infer shapes and ask for what each rewrite needs, then rewrite."""
-        ShapeInferencePass(data_prop=False)(model)
         found = [node for node in model.graph if node.domain == "" and node.op_type in _REWRITES]
+        found = [node for node in found if node.op_type != "Squeeze" or len(node.inputs) == 1]
+        if found:
+            ShapeInferencePass(data_prop=False)(model)
         found = [node for node in found if _CHECKS[node.op_type](node)]
         for node in found:
             _rewrite(model.graph, node)
@@ -63,11 +65,11 @@ def _attention(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
     scale = node.attributes.get_float("scale", 1 / math.sqrt(width))
     scaled = tape.op("Mul", [query, _scalar(tape, scale, query.dtype)])
     if heads != kv_heads:
-        scaled = _regroup(tape, scaled, kv_heads, query)
+        scaled = _regroup(tape, scaled, kv_heads)
     columns = tape.op("Transpose", [key], {"perm": [0, 1, 3, 2]})
     logits = tape.op("MatMul", [scaled, columns])
     if heads != kv_heads:
-        logits = _regroup(tape, logits, heads, query)
+        logits = _regroup(tape, logits, heads)
     logits = tape.op("Cast", [logits], {"to": FLOAT})
     for mask in masks:
         logits = tape.op("Where", [mask, logits, _scalar(tape, LOWEST, FLOAT)])
@@ -75,18 +77,14 @@ def _attention(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
     probability = tape.op("Cast", [probability], {"to": query.dtype})
     if heads == kv_heads:
         return tape.op("MatMul", [probability, value])
-    probability = _regroup(tape, probability, kv_heads, query)
-    return _regroup(tape, tape.op("MatMul", [probability, value]), heads, query)
+    probability = _regroup(tape, probability, kv_heads)
+    return _regroup(tape, tape.op("MatMul", [probability, value]), heads)
 
 
-def _regroup(tape: ir.tape.Tape, value: ir.Value, groups: int, query: ir.Value) -> ir.Value:
-    """[B, groups', rows', n] as [B, groups, rows, n]: rows as many as the query's heads give."""
-    batch = tape.op("Shape", [value], {"start": 0, "end": 1})
-    width = tape.op("Shape", [value], {"start": 3, "end": 4})
-    length = tape.op("Shape", [query], {"start": 2, "end": 3})
-    rows = tape.op("Mul", [length, _vector(tape, _fixed(query, 1) // groups)])
-    shape = tape.op("Concat", [batch, _vector(tape, groups), rows, width], {"axis": 0})
-    return tape.op("Reshape", [value, shape], {"allowzero": 1})
+def _regroup(tape: ir.tape.Tape, value: ir.Value, groups: int) -> ir.Value:
+    """[B, groups', rows', n] as [B, groups, rows, n]; nothing of it is empty."""
+    shape = tape.op("Constant", [], {"value_ints": [0, groups, -1, 0]})
+    return tape.op("Reshape", [value, shape])
 
 
 def _norm(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
@@ -207,10 +205,10 @@ def _check_count(node: ir.Node) -> bool:
     return _check(node, 2, ("exclusive", "reverse"), {})
 
 
-def _is_unclear(node: ir.Node) -> bool:
-    """Whether a Squeeze names no axes, so that a parser must know every length."""
+def _is_vector(node: ir.Node) -> bool:
+    """Whether a Squeeze that names no axis has but one."""
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    return len(node.inputs) == 1 and shape is not None and len(shape) == 1
+    return shape is not None and len(shape) == 1
 
 
 _REWRITES: Final[Mapping[str, Callable[[ir.tape.Tape, ir.Node], ir.Value]]] = {
@@ -225,5 +223,5 @@ _CHECKS: Final[Mapping[str, Callable[[ir.Node], bool]]] = {
     "RMSNormalization": _check_norm,
     "RotaryEmbedding": _check_rotary,
     "CumSum": _check_count,
-    "Squeeze": _is_unclear,
+    "Squeeze": _is_vector,
 }
