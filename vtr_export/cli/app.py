@@ -9,7 +9,17 @@ from typing import Annotated, Final
 import typer
 
 from vtr_export import __version__
-from vtr_export.cli import artifacts, build, export, machine, plan, run, schedule, verify
+from vtr_export.cli import (
+    artifacts,
+    build,
+    build_plugin,
+    export,
+    machine,
+    plan,
+    run,
+    schedule,
+    verify,
+)
 from vtr_export.cli.output import PLAIN
 from vtr_export.errors import GateError, VtrError
 
@@ -24,6 +34,7 @@ app = typer.Typer(
 )
 app.command()(export.export)
 app.command()(build.build)
+app.command()(build_plugin.build_plugin)
 app.command()(plan.plan)
 app.command()(run.run)
 app.command()(verify.verify)

@@ -1,4 +1,4 @@
-"""The kernels behind ``vtr::VtrTopKPrune``: their sources, compiled by NVRTC, launched by the driver.
+"""The kernels behind ``vtr::VtrTopKPrune``: sources, compiled by NVRTC, launched by the driver.
 
 Compiling needs no GPU. Launching has been executed on no GPU yet. What is computed here about a
 launch mirrors ``params.h``, and a test compares the two.
@@ -269,9 +269,7 @@ class Launcher:
                 f"this GPU's shared memory is too small for a call of {shape.new} tokens",
                 hint="build with --plugin off",
             )
-        params = fill(
-            shape, dtype, scale, heads, rank, pointers, workspace, self.multiprocessors
-        )
+        params = fill(shape, dtype, scale, heads, rank, pointers, workspace, self.multiprocessors)
         if shape.is_ranked:
             chunks = _divide_up(shape.total, shape.chunk)
             grid = (chunks, shape.kv_heads, shape.batch)
