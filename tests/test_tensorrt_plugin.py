@@ -1,7 +1,9 @@
 """One ONNX file for all, the plugin that stands behind its cuts, and which plugin is taken."""
 
 import json
+import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,17 @@ from test_tensorrt_builds import build, needs_tensorrt
 from vtr_export import ops
 from vtr_export.backends.tensorrt import kernel, library, plugin
 from vtr_export.backends.tensorrt.plugin import Plugin, find, notes_file, read_library, serves
-from vtr_export.backends.tensorrt.python_plugin import HIDDEN, KEYS, PORTS, QUERY, Fields, classes
+from vtr_export.backends.tensorrt.python_plugin import (
+    HIDDEN,
+    KEYS,
+    PORTS,
+    QUERY,
+    SERVED,
+    Fields,
+    classes,
+)
 from vtr_export.errors import EngineError, InputError, UnavailableError
-from vtr_export.ops.prune import FIELDS, OUTPUTS, PRUNE
+from vtr_export.ops.prune import FIELDS, OUTPUTS, PLUGIN_NAMESPACE, PLUGIN_VERSION, PRUNE
 
 CUTS = {1: 8, 2: 3}
 SMS = ("--sm", "86,89,120")
@@ -192,6 +202,21 @@ def test_a_plugin_is_told_the_fields_that_its_node_has() -> None:
         creator().create_plugin("cut", [], None)
 
 
+def test_both_shells_know_the_same_names() -> None:
+    """What one writes into a plan the other reads; the C++ shell is text here."""
+    text = (kernel.sources() / "plugin.cpp").read_text()
+    assert re.findall(r'{+"(\w+)", nullptr, PluginFieldType::(\w+)', text) == [
+        (name, "kFLOAT32" if name == "scale" else "kCHAR") for name in FIELDS
+    ]
+    said = dict(re.findall(r'(NAME|VERSION|NAMESPACE)\[\] = "(\w+)"', text))
+    assert said == {"NAME": PRUNE, "VERSION": PLUGIN_VERSION, "NAMESPACE": PLUGIN_NAMESPACE}
+    for enum, names in (("Input", PORTS), ("Output", OUTPUTS)):
+        (listed,) = re.findall(rf"enum {enum} {{ (.+?), \w+ }}", text)
+        assert listed.lower().split(", ") == list(names)
+    for words in SERVED.values():
+        assert all(f'"{word}"' in text for word in words)
+
+
 def test_the_kernel_gets_its_pointers_in_the_order_of_the_plugins_ports() -> None:
     """TensorRT passes every input but keep, then every output."""
     assert kernel.Pointers._fields == (*PORTS, *OUTPUTS)
@@ -290,6 +315,17 @@ def test_what_it_enqueues_computes_what_onnx_runtime_does(
     made.enqueue(inputs, outputs, *pointers, workspace.pointer, 0)
     for name, actual in zip(OUTPUTS, results, strict=True):
         assert actual.tolist() == expected[name].tolist(), name
+
+
+@needs_tensorrt
+def test_heads_too_wide_for_the_kernel_are_refused_before_anything_is_built() -> None:
+    trt = library.load(TARGET).trt
+    made = classes(trt)[0](Fields(1.0, "last", "mean", "joint"))
+    for width, fits in ((kernel.MOST_HEAD_DIM, True), (kernel.MOST_HEAD_DIM + 1, False)):
+        shapes = [(1, 1, 1, width), (1, 1, 9, width)]
+        inputs = bounded(trt, described(trt, shapes, [trt.float16] * 2))
+        with nullcontext() if fits else pytest.raises(EngineError, match=str(width)):
+            made.configure_plugin(inputs, [])
 
 
 @needs_tensorrt

@@ -175,7 +175,12 @@ class _Plugin:
         return first in (trt.float32, trt.float16, trt.bfloat16) and bool(one.type == first)
 
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Nothing is chosen by shape."""
+        """Nothing is chosen by shape; EngineError for heads that the kernel cannot hold."""
+        if (width := inputs[QUERY].max[3]) > kernel.MOST_HEAD_DIM:
+            raise EngineError(
+                f"the plugin serves heads of at most {kernel.MOST_HEAD_DIM}, not of {width}",
+                hint="build with --plugin off",
+            )
 
     def get_valid_tactics(self) -> list[int]:
         """There is one way."""
