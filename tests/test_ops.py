@@ -133,7 +133,7 @@ def test_declaring_twice_is_once_and_brings_all_that_is_called() -> None:
 
 @pytest.mark.parametrize("choice", [DEFAULT, ops.Choice("text", "max", "per_image")])
 def test_the_composite_is_declared_with_what_its_node_says(choice: ops.Choice) -> None:
-    """ONNX Runtime refuses an attribute that the function does not list."""
+    """A function lists every attribute of its calls, whether or not its body reads them."""
     function = load(ops.PRUNE, choice)
     said = ops.prune_attributes(0.5, choice)
     assert sorted(function.attributes) == sorted(attribute.name for attribute in said)
