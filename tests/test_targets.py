@@ -14,10 +14,22 @@ from vtr_export.errors import InputError, ScheduleError
 from vtr_export.families import read_facts
 from vtr_export.plan import check_fits_target, plan
 from vtr_export.schedule import Schedule
-from vtr_export.targets import RTX_SMS, SMS, TARGETS, check_target, parse_sm, parse_sms
+from vtr_export.targets import (
+    PLUGIN_QUERIES,
+    RTX_SMS,
+    SMS,
+    TARGETS,
+    check_target,
+    parse_sm,
+    parse_sms,
+)
 
 LLAVA = read_facts(LLAVA_7B, "config.json")
-SCHEDULE = Path(__file__).parents[1] / "samples" / "digits" / "schedule.yaml"
+TEXT_ROWS = """version: 1
+prefill:
+  score: {query: text}
+  stages: [{before_layer: 2, keep: 50%}]
+"""
 WHEEL = "tensorrt_rtx_bindings"
 
 
@@ -131,6 +143,23 @@ def test_turing_needs_the_plugin_for_a_cut() -> None:
     assert plan(uncut, facts, target="tensorrt-rtx", sms=(75,), plugin="off").limits == ()
 
 
+def test_the_plugin_lifts_nothing_from_what_it_does_not_serve() -> None:
+    from vtr_export.backends.tensorrt.python_plugin import SERVED  # brings onnx_ir
+
+    assert SERVED["query"] == PLUGIN_QUERIES
+    assert {"mean", "max"} == set(SERVED["heads"])
+    assert {"joint", "per_image"} == set(SERVED["rank"])
+    asks = Schedule.parse(TEXT_ROWS)
+    with pytest.raises(ScheduleError, match="4032") as caught:
+        plan(asks, LLAVA, images=14, target="tensorrt-rtx")
+    assert "query: last" in caught.value.hint
+    assert plan(asks, LLAVA, target="tensorrt-rtx").limits == ()
+    with pytest.raises(InputError, match="query: text"):
+        plan(asks, LLAVA, target="tensorrt-rtx", plugin="on")
+    uncut = Schedule.unpruned()
+    assert plan(uncut, LLAVA, target="tensorrt-rtx", plugin="on").limits == ()
+
+
 @pytest.mark.parametrize(
     ("target", "plugin"), [("onnxruntime", "on"), ("tensorrt-10", "on"), ("tensorrt", "maybe")]
 )
@@ -185,8 +214,11 @@ def test_weights_and_activations_are_both_asked() -> None:
     assert plan(Schedule.fastv(), LLAVA, weights="int8", dtype="bf16", **options).dtype == "bf16"
 
 
-def test_the_command_says_what_it_checked() -> None:
-    asked = ["plan", "-s", str(SCHEDULE), "--target", "tensorrt-rtx"]
+def test_the_command_says_what_it_checked(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAVA_7B))
+    schedule = tmp_path / "schedule.yaml"
+    schedule.write_text(f"{TEXT_ROWS.replace('text', 'last')}model: .\n")
+    asked = ["plan", "-s", str(schedule), "--target", "tensorrt-rtx"]
     done = vtr(*asked, "--sm", "8.6,sm_89,120")
     assert done.code == 0
     assert "fp16 on SM 8.6, 8.9, 12.0" in done.out
