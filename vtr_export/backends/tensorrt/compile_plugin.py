@@ -76,9 +76,9 @@ def compile_plugin(
     know, EngineError when it does not compile or cannot be written: the old library stays.
     """
     sources = kernel.sources()
-    nvcc, cmake = find_nvcc(), _find_cmake()
     headers = find_headers(tensorrt_root)
     tensorrt = read_version(headers)
+    nvcc, cmake = find_nvcc(), _find_cmake()
     sms = choose_sms(sms, nvcc)
     library = library_in(out)
     started = time.monotonic()
@@ -127,13 +127,14 @@ def choose_sms(asked: tuple[int, ...], nvcc: Nvcc) -> tuple[int, ...]:
 
 def find_nvcc() -> Nvcc:
     """Of CUDACXX, PATH, CUDA_HOME or /usr/local/cuda, in this order; UnavailableError if none."""
-    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    found = shutil.which(os.environ.get("CUDACXX") or "nvcc") or next(
-        (path for home in homes if (path := shutil.which(home / "bin" / "nvcc"))), None
-    )
+    named = os.environ.get("CUDACXX")
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    places = [named] if named else ["nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    found = next((path for place in places if (path := shutil.which(place))), None)
     if found is None:
         raise UnavailableError(
             "no nvcc is found: only it compiles the plugin",
+            where=f"CUDACXX={named}" if named else "PATH",
             hint="install a CUDA toolkit 12.8 or later, or set CUDACXX; "
             "vtr build --plugin on needs no nvcc",
         )
@@ -209,7 +210,7 @@ def _run_cmake(
 
 
 def _run(command: list[str]) -> str:
-    """What it says; EngineError with the end of it when it fails."""
+    """What it says; EngineError with its first errors when it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -217,9 +218,10 @@ def _run(command: list[str]) -> str:
             f"{command[0]} does not start: {error.strerror}", hint="reinstall it"
         ) from None
     if done.returncode:
-        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-25:])
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        errors = [line for line in lines if "error" in line.lower()][:5] or lines[-5:]
         raise EngineError(
-            f"{Path(command[0]).name} fails with {done.returncode}:\n{said}",
+            "\n".join((f"{Path(command[0]).name} fails with {done.returncode}:", *errors)),
             hint="nvcc must take this C++ compiler, and the headers must be TensorRT 10.0 or later",
         )
     return done.stdout
