@@ -91,11 +91,11 @@ def test_builders_and_compilers_are_named_with_their_versions(
 ) -> None:
     wheels |= {"cuda-bindings": "13.1.0", "tensorrt-rtx-cu13-bindings": "1.8.0"}
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.1, V13.1.9'\n")
+    nvcc.write_text("#!/bin/sh\necho 'release 13.1, V13.1.9'; echo compute_86; echo compute_120\n")
     nvcc.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CUDACXX", str(nvcc))
     monkeypatch.setattr(library, "find_spec", lambda name: name if "rtx" in name else None)
-    assert found("nvcc") == Check("nvcc", True, f"13.1 ({nvcc})")
+    assert found("nvcc") == Check("nvcc", True, f"13.1 ({nvcc}), for SM 8.6, 12.0")
     assert found("cuda-python").found == "13.1.0"
     assert found("TensorRT-RTX").found == "1.8.0"
     assert found("TensorRT").ok is None
@@ -108,8 +108,7 @@ def test_missing_builders_are_no_fault(
     wheels: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     wheels |= {"cuda-bindings": None, "cuda-python": None}
-    monkeypatch.setattr(doctor, "NVCC", tmp_path / "nvcc")
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
     assert found("nvcc").ok is None
     assert found("cuda-python").ok is None
     assert "cuda-bindings" in found("cuda-python").found

@@ -450,6 +450,7 @@ def test_a_library_is_found_where_ours_are_written(
         ("plugin", "VtrOther", "plugin is VtrOther"),
         ("targets", ["tensorrt"], "compiled for tensorrt, not for tensorrt-rtx"),
         ("sms", None, "says too little"),
+        ("bytes", 12, "its notes say 12"),
     ],
 )
 def test_a_library_of_something_else_is_refused_with_the_reason(

@@ -2,25 +2,20 @@
 
 import importlib
 import os
-import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from vtr_export import __version__
 from vtr_export.checkpoint import find_folder, read_config
-from vtr_export.errors import UnavailableError
+from vtr_export.errors import EngineError, UnavailableError
 from vtr_export.families import ModelFacts, read_facts
 from vtr_export.memory import get_weight_type, weight_bytes
-
-if TYPE_CHECKING:
-    from vtr_export.backends.tensorrt.plugin import Plugin
 
 PYTHONS: Final = (3, 11), (3, 14)
 CORE: Final = ("numpy", "onnx", "onnx-ir", "pydantic", "PyYAML", "tokenizers", "Jinja2", "Pillow")
@@ -30,7 +25,6 @@ ENGINES: Final = (
     ("TensorRT-RTX", "tensorrt-rtx", ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13")),
 )  # what people call it, the target, the wheels that may bring it
 CUDA: Final = ("cuda-bindings", "cuda-python")
-NVCC: Final = Path("/usr/local/cuda/bin/nvcc")  # where NVIDIA's installer puts it
 PROVIDERS: Final = ("CPUExecutionProvider", "CUDAExecutionProvider")
 
 
@@ -227,16 +221,15 @@ def _cuda() -> Check:
 
 def _nvcc() -> Check:
     """The CUDA compiler, by its own words."""
-    path = shutil.which("nvcc") or (str(NVCC) if NVCC.exists() else None)
-    if path is None:
+    from vtr_export.backends.tensorrt.compile_plugin import find_nvcc
+
+    try:
+        nvcc = find_nvcc()
+    except UnavailableError:
         return Check("nvcc", None, "missing: only vtr build-plugin needs it")
-    asked = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    release = re.search(r"release ([\d.]+)", asked.stdout)
-    if release is None:
-        return Check(
-            "nvcc", False, f"{path} does not say its version", "reinstall the CUDA toolkit"
-        )
-    return Check("nvcc", True, f"{release[1]} ({path})")
+    except EngineError as error:
+        return Check("nvcc", False, error.message, "reinstall the CUDA toolkit")
+    return Check("nvcc", True, f"{nvcc.version} ({nvcc.path}), for SM {_listed(nvcc.sms)}")
 
 
 def _plugins() -> list[Check]:
@@ -249,7 +242,8 @@ def _plugins() -> list[Check]:
         if found is None:
             checks.append(Check("plugin", False, f"{path} is refused: {why}", "vtr build-plugin"))
         else:
-            checks.append(Check("plugin", True, f"{path}, for {_served(found)}"))
+            served = f"SM {_listed(found.sms)} and {' and '.join(found.targets)}"
+            checks.append(Check("plugin", True, f"{path}, for {served}"))
     try:
         fallback = plugin.in_python()
     except UnavailableError as error:
@@ -259,9 +253,8 @@ def _plugins() -> list[Check]:
     return [*checks, Check("plugin in Python", True, does)]
 
 
-def _served(plugin: "Plugin") -> str:
-    sms = ", ".join(f"{sm // 10}.{sm % 10}" for sm in plugin.sms)
-    return f"SM {sms} and {' and '.join(plugin.targets)}"
+def _listed(sms: Sequence[int]) -> str:
+    return ", ".join(f"{sm // 10}.{sm % 10}" for sm in sms)
 
 
 def _weights_remarks(folder: Path) -> list[str]:

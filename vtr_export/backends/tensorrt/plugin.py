@@ -150,6 +150,8 @@ def read_library(path: Path, target: str | None = None) -> tuple[Plugin | None, 
     ):
         if said[key] != expected:
             return None, f"its {key} is {said[key]}, this vtr-export has {expected}"
+    if (size := path.stat().st_size) != notes.get("bytes", size):
+        return None, f"it has {size} bytes, its notes say {notes['bytes']}"
     if target is not None and target not in targets:
         return None, f"compiled for {', '.join(targets)}, not for {target}"
     return Plugin("library", said["sha256"], path, sms, targets), ""
