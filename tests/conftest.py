@@ -145,6 +145,44 @@ def exported(
         return out, export(Schedule.fastv(1, "50%"), checkpoint, out, verify="none")
 
 
+@pytest.fixture(scope="session")
+def checkpoint_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny fp16 model whose heads are as wide as TensorRT's fused attention asks for."""
+    import torch
+    from tiny_models import save_checkpoint, tiny_llava
+
+    model = tiny_llava(layers=3, hidden=64, dtype=torch.float16)
+    return save_checkpoint(model, tmp_path_factory.mktemp("model-fp16"), shards=2)
+
+
+@pytest.fixture(scope="session")
+def artifact_fp16(
+    checkpoint_fp16: Path, traced_once: "Loader", tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """That model's verified fp16 artifact of two cuts, with golden vectors; tests leave it be."""
+    from vtr_export.exporter import export
+    from vtr_export.frontends import transformers
+    from vtr_export.schedule import Schedule
+
+    out = tmp_path_factory.mktemp("fp16") / "artifact"
+    schedule = Schedule.parse("version: 1\nprefill: {keep: [16, 8, 3]}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers, "load", traced_once)
+        export(schedule, checkpoint_fp16, out, dtype="fp16", verify="all")
+    return out
+
+
+@pytest.fixture(scope="session")
+def engine_fp16(artifact_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TensorRT-RTX engines of that artifact for SM 8.6; tests leave them be."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'vtr-export[rtx]'")
+    from vtr_export.builder import build
+
+    out = tmp_path_factory.mktemp("engine") / "engine"
+    build(artifact_fp16, out, sms=(86,))
+    return out
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""

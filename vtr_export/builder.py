@@ -37,6 +37,7 @@ from vtr_export.engine_manifest import (
 )
 from vtr_export.errors import EngineError, InputError, UnavailableError, VtrError
 from vtr_export.manifest import Manifest
+from vtr_export.passes.allow_unfused import count_unfused
 from vtr_export.publish import check_target as check_place
 from vtr_export.publish import publish
 from vtr_export.published import MANIFEST, hash_files, kind_of, sha256_of
@@ -44,6 +45,7 @@ from vtr_export.schedule import Keep
 from vtr_export.targets import TOP_K, TURING, check_target
 
 EMBEDDINGS: Final = "embed_tokens.npy"
+_MEASURED: Final = ("plugin_layers", "layers", "weights_bytes", "seconds", "peak_rss_bytes")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class _Plan:
     graph: Path
     weights: Mapping[str, Path]
     profiles: tuple[Profile, ...]
-    plugin: plugins.Plugin | None = None
+    plugin: plugins.Plugin | None
+    unfused: int
 
 
 class _Clock:
@@ -192,29 +195,40 @@ class _Made:
 
     def _lower(self, scratch: Path) -> tuple[_Plan, ...]:
         graphs, ranges = self.manifest.graphs, self.request.ranges
-        encoder = self.folder / graphs.vision_encoder
-        vision = ir.load(encoder)
+        vision = apply(lowering(), ir.load(self.folder / graphs.vision_encoder))
         images = vision_profile(_ports(vision), ranges, self._tokens_per_image())
-        source = self.folder / graphs.decoder
-        decoder = apply(lowering(self.opened), ir.load(source))
-        lowered = scratch / source.name
-        lowered.write_bytes(ir.to_proto(decoder).SerializeToString())
+        decoder = apply(lowering(self.opened), ir.load(self.folder / graphs.decoder))
         profiles = decoder_profiles(_ports(decoder), ranges, self.keeps)
         serving = self.plugin if plugins.serves(decoder) is None else None
         return (
-            _Plan("vision_encoder", encoder, self._weights(vision, encoder), (images,)),
-            _Plan("decoder", lowered, self._weights(decoder, source), profiles, serving),
+            self._plan("vision_encoder", graphs.vision_encoder, vision, (images,), scratch, None),
+            self._plan("decoder", graphs.decoder, decoder, profiles, scratch, serving),
         )
+
+    def _plan(
+        self,
+        component: Component,
+        graph: str,
+        model: ir.Model,
+        profiles: tuple[Profile, ...],
+        scratch: Path,
+        plugin: plugins.Plugin | None,
+    ) -> _Plan:
+        """The lowered graph in a file of its own; its weights stay where they are."""
+        file = scratch / f"{component}.onnx"
+        file.write_bytes(ir.to_proto(model).SerializeToString())
+        weights = self._weights(model, (self.folder / graph).parent)
+        return _Plan(component, file, weights, profiles, plugin, count_unfused(model))
 
     def _tokens_per_image(self) -> int:
         return self.manifest.model.tokens_per_image or self.request.ranges.max_vision_tokens
 
-    def _weights(self, model: ir.Model, graph: Path) -> dict[str, Path]:
+    def _weights(self, model: ir.Model, folder: Path) -> dict[str, Path]:
         """The files the graph's weights lie in, by location."""
         shards = self.manifest.linked_shards()
         tensors = (value.const_value for value in model.graph.initializers.values())
         locations = {str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor)}
-        return {name: shards.get(name, graph.parent / name).absolute() for name in locations}
+        return {name: shards.get(name, folder / name).absolute() for name in locations}
 
     def _build(self, plan: _Plan, staging: Path, clock: _Clock) -> Engine:
         file = f"{plan.component}.plan"
@@ -238,7 +252,8 @@ class _Made:
             component=plan.component,
             file=file,
             profiles=plan.profiles,
-            **{n: built[n] for n in ("plugin_layers", "layers", "seconds", "peak_rss_bytes")},
+            unfused_attentions=plan.unfused,
+            **{name: built[name] for name in _MEASURED},
         )
 
     def _copy(self, staging: Path) -> None:
@@ -423,4 +438,14 @@ def _report(
         plugin=made.plugin.version if made.plugin is not None else None,
         opened_cuts=made.opened_cuts,
         steps=dict(clock.steps),
+        warnings=tuple(_warnings(made)),
     )
+
+
+def _warnings(made: EngineManifest) -> Iterator[str]:
+    for engine in made.engines:
+        if engine.unfused_attentions:
+            yield (
+                f"{engine.component}: no fused kernel takes heads as wide as those of "
+                f"{engine.unfused_attentions} attentions; they hold the n x n scores"
+            )

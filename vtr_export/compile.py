@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from vtr_export.passes.allow_unfused import AllowUnfused
 from vtr_export.passes.attach_mask import AttachMask
 from vtr_export.passes.cast_linked import CastLinked
 from vtr_export.passes.decompose import Decompose
@@ -62,10 +63,11 @@ def linked() -> Passes:
     return (CastLinked(), common.TopologicalSortPass())
 
 
-def engine(opened: Collection[int]) -> Passes:
-    """The passes between an artifact's decoder and TensorRT; ``opened`` cuts can drop nothing."""
+def engine(opened: Collection[int] = ()) -> Passes:
+    """The passes between an artifact's graph and TensorRT; ``opened`` cuts can drop nothing."""
     return (
         OpenCuts(opened),
+        AllowUnfused(),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
     )

@@ -45,6 +45,8 @@ class Engine(Part):
     profiles: tuple[Profile, ...]
     plugin_layers: NonNegativeInt
     layers: PositiveInt  # of the network TensorRT was given
+    unfused_attentions: NonNegativeInt = 0  # those whose heads no fused kernel takes
+    weights_bytes: NonNegativeInt | None = None  # on the GPU, if the builder says
     seconds: FiniteFloat
     peak_rss_bytes: NonNegativeInt  # of the process that built it
 

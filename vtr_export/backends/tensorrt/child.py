@@ -25,6 +25,7 @@ from vtr_export.process import peak_rss_bytes
 JOB, RESULT = "job.json", "result.json"
 Say = Callable[[Mapping[str, Any]], None]
 _LAYER: Final = re.compile(r"(?:Parsing node: |Computing costs for |ForeignNode )(.+)")
+_WEIGHTS: Final = re.compile(r"Total Weights Memory: (\d+) bytes")
 _LAYER_CHARACTERS: Final = 200
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -80,6 +81,7 @@ def build(job: Job, say: Say) -> dict[str, Any]:
             )
         facts = _describe(network)
         job.plan.write_bytes(memoryview(plan))
+    facts["weights_bytes"] = log.weights_bytes
     return {**facts, "bytes": plan.nbytes, "seconds": round(time.perf_counter() - start, 3)}
 
 
@@ -153,11 +155,14 @@ def _log(library: Library, say: Say) -> Any:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
             self.last = ""
+            self.weights_bytes: int | None = None
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message)
                 say({"error": message})
+            elif found := _WEIGHTS.search(message):
+                self.weights_bytes = int(found[1])
             elif found := _LAYER.search(message):
                 self.last = found[1][:_LAYER_CHARACTERS]
                 say({"layer": self.last})

@@ -13,6 +13,9 @@ MAX_TEXT_TOKENS: Final = 512  # unless a flag, or the model's context, says othe
 MAX_NEW_TOKENS: Final = 512
 OPT_TEXT_TOKENS: Final = 64
 OPT_NEW_TOKENS: Final = 128
+# A product with one row, known when building, wants its matrix in another layout, and the plan then
+# holds all weights twice. Where two rows are possible both profiles share them.
+ONE_LAYOUT: Final = 2
 Range = tuple[int, int, int]  # least, best, most
 Ports = Mapping[str, Sequence[int | str | None]]  # inputs and their shapes; varying ones have names
 _LENGTH = re.compile(r"(past|sequence|vision|total)(?:_(\d+))?")  # of stage N
@@ -63,7 +66,8 @@ def decoder_profiles(
         "sequence": (1, ranges.opt_vision_tokens + text, prompt),
         "vision": (0, ranges.opt_vision_tokens, ranges.max_vision_tokens),
     }
-    generation = context | {"sequence": (1, 1, 1), "vision": (0, 0, 0)}
+    rows = (1, ranges.opt_batch, max(ONE_LAYOUT, ranges.max_batch))
+    generation = context | {"batch": rows, "sequence": (1, 1, 1), "vision": (0, 0, 0)}
     before = [(0, 0, ranges.max_tokens)] * len(vision)
     after = [(1, left + text + new // 2, ranges.max_tokens) for left in vision]
     return (
