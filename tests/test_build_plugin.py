@@ -130,7 +130,12 @@ def test_headers_that_do_not_say_their_version_are_refused(headers: Path) -> Non
 
 
 @needs_nvcc
-def test_what_does_not_compile_leaves_the_old_library(headers: Path, tmp_path: Path) -> None:
+def test_what_does_not_compile_leaves_the_old_library(
+    headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = shutil.copytree(kernel.sources(), tmp_path / "sources")
+    (broken / kernel.KERNEL).write_text("#error this is no kernel\n")
+    monkeypatch.setattr(kernel, "sources", lambda: broken)
     out = tmp_path / "plugins"
     out.mkdir()
     old = {out / kernel.LIBRARY: b"library", out / f"{kernel.LIBRARY}.json": b"notes"}
@@ -138,7 +143,7 @@ def test_what_does_not_compile_leaves_the_old_library(headers: Path, tmp_path: P
         path.write_bytes(content)
     done = vtr("build-plugin", "--sm", "86", "--tensorrt-root", headers, "--out", out, "--json")
     assert (done.code, done.json["error"]["code"]) == (2, "VTR203")
-    assert "this is no TensorRT" in done.json["error"]["message"]
+    assert re.search("this is no (TensorRT|kernel)", done.json["error"]["message"])
     assert {path: path.read_bytes() for path in out.iterdir()} == old
 
 

@@ -104,7 +104,7 @@ __device__ inline int warp_scan(int value, int lane) {
 // ---- first launch: logits and statistics ----
 
 struct ScoreShared {
-    float query[MOST_HEADS * VTR_MAX_HEAD_DIM];  // fp32, times scale
+    alignas(16) float query[MOST_HEADS * VTR_MAX_HEAD_DIM];  // fp32, times scale; read by fours
     float logits[MOST_HEADS][VTR_MOST_CHUNK];
     unsigned char seen[VTR_MOST_CHUNK];
 };
@@ -356,6 +356,7 @@ __device__ inline void rank_item(const Params& p, PruneShared& s, const Row& row
     long long column = token < p.vision ? p.vision_index[entry] : 0;
     if (column < 0 || column >= p.length) column = 0;  // never read outside, whatever is asked
     float score = 0.0f;
+#pragma unroll 4
     for (int head = part; head < p.heads; head += PARTS) {
         const long long at = (1LL * batch * p.heads + head) * p.length + column;
         const float2 softmax = row.softmax[head];
