@@ -1,9 +1,13 @@
 """The kernels behind the cut, run on a CPU from their own source, against the definition in numpy."""
 
 import ctypes
+import importlib
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -397,16 +401,91 @@ def test_calls_beyond_the_kernels_limits_are_refused(launcher: HostLauncher) -> 
 
 
 @nvrtc
-@pytest.mark.parametrize("sm", [75, 120])
-def test_compiles_without_a_gpu(sm: int) -> None:
-    text = kernel.compile_ptx(sm).decode()
-    assert f".target sm_{sm}" in text
+def test_compiles_without_a_gpu() -> None:
+    text = kernel.compile_ptx(75).decode()
+    assert ".target sm_75" in text
     names = {f"vtr_score_{dtype}" for dtype in DTYPES} | {"vtr_prune"}
     assert {name for name in names if f".entry {name}(" in text} == names
 
 
 @nvrtc
 def test_machine_code_is_for_one_capability() -> None:
-    image = kernel.compile_image(86)
+    image = kernel.compile_image(120)
     assert image[:4] == b"\x7fELF"
     assert b"vtr_prune" in image
+
+
+# --- the benchmark's parts ---
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    folder = Path(__file__).parents[1] / "samples" / "bench"
+    monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module("gpu_kernel")
+    for name in ("gpu_kernel", "measure"):
+        sys.modules.pop(name, None)
+
+
+@compiler
+def test_the_benchmark_finds_faults_and_only_faults(bench: Any, launcher: HostLauncher) -> None:
+    """The kernel and the unfused sequence pass, both on the CPU; every damage is named."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    shape = bench.shape_of(96, text=9)
+    drawn = bench.draw(torch, shape, torch.float16, "cpu")
+    arrays = {name: tensor.numpy() for name, tensor in drawn.items()}
+    vision = arrays["vision_index"]
+    query, keys = (arrays[name].astype(float) for name in ("query", "keys"))
+    score = bench.scores(query, keys, vision, 105)
+    made = Inputs(
+        **{k: arrays[k] for k in ("query", "keys", "mask", "budget", "hidden")},
+        vision=vision,
+        keep=shape.keep,
+        dtype="fp16",
+        scale=bench.SCALE,
+    )
+    assert made.shape == shape
+    np.testing.assert_allclose(scores(made), score)
+    actual = call(launcher, made)
+    outputs = actual.hidden, actual.indices, actual.vision
+    plain = [tensor.numpy() for tensor in bench.unfused(torch, drawn, shape.keep)]
+    for each in (outputs, plain):
+        assert bench.faults(score, vision, arrays["hidden"], each) == []
+    rows, indices, places = outputs
+    worst = vision[0, score[0].argmin()]
+    swapped = np.sort(np.append(indices[0, np.arange(len(indices[0])) != places[0, 0]], worst))
+    damages = {
+        "order": (rows[:, ::-1], indices[:, ::-1], places),
+        "text": (rows[:, 1:], indices[:, 1:], places - 1),
+        "miscounted": (rows, indices, places + 4),
+        "lost to": (arrays["hidden"][:, swapped], swapped[None], places),
+        "other rows": (rows[:, ::-1], indices, places),
+    }
+    for words, damaged in damages.items():
+        assert words in "".join(bench.faults(score, vision, arrays["hidden"], damaged))
+
+
+def test_the_floor_is_what_must_move(bench: Any) -> None:
+    """8 heads of 128 in fp16 are 2 KiB a key; a row of 4096 is 8 KiB, read and written."""
+    shape = bench.shape_of(640)
+    keys, rows = (640 + 64) * 2048, 2 * (320 + 64) * 8192
+    small = 32 * 128 * 2 + 704 + 8 * 640 + 8 * (384 + 320)
+    assert bench.floor_bytes(shape, "fp16") == keys + rows + small
+    assert bench.floor_bytes(shape, "fp32") == 2 * (keys + rows) + small + 32 * 128 * 2
+
+
+def test_the_benchmarks_table_says_what_was_met(bench: Any) -> None:
+    text = bench.report([bench.Times(640, 3.0, 2.0, 14.0), bench.Times(2880, 5.0, 2.0, 25.0)], 2e12)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]]
+    assert text.startswith("A copy moves 2000 GB/s.")
+    assert rows[0] == ["640", "320", "3.0 us", "2.0 us", "1.50", "met", "14.0 us", "4.7", "MISSED"]
+    assert rows[1][4:] == ["2.50", "MISSED", "25.0 us", "5.0", "met"]
+
+
+def test_without_a_gpu_the_benchmark_says_so(bench: Any) -> None:
+    if (why := bench.missing()) is None:
+        pytest.skip("there is a GPU: run samples/bench/gpu_kernel.py")
+    done = subprocess.run([sys.executable, bench.__file__], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"gpu_kernel.py needs a GPU: {why}"]
