@@ -173,7 +173,8 @@ class Context:
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        assert address % 256 == 0 and address
+        assert address
+        assert address % 256 == 0
         self.addresses[name] = address
         return True
 

@@ -81,7 +81,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Reply:
     """What the engine made of one case."""
 
     inputs: Inputs
@@ -111,7 +111,7 @@ def verify_engine(
         numbers = f"logits and keep-sets of {len(cases)} golden cases: {error.message}"
         return EngineFindings(tuple(gates), tuple(checked), (numbers,), executed=False)
     bars = BARS[manifest.artifact.dtype]
-    answers, left_out = _play(opened, cases)
+    answers, left_out = play_cases(opened, cases)
     found, more = replay(opened, answers, bars)
     gates += found
     if artifact is not None:
@@ -175,13 +175,13 @@ def _port_gates(source: Path, manifest: EngineManifest) -> list[Gate]:
     return gates
 
 
-def _play(opened: Opened, cases: Sequence[Case]) -> tuple[list[_Answer], list[str]]:
+def play_cases(opened: Opened, cases: Sequence[Case]) -> tuple[list[Reply], list[str]]:
     """Every case that fits the profiles, and why the others do not. InputError when none does."""
     decoder, answers, left_out = Decoder(opened.decoder, keep=opened.keep), [], []
     last: InputError | None = None
     for case in cases:
         try:
-            answers.append(_answer(opened, decoder, case))
+            answers.append(_reply(opened, decoder, case))
         except InputError as error:
             left_out.append(f"case {case.question.name}: {error.message}; {error.hint}")
             last = error
@@ -190,16 +190,16 @@ def _play(opened: Opened, cases: Sequence[Case]) -> tuple[list[_Answer], list[st
     return answers, left_out
 
 
-def _answer(opened: Opened, decoder: Decoder, case: Case) -> _Answer:
+def _reply(opened: Opened, decoder: Decoder, case: Case) -> Reply:
     inputs = embed_case(opened.embedding, case, encode_case(opened.vision, case))
     played, question = play(decoder, inputs), case.question
     nothing = np.full_like(inputs.embeds, np.nan)
     mask, index = question.attention_mask, question.vision_index
     silent = decoder(decoder.empty(case.batch), nothing, mask, index, kept=True).kept
-    return _Answer(inputs, played, silent)
+    return Reply(inputs, played, silent)
 
 
-def replay(opened: Opened, answers: Sequence[_Answer], bars: Bars) -> tuple[list[Gate], list[str]]:
+def replay(opened: Opened, answers: Sequence[Reply], bars: Bars) -> tuple[list[Gate], list[str]]:
     """Gates of the answers, and in words what they leave open."""
     gates = [_vision_gate(answers, bars)]
     played = [answer.played for answer in answers]
@@ -224,7 +224,7 @@ def replay(opened: Opened, answers: Sequence[_Answer], bars: Bars) -> tuple[list
 
 
 def beside_onnxruntime(
-    folder: Path, opened: Opened, answers: Sequence[_Answer], bars: Bars
+    folder: Path, opened: Opened, answers: Sequence[Reply], bars: Bars
 ) -> list[Gate]:
     """The same calls on the artifact's graphs in ONNX Runtime: embeddings, keep-sets, logits."""
     parts = Parts.of(folder, Manifest.load(folder))
@@ -281,7 +281,7 @@ def _only_rows(played: Played, rows: Sequence[int]) -> Played:
     return replace(played, case=kept, logits=played.logits[rows])
 
 
-def _vision_gate(answers: Sequence[_Answer], bars: Bars) -> Gate:
+def _vision_gate(answers: Sequence[Reply], bars: Bars) -> Gate:
     worst = [_vision_cosine(a.inputs.features, a.played.case.features) for a in answers]
     return at_least("vision_encoder.cosine", min(worst), bars.cosine)
 
