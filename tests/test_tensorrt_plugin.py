@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,14 +141,19 @@ def test_a_cut_may_keep_more_than_tensorrts_own_top_k(decoder: Decoder) -> None:
 # --- the plugin itself ---
 
 
-def cut(keep: int, choice: ops.Choice, dtype: str) -> ir.Model:
-    """A graph that is one cut, asked by one row."""
-    model = graph(
+def cut(keep: int, choice: ops.Choice, dtype: str, **known: int) -> ir.Model:
+    """A graph that is one cut, asked by one row; ``known``: dimensions that are no symbols."""
+    signature = (
         f"({dtype}[batch,4,1,16] query, {dtype}[batch,2,total,16] keys, bool[batch,1,1,total] mask,"
         f" int64[batch,vision] vision_index, int64[budgets] budget,"
         f" {dtype}[batch,sequence,32] hidden)"
         f" => ({dtype}[batch,kept,32] kept_hidden, int64[batch,kept] indices,"
-        " int64[batch,keep] kept_vision_index)",
+        " int64[batch,keep] kept_vision_index)"
+    )
+    for name, size in known.items():
+        signature = re.sub(rf"\b{name}\b(?=[],])", str(size), signature)
+    model = graph(
+        signature,
         f"keep = Constant <value_ints: ints = [{keep}]> ()"
         " kept_hidden, indices, kept_vision_index = vtr.VtrTopKPrune <scale: float = 0.25>"
         " (query, keys, mask, vision_index, keep, budget, hidden)",
@@ -166,6 +173,16 @@ def test_every_type_builds_and_what_is_kept_is_a_constant(dtype: str, tmp_path: 
     found = build(path, *PYTHON, "--vision", str(2 * TOP_K), "--context")
     assert found["plugins"] == [[[-1, -1, 32], [-1, -1], [-1, TOP_K + 1]]]
     assert len(found["layers"]) == 2  # keep, and the plugin
+
+
+@needs_tensorrt
+def test_the_lengths_it_promises_are_those_of_the_operator(tmp_path: Path) -> None:
+    """24 of 40 columns are text; 5 of 16 vision tokens are kept, in each of two rows."""
+    path = tmp_path / "cut.onnx"
+    known = {"batch": 2, "sequence": 40, "vision": 16, "total": 47, "budgets": 2}
+    path.write_bytes(serialized(cut(5, ops.Choice(), "float16", **known)))
+    found = build(path, *PYTHON, "--context")
+    assert found["plugins"] == [[[2, 29, 32], [2, 29], [2, 5]]]
 
 
 FIELDS_DRAWN = st.builds(
@@ -486,6 +503,25 @@ def test_without_the_kernels_sources_there_is_no_plugin(monkeypatch: pytest.Monk
     monkeypatch.setattr(kernel, "sha256", missing)
     with pytest.raises(UnavailableError):
         find("on", TARGET)
+
+
+@needs_tensorrt
+def test_a_process_holds_one_plugin(compiled: tuple[Path, dict[str, Any]]) -> None:
+    script = """
+from vtr_export.backends.tensorrt import library, plugin
+from vtr_export.errors import EngineError
+trt = library.load("tensorrt-rtx")
+for _ in range(2):
+    plugin.in_python().register(trt)
+try:
+    plugin.find("on", trt.target).register(trt)
+except EngineError as error:
+    print(error.message)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "registered already" in done.stdout
 
 
 @needs_tensorrt
