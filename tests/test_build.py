@@ -24,9 +24,11 @@ from vtr_export.builder import build
 from vtr_export.compile import engine, run
 from vtr_export.engine_manifest import EngineManifest
 from vtr_export.errors import EngineError
+from vtr_export.exporter import export
 from vtr_export.manifest import Manifest
 from vtr_export.passes.allow_unfused import count_unfused
 from vtr_export.published import MANIFEST, hash_files
+from vtr_export.schedule import Schedule
 
 pytestmark = pytest.mark.skipif(
     not library.is_installed("tensorrt-rtx"),
@@ -185,6 +187,18 @@ def test_attention_that_no_fused_kernel_takes_is_built_unfused_and_counted(
     if unfused:
         with pytest.raises(EngineError, match="dedicated kernel"):
             built(ir.from_onnx_text(text))
+
+
+def test_one_engine_of_a_tunable_artifact_serves_many_budgets(
+    checkpoint_fp16: Path, shared_traces: None, tmp_path: Path
+) -> None:
+    schedule = Schedule.parse("version: 1\nprefill: {keep: [16, 8, 3]}\n")
+    out = tmp_path / "tunable"
+    export(schedule, checkpoint_fp16, out, dtype="fp16", verify="none", tunable=True)
+    assert build(out, sms=(86,), unverified=True, plugin="off").opened_cuts == ()
+    for profile in EngineManifest.load(out / "tensorrt-rtx").engine("decoder").profiles:
+        keep = profile.inputs["keep"]
+        assert (keep.least, keep.best, keep.most) == ((0, 0), (8, 3), (16, 16))
 
 
 # --- again ---
