@@ -18,7 +18,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#define __shared__ static __attribute__((section("host_shared")))
 #define __launch_bounds__(...)
 #define VTR_DYNAMIC_SHARED(name) unsigned char* name = host::dynamic_shared.data()
 
@@ -30,6 +30,8 @@ struct dim3 { unsigned x = 1, y = 1, z = 1; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+
+extern unsigned char __start_host_shared[], __stop_host_shared[];  // the linker's
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -139,7 +141,9 @@ void launch(Kernel kernel, const Params& params, dim3 grid, unsigned threads, si
     for (unsigned i = 0; i < blocks; ++i) {
         const unsigned at = is_reversed ? blocks - 1 - i : i;
         blockIdx = {at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y};
-        dynamic_shared.assign(shared_bytes, 0xa5);  // shared memory begins with anything
+        // shared memory begins with anything: here with numbers that spoil every sum and maximum
+        dynamic_shared.assign(shared_bytes, 0x7f);
+        std::memset(__start_host_shared, 0x7f, __stop_host_shared - __start_host_shared);
         run_block(threads);
     }
 }
