@@ -24,7 +24,7 @@ from vtr_export.schedule import Resolved, Schedule
 from vtr_export.tensorrt_10 import OPERATORS, OPSET, SINCE, needed, verdict
 
 LLAVA = read_facts(LLAVA_7B, "config.json")
-SPOKEN = ("text", "next_text_max", "inside_repacked", "per_image_next")  # every operator, run
+SPOKEN = ("next_text_max", "inside_repacked", "per_image_next")  # every operator, run
 PARTS = ("vision_encoder", "embed_tokens")
 
 
@@ -59,16 +59,14 @@ def test_a_lowered_decoder_equals_the_reference(case: str, traced: Tracer) -> No
     converse(tiny, schedule, lowered(tiny.cut(schedule)))
 
 
-@pytest.mark.parametrize("variant", ["llama", "fp16"])
-def test_every_decoder_is_of_operators_in_the_table(variant: str, traced: Tracer) -> None:
-    tiny = traced(variant)
-    for cuts, options in (CASES[case] for case in ("uncut", *SPOKEN)):
+def test_every_decoder_is_of_operators_in_the_table(traced: Tracer) -> None:
+    tiny = traced("fp16")
+    for cuts, options in CASES.values():
         schedule = tiny.schedule({k: v for k, v in cuts.items() if k < 3}, **options)
         model = lowered(tiny.cut(schedule))
         assert (model.graph.opset_imports, dict(model.functions)) == ({"": OPSET}, {})
         assert refused(model) == ()
         assert operators(model) <= needed(schedule)
-        assert verdict(schedule).startswith("yes")
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -138,6 +136,17 @@ def test_its_nearest_living_relative_builds_it(traced: Tracer, tmp_path: Path) -
     assert "ATTENTION_INPUT" not in found["layers"]
     assert found["layers"]["SOFTMAX"] == tiny.facts.layers + 1
     assert found["types"]["SOFTMAX"] == {"FLOAT": tiny.facts.layers + 1}
+
+
+@needs_tensorrt
+def test_turing_takes_a_cut_from_the_plugin_only(traced: Tracer, tmp_path: Path) -> None:
+    """What ``vtr plan`` says of SM 7.5, asked of TensorRT-RTX; here, where a trace is at hand."""
+    tiny = traced("fp16")
+    path = saved(tiny.cut(tiny.schedule({1: 8})), tmp_path)
+    with pytest.raises(AssertionError, match="FP32 GEMM"):
+        build(path, "--sm", "75")
+    assert len(build(path, "--sm", "75,86", "--plugin", "python")["plugins"]) == 1
+    assert build(saved(tiny.cut(tiny.schedule({})), tmp_path), "--sm", "75")["plan_bytes"] > 0
 
 
 def test_what_every_choice_needs_is_in_the_table_and_used(traced: Tracer) -> None:
