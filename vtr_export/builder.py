@@ -35,7 +35,7 @@ from vtr_export.engine_manifest import (
     Profile,
     Request,
 )
-from vtr_export.errors import EngineError, InputError, UnavailableError, VtrError
+from vtr_export.errors import EngineError, GateError, InputError, UnavailableError, VtrError
 from vtr_export.manifest import Manifest
 from vtr_export.passes.allow_unfused import count_unfused
 from vtr_export.publish import check_target as check_place
@@ -141,7 +141,7 @@ def build(
         return _report(place, folder, before, clock, up_to_date=True)
     with clock.step("hash the artifact"):
         manifest.check_hashes(folder, full=True)
-    return _report(place, folder, made.publish(place, clock), clock)
+    return _report(place, folder, made.publish(place, clock), clock, warnings=made.warnings)
 
 
 class _Made:
@@ -158,6 +158,7 @@ class _Made:
     ) -> None:
         self.folder, self.manifest, self.library = folder, manifest, library
         self.sms, self.request, self.plugin = sms, request, plugin
+        self.warnings: list[str] = []
         self.artifact_sha256 = sha256_of(folder / MANIFEST)
         self.versions = Builder(
             vtr_export=__version__,
@@ -186,6 +187,8 @@ class _Made:
         with publish(place, force=True) as staging, tempfile.TemporaryDirectory() as scratch:
             with clock.step("lower the graphs"):
                 plans = self._lower(Path(scratch))
+            with clock.step("replay the lowered decoder"):
+                self._check(plans[1])
             engines = tuple(self._build(plan, staging, clock) for plan in plans)
             with clock.step("copy the rest"):
                 self._copy(staging)
@@ -204,6 +207,27 @@ class _Made:
             self._plan("vision_encoder", graphs.vision_encoder, vision, (images,), scratch, None),
             self._plan("decoder", graphs.decoder, decoder, profiles, scratch, serving),
         )
+
+    def _check(self, decoder: _Plan) -> None:
+        """GateError when the decoder says something else than before it was lowered."""
+        from vtr_export.verify.lowered import check_lowered, why_not
+
+        size_bytes = sum(file.stat().st_size for file in decoder.weights.values())
+        why = why_not(self.manifest, size_bytes)
+        if self.opened or decoder.unfused:
+            why = why or "its golden vectors are of other cuts, or heads"
+        if why:
+            self.warnings.append(f"the lowered decoder was not replayed before building: {why}")
+            return
+        gates = check_lowered(self.folder, self.manifest, decoder.graph, decoder.weights)
+        failed = [gate for gate in gates if not gate.passed]
+        if failed:
+            raise GateError(
+                f"lowered for {self.library.target}, the decoder fails {len(failed)} of "
+                f"{len(gates)} gates, first {failed[0].name}",
+                where=failed[0].detail,
+                hint="report the model; vtr verify ARTIFACT says whether the artifact passes",
+            )
 
     def _plan(
         self,
@@ -415,7 +439,13 @@ def _ports(model: ir.Model) -> Ports:
 
 
 def _report(
-    place: Path, artifact: Path, made: EngineManifest, clock: _Clock, *, up_to_date: bool = False
+    place: Path,
+    artifact: Path,
+    made: EngineManifest,
+    clock: _Clock,
+    *,
+    up_to_date: bool = False,
+    warnings: Sequence[str] = (),
 ) -> BuildReport:
     engines = tuple(
         {
@@ -438,7 +468,7 @@ def _report(
         plugin=made.plugin.version if made.plugin is not None else None,
         opened_cuts=made.opened_cuts,
         steps=dict(clock.steps),
-        warnings=tuple(_warnings(made)),
+        warnings=(*warnings, *_warnings(made)),
     )
 
 

@@ -19,6 +19,7 @@ from vtr_export.passes.fuse_rotary import FuseRotary
 from vtr_export.passes.insert_cuts import InsertCuts
 from vtr_export.passes.lower_opset import LowerOpset
 from vtr_export.passes.open_cuts import OpenCuts
+from vtr_export.passes.scale_queries import ScaleQueries
 from vtr_export.passes.store_transposed import StoreTransposed
 from vtr_export.schedule import Resolved
 from vtr_export.tensorrt_10 import OPSET
@@ -67,6 +68,7 @@ def engine(opened: Collection[int] = ()) -> Passes:
     """The passes between an artifact's graph and TensorRT; ``opened`` cuts can drop nothing."""
     return (
         OpenCuts(opened),
+        ScaleQueries(),
         AllowUnfused(),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
