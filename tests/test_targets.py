@@ -160,6 +160,17 @@ def test_the_plugin_lifts_nothing_from_what_it_does_not_serve() -> None:
     assert plan(uncut, LLAVA, target="tensorrt-rtx", plugin="on").limits == ()
 
 
+def test_narrow_heads_are_not_fused_and_hold_scores() -> None:
+    facts = read_facts(tiny(), "config.json")
+    long: dict[str, Any] = {"target": "tensorrt-rtx", "text_tokens": 4000, "new_tokens": 0}
+    wide, narrow = (
+        plan(Schedule.unpruned(), replace(facts, head_dim=width), **long) for width in (16, 8)
+    )
+    assert not any("heads of" in note for note in wide.notes)
+    assert any("heads of 8" in note for note in narrow.notes)
+    assert narrow.peak_bytes > 2 * wide.peak_bytes
+
+
 @pytest.mark.parametrize(
     ("target", "plugin"), [("onnxruntime", "on"), ("tensorrt-10", "on"), ("tensorrt", "maybe")]
 )
@@ -185,6 +196,7 @@ def test_the_check_of_an_export_takes_no_plugin_for_granted() -> None:
         ("tensorrt", (87,), "tensorrt-10"),
         ("tensorrt", (110,), "7.2.2"),
         ("tensorrt-10", (110,), "Thor"),
+        ("tensorrt-10", (), "written out"),
         ("tensorrt-rtx", (75, 86), "Turing"),
     ],
 )

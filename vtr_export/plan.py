@@ -33,6 +33,7 @@ from vtr_export.targets import (
     TURING,
     check_name,
     check_target,
+    fuses_attention,
     target_notes,
 )
 from vtr_export.tensorrt_10 import verdict
@@ -180,8 +181,8 @@ def plan(
         plugin=plugin,
         limits=limits,
         parses=verdict(resolved) if target == "tensorrt-10" else None,
-        notes=(*_notes(facts, work), *target_notes(target, sms)),
-        **_memory(facts, resolved, work, kind, _holds_scores(device, target), memory),
+        notes=_notes(facts, work, target, sms),
+        **_memory(facts, resolved, work, kind, _holds_scores(facts, device, target), memory),
         **_times(facts, resolved, work, kind, device),
     )
 
@@ -286,17 +287,21 @@ def _vision_tokens(facts: ModelFacts, images: int, vision_tokens: int | None) ->
     return images * facts.tokens_per_image
 
 
-def _notes(facts: ModelFacts, work: Workload) -> tuple[str, ...]:
+def _notes(facts: ModelFacts, work: Workload, target: str, sms: tuple[int, ...]) -> tuple[str, ...]:
+    notes = []
     length = work.vision_tokens + work.text_tokens + work.new_tokens
-    if length <= facts.context:
-        return ()
-    return (f"{length} positions, but the model was trained for {facts.context}",)
+    if length > facts.context:
+        notes.append(f"{length} positions, but the model was trained for {facts.context}")
+    if target in ("tensorrt", "tensorrt-rtx") and not fuses_attention(target, facts.head_dim):
+        notes.append(f"no fused attention for heads of {facts.head_dim}: n x n scores are held")
+    return (*notes, *target_notes(target, sms))
 
 
-def _holds_scores(device: str | None, target: str) -> bool:
-    """Whether attention holds n x n scores: on ONNX Runtime's CPU, and written out."""
-    fused = device is not None and get_device(device).fused_attention
-    return target == "tensorrt-10" or not fused
+def _holds_scores(facts: ModelFacts, device: str | None, target: str) -> bool:
+    """Whether attention holds n x n scores: on ONNX Runtime's CPU, and where nothing fuses it."""
+    if target.startswith("tensorrt"):
+        return not fuses_attention(target, facts.head_dim)
+    return device is None or not get_device(device).fused_attention
 
 
 def _memory(

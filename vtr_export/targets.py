@@ -55,6 +55,7 @@ FIRST_SM: Final[Mapping[str, int]] = {
     "fp8": 89,
     "fp4": 100,
 }
+FUSED_HEAD_DIMS: Final = range(16, 257, 8)  # seen with TensorRT-RTX 1.7.1, fp16 and bf16, any SM
 _FUSED_ATTENTION: Final = ("tensorrt", "tensorrt-rtx")  # with no kernel for fp32
 
 
@@ -147,11 +148,18 @@ def target_notes(target: str, sms: tuple[int, ...]) -> tuple[str, ...]:
             notes.append("Jetson: JetPack 7.2.2 or later with TensorRT 11.4.1 or later")
         if ORIN in sms:
             notes.append("a Jetson Orin that stays on JetPack 6 has TensorRT 10: see tensorrt-10")
+    if target == "tensorrt-10":
+        notes.append("attention is written out: n x n scores are held, unless TensorRT 10 fuses it")
     if target == "tensorrt-10" and THOR in sms:
         notes.append("JetPack 6 has no Thor; JetPack 7 has TensorRT 11.4.1: --target tensorrt")
     if target == "tensorrt-rtx" and TURING in sms and len(sms) > 1:
         notes.append("a plan for Turing and later GPUs is slower on the later: build two")
     return tuple(notes)
+
+
+def fuses_attention(target: str, head_dim: int) -> bool:
+    """Whether ``target`` computes attention with heads of this width without n x n scores."""
+    return target in _FUSED_ATTENTION and head_dim in FUSED_HEAD_DIMS
 
 
 def _listed(numbers: Mapping[int, Sm] | tuple[int, ...]) -> str:

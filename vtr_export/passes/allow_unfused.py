@@ -4,7 +4,8 @@ from typing import Final
 
 import onnx_ir as ir
 
-FUSED_HEAD_DIMS: Final = range(16, 257, 8)  # seen with TensorRT-RTX 1.7.1, fp16 and bf16, any SM
+from vtr_export.targets import FUSED_HEAD_DIMS
+
 DECOMPOSABLE: Final = "TRT_decomposable"
 
 
