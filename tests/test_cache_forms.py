@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from graph_texts import Session, applied, graph, normal, op_types, untouched
+from test_engine_network import parsed
 
 from vtr_export.passes.scale_queries import ScaleQueries
 
@@ -84,8 +85,8 @@ def calls() -> list[dict[str, np.ndarray[Any, Any]]]:
     return made
 
 
-@pytest.mark.parametrize("window", [False, True], ids=["whole", "window"])
-def test_a_static_cache_computes_what_a_growing_one_does(bench: None, window: bool) -> None:
+@pytest.mark.parametrize("window", ["", "always", "prompts"])
+def test_a_static_cache_computes_what_a_growing_one_does(bench: None, window: str) -> None:
     """Padded rows, cuts, later turns and single tokens; what is not filled stays as it was."""
     graphs = load("cache_graphs")
     toy = graphs.Toy(tokens=16)
@@ -120,7 +121,11 @@ def test_rows_are_counted_as_by_hand(bench: None) -> None:
         "static, window": 1 + 1 + copied_by_window + attends,
         "static, ONNX": 1 + 1 + 10 + 10,
     }
+    counted["static, window of prompts"] = counted["static"]
     assert {name: forms.rows_moved(known[name], at) for name in counted} == counted
+    prompt, window = forms.Lengths(0, 4, 10), 4 + 4 + copied_by_window + attends
+    assert forms.rows_moved(known["static, window of prompts"], prompt) == window
+    assert forms.rows_moved(known["static"], prompt) == 4 + 4 + 10 + 10
 
 
 def test_bytes_of_the_7b_shape_are_those_computed_by_hand(bench: None) -> None:
@@ -149,21 +154,35 @@ def test_bytes_of_the_7b_shape_are_those_computed_by_hand(bench: None) -> None:
 
 @NEEDS_WHEEL
 def test_what_is_copied_in_generation_shows_in_the_plan(bench: None) -> None:
-    """Keys scaled behind Concat, and both halves of a window; nothing else is, and all is fused."""
+    """Keys that are scaled behind Concat are; no other form copies, and all are fused."""
     forms, graphs = load("cache_forms"), load("cache_graphs")
     toy = graphs.Toy(layers=2, heads=16, kv_heads=16, width=128, cuts={1: 8})
     known = {form.name: form for form in graphs.FORMS}
-    names = ("concat", "concat, queries scaled", "concat, mask and lengths", "static, ONNX")
+    scaled, beside, static = "concat, queries scaled", "concat, mask and lengths", forms.PROMPTS
+    names = ("concat", scaled, beside, static, "static, ONNX")
     found = {name: forms.build_apart(known[name], "float16", toy, 4096) for name in names}
     for one in found.values():
         assert one["built"]
         assert one["kernels"] == ["_gemm_mha", "_gemv_mha"]
         assert one["attentions"] == 2
     copies = [one["copies"]["generation"] for one in found.values()]
-    assert copies == [1, 0, 0, 0]
-    assert [one["in_place"] for one in found.values()] == [0, 0, 0, 4]
-    with_lengths, without = found["concat, mask and lengths"], found["concat, queries scaled"]
-    assert with_lengths["hashes"] == without["hashes"]
+    assert copies == [1, 0, 0, 0, 0]
+    assert [one["in_place"] for one in found.values()] == [0, 0, 0, 4, 4]
+    assert found[beside]["hashes"] == found[scaled]["hashes"] != found[static]["hashes"]
+
+
+@NEEDS_WHEEL
+def test_a_static_cache_is_as_long_as_the_engine_was_built_for(bench: None, tmp_path: Path) -> None:
+    graphs = load("cache_graphs")
+    form = next(form for form in graphs.FORMS if form.update == "TensorScatter")
+    model = graphs.rewritten(graphs.decoder(graphs.Toy()), form, CAPACITY)
+    fixed = ir.to_proto(model).SerializeToString()
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(["room" if dim == CAPACITY else dim for dim in value.shape])
+    opened = ir.to_proto(model).SerializeToString()
+    found = parsed({"fixed": fixed, "open": opened}, tmp_path)
+    assert found["fixed"]["errors"] == []
+    assert "static sequence length" in found["open"]["errors"][0]
 
 
 @NEEDS_WHEEL

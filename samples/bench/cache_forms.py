@@ -29,10 +29,12 @@ from vtr_export.schedule import Cut, Keep, Resolved
 
 TARGET, SMS, BATCH = "tensorrt-rtx", (86, 120), (1, 1, 2)
 CAPACITY = 4096
+ROOMS = (1600, 4096)  # what `vtr build` makes room for unless told otherwise; the model's context
 GB = 10**9
 ELEMENT_BYTES = 2
 VISION_TOKENS = 576
 LENGTHS = (700, 2048, 4096)
+PROMPTS = "static, window of prompts"
 REPORT = HERE / "cache_forms.md"
 FUSED = re.compile(rb"\b(_ge[mv][mv]_mha)\w*_(0x[0-9a-f]{32})")
 SCRATCH = re.compile(r"^Layer: .*?(\[profile 1\])? Host Persistent.* Scratch Memory: (\d+) bytes")
@@ -62,7 +64,7 @@ def rows_moved(form: Any, at: Lengths) -> int:
     if not form.is_static:
         scaled_keys = 0 if form.scaled else at.total
         return 2 * at.past + 2 * at.total + scaled_keys + 2 * at.total
-    if form.window:
+    if form.window == "always" or (form.window == "prompts" and at.new > 1):
         return 2 * at.new + 2 * (at.total + at.total) + 2 * at.total
     return 2 * at.new + 2 * at.capacity
 
@@ -130,7 +132,11 @@ def report(tiny: bool) -> str:
     parts = [head(*facts), "## What builds\n", table(list(_builds(tiny))), "", NOTES]
     for name, shape in _models():
         weights = f"{weight_bytes(shape) / GB:.1f} GB of weights"
-        parts += [f"\n## Bytes of a generation step: {name}\n", f"One row, {weights} in fp16.\n"]
+        parts += [f"\n## Bytes of a generation step: {name}\n",
+                  f"One prompt, {weights} in fp16; b prompts move b times as much cache. Columns: "
+                  "of the unpruned sequence, 576 of them vision. *Full*: no longer than what is in "
+                  "it. A static cache is read whole here, whatever the mask hides: whether kernels "
+                  "pass over hidden tiles was not seen.\n"]  # fmt: skip
         parts.append(table(list(_steps(shape))))
     parts += ["\n## Prefill of one image and 124 tokens of text: 7 B\n"]
     parts.append(table(list(_prefills(SHAPES["llava-7b"]))))
@@ -139,12 +145,15 @@ def report(tiny: bool) -> str:
 
 NOTES = """\
 - *Hides pads*: left padding can be said. Lengths count from the first column on.
+- Every form has a length of its own in each stage, and continues a prompt; of `lower_right`, in \
+the forms with lengths, its documentation says so.
 - *Fused kernels*, by name in the plan: of prompts (`gemm`) and of single tokens (`gemv`). The \
 last row shows a prompt without: other kernels, and n x n scores in the scratch.
 - *In place*: `KV_CACHE_UPDATE` layers, whose output lies where their input does.
 - *Scratch*: device memory beside weights, inputs and outputs, for the largest call of a profile. \
 *Copies*: how often the keys (or values) of one layer fit into that of generation, 32 MiB each. \
-A step makes these copies in every layer, one layer after another.
+A step makes these copies in every layer, one layer after another. Keys \
+that are scaled behind Concat are copied in fp16 only; the bytes below are those of fp16.
 - Lengths beside a mask change nothing: the fused kernels have the same hashes as without."""
 
 
@@ -177,38 +186,40 @@ def _builds(tiny: bool) -> Iterable[Sequence[object]]:
 def _steps(shape: Shape) -> Iterable[Sequence[object]]:
     from cache_graphs import FORMS
 
-    forms = {form.name: form for form in FORMS}
-    yield ("schedule", "columns", "concat", "of weights", "queries scaled", "of weights",
-           "static, full", "of weights", f"static, {CAPACITY}", "of weights", "held by concat",
-           f"by static, {CAPACITY}")  # fmt: skip
+    concat, static = FORMS[0], next(form for form in FORMS if form.name == PROMPTS)
     weights = weight_bytes(shape)
+    yield ("schedule", "columns", concat.name, FORMS[1].name, "static, full",
+           *(f"static, {room}" for room in ROOMS), "held by concat",
+           *(f"by static, {room}" for room in ROOMS))  # fmt: skip
     for name, schedule in schedules(shape.layers).items():
         for columns in LENGTHS:
-            full, wide = step(schedule, columns), step(schedule, columns, CAPACITY)
-            cells: list[object] = [name, columns]
-            for form, lengths in (("concat", full), ("concat, queries scaled", full),
-                                  ("static", full), ("static", wide)):  # fmt: skip
-                moved = bytes_moved(forms[form], shape, lengths)
-                cells += [f"{moved / GB:.2f} GB", f"{moved / weights:.1%}"]
-            held = (bytes_held(forms["concat"], shape, full),
-                    bytes_held(forms["static"], shape, wide))  # fmt: skip
-            yield (*cells, *(f"{size / GB:.2f} GB" for size in held))
+            full = step(schedule, columns)
+            wide = [step(schedule, columns, room) if room >= columns else [] for room in ROOMS]
+            moved = [bytes_moved(form, shape, full) for form in (concat, FORMS[1], static)]
+            moved += [bytes_moved(static, shape, lengths) for lengths in wide]
+            held = [bytes_held(concat, shape, full)]
+            held += [bytes_held(static, shape, lengths) for lengths in wide]
+            yield (name, columns, *(_share(size, weights) for size in moved),
+                   *(f"{size / GB:.2f} GB" if size else "" for size in held))  # fmt: skip
+
+
+def _share(size: int, weights: int) -> str:
+    return f"{size / GB:.2f} GB, {size / weights:.1%}" if size else ""
 
 
 def _prefills(shape: Shape) -> Iterable[Sequence[object]]:
     from cache_graphs import FORMS
 
-    yield "form", "capacity", "cache moved", "of weights", "attention's FLOPs", "of all FLOPs"
+    static, window = (form for form in FORMS if form.name in ("static", PROMPTS))
+    yield "form", "cache moved, of weights", "attention's FLOPs", "of all FLOPs"
     tokens, weights = LENGTHS[0], weight_bytes(shape)
     products = 2 * tokens * (weights // ELEMENT_BYTES)
-    for form, capacity in ((FORMS[0], tokens), (FORMS[1], tokens), (FORMS[4], tokens),
-                           (FORMS[4], CAPACITY)):  # fmt: skip
-        at = [Lengths(0, tokens, capacity)] * shape.layers
-        moved = bytes_moved(form, shape, at)
-        seen = capacity if form.is_static else tokens
-        flops = 4 * tokens * seen * shape.hidden * shape.layers
-        yield (form.name, capacity if form.is_static else "", f"{moved / GB:.2f} GB",
-               f"{moved / weights:.1%}", f"{flops / 1e12:.2f} T",
+    cases = [(form, tokens) for form in (FORMS[0], FORMS[1], window)]
+    for form, room in [*cases, *((static, room) for room in (tokens, *ROOMS))]:
+        moved = bytes_moved(form, shape, [Lengths(0, tokens, room)] * shape.layers)
+        flops = 4 * tokens * room * shape.hidden * shape.layers
+        name = f"{form.name}, {room}" if form is static else form.name
+        yield (name, _share(moved, weights), f"{flops / 1e12:.2f} T",
                f"{flops / (flops + products):.1%}")  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -30,12 +30,13 @@ class Form:
     """How a stage's cache grows, and how attention is told what to see of it.
 
     ``update``: the operator that puts new rows behind old ones; all but Concat write into a cache
-    of fixed length. ``window``: attention reads a slice, as long as what is filled, not all.
+    of fixed length. ``window``: attention reads a slice, as long as what is filled, not all;
+    ``prompts``: unless the call is a single token, for which all is read.
     """
 
     name: str
     update: str = "Concat"
-    window: bool = False
+    window: Literal["", "always", "prompts"] = ""
     mask: bool = True
     kv_lengths: bool = False
     scaled: bool = True  # queries are, before attention
@@ -63,7 +64,8 @@ FORMS = (
     Form("concat, lengths", mask=False, kv_lengths=True),
     Form("concat, mask and lengths", kv_lengths=True),
     Form("static", update="TRT_KVCacheUpdate"),
-    Form("static, window", update="TRT_KVCacheUpdate", window=True),
+    Form("static, window", update="TRT_KVCacheUpdate", window="always"),
+    Form("static, window of prompts", update="TRT_KVCacheUpdate", window="prompts"),
     Form("static, lengths", update="TRT_KVCacheUpdate", mask=False, kv_lengths=True),
     Form("static, ONNX", update="TensorScatter"),
 )
@@ -137,13 +139,14 @@ class _Rewrite:
         self.query, self.keys, self.values, self.mask = node.inputs[:4]
         self.batch, self.new = self._dim(self.query, 0), self._dim(self.query, 2)
         self.total = self._dim(self.mask, 3)
+        self.shown = self._shown()
 
     def apply(self) -> None:
         """Change the cache, then what attention reads of it."""
         keys, values, mask = self.keys, self.values, self.mask
         if self.form.is_static:
             keys, values = self._updated(keys), self._updated(values)
-            mask = mask if self.form.window or not self.form.mask else self._to_capacity(mask)
+            mask = self._widened(mask) if self.form.mask else mask
         if self.form.kv_lengths:
             self._attend_by_lengths(keys, values, mask if self.form.mask else None)
             return
@@ -156,28 +159,42 @@ class _Rewrite:
         """What attention reads; the graph's output is the whole cache, its input as long."""
         past, new = present.producer().inputs
         past.shape = ir.Shape([*past.shape[:2], self.capacity, past.shape[3]])
-        filled = self._op("Sub", [self.total, self.new])
-        at = self._op("Expand", [filled, self.batch])
+        at = self._op("Expand", [self._op("Sub", [self.total, self.new]), self.batch])
         if self.form.update == "TensorScatter":
             cache = self._op("TensorScatter", [past, new, at], axis=-2, mode="linear")
         else:
             at = self._op("Cast", [at], to=int(ir.DataType.INT32))
             cache = self._op(self.form.update, [past, new, at], TRT, mode="linear")
         cache.type, cache.shape = past.type, past.shape
-        bounds = (self._ints(0), self.total, self._ints(2), self._ints(1))
-        window = self._op("Slice", [cache, *bounds])
-        window.type = past.type
+        filled, window = (self._front(cache, end) for end in (self.total, self.shown))
         name, index = present.name, list(self.graph.outputs).index(present)
         for use in list(present.uses()):  # what ranks tokens asks for no more than there is
             if use.node is not self.node:
-                use.node.replace_input_with(use.idx, window)
+                use.node.replace_input_with(use.idx, filled)
         present.name, cache.name = f"{name}.concatenated", name
         self.graph.outputs[index] = cache
         return window if self.form.window else cache
 
-    def _to_capacity(self, mask: ir.Value) -> ir.Value:
-        """Nobody sees what is not filled."""
+    def _shown(self) -> ir.Value:
+        """[1]: columns that attention reads, if not all."""
+        if self.form.window != "prompts":
+            return self.total
         rest = self._op("Sub", [self._ints(self.capacity), self.total])
+        single = self._op("Equal", [self.new, self._ints(1)])
+        single = self._op("Cast", [single], to=int(ir.DataType.INT64))
+        return self._op("Add", [self.total, self._op("Mul", [rest, single])])
+
+    def _front(self, cache: ir.Value, end: ir.Value) -> ir.Value:
+        front = self._op("Slice", [cache, self._ints(0), end, self._ints(2), self._ints(1)])
+        front.type = cache.type
+        return front
+
+    def _widened(self, mask: ir.Value) -> ir.Value:
+        """Nobody sees what is not filled."""
+        if self.form.window == "always":
+            return mask
+        shown = self.shown if self.form.window else self._ints(self.capacity)
+        rest = self._op("Sub", [shown, self.total])
         shape = self._op("Concat", [self.batch, self._ints(1), self.new, rest], axis=0)
         unseen = self._op("ConstantOfShape", [shape], value=ir.tensor(np.array([False])))
         return self._op("Concat", [mask, unseen], axis=3)
