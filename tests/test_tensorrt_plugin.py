@@ -234,6 +234,20 @@ def test_both_shells_know_the_same_names() -> None:
         assert all(f'"{word}"' in text for word in words)
 
 
+def test_the_readme_lists_what_the_node_says() -> None:
+    text = (kernel.sources() / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
+    said = {each.name: each.value for each in ops.prune_attributes(0.5, ops.Choice())}
+    assert [name for name, _, _ in rows] == list(said)
+    assert [name for name, _, use in rows if use.startswith("field")] == list(FIELDS)
+    for name, served, _ in rows:
+        if name in SERVED:
+            assert tuple(served.split(", ")) == SERVED[name]
+        elif name != "scale":
+            value = said[name]
+            assert served == (value if isinstance(value, str) else ", ".join(map(str, value)))
+
+
 def test_the_kernel_gets_its_pointers_in_the_order_of_the_plugins_ports() -> None:
     """TensorRT passes every input but keep, then every output."""
     assert kernel.Pointers._fields == (*PORTS, *OUTPUTS)
