@@ -16,17 +16,22 @@ Array = np.ndarray[Any, Any]
 KERNELS = ("vtr_score_fp32", "vtr_score_fp16", "vtr_score_bf16", "vtr_prune")
 DTYPES = tuple(kernel.DTYPES)
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTIFY_SOURCE")
-SOURCE = Path(__file__).parents[1] / "plugins" / "host" / "vtr_top_k_prune.cpp"
+HOST = Path(__file__).parents[1] / "plugins" / "host"
+STREAM = 7  # any but the default one
 GUARD = 64  # bytes around everything that a kernel writes
 
 
-def compile_for_host(folder: Path) -> ctypes.CDLL:
+def compile_source(source: str, out: Path) -> Path:
     """``-U_FORTIFY_SOURCE``: fibers jump between stacks, which glibc takes for a mistake."""
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler is not None
-    out = folder / "kernels.so"
-    subprocess.run([compiler, *FLAGS, "-w", str(SOURCE), "-o", str(out)], check=True)
-    library = ctypes.CDLL(str(out))
+    subprocess.run([compiler, *FLAGS, "-w", str(HOST / source), "-o", str(out)], check=True)
+    return out
+
+
+def compile_for_host(folder: Path) -> ctypes.CDLL:
+    """The kernels, to be launched by ``HostLauncher``."""
+    library = ctypes.CDLL(str(compile_source("vtr_top_k_prune.cpp", folder / "kernels.so")))
     library.host_workspace_bytes.restype = ctypes.c_longlong
     library.host_shared_bytes.restype = ctypes.c_longlong
     return library
@@ -149,7 +154,7 @@ def placed(values: Array, align: int = 256, shift: int = 0) -> Guarded:
     return memory
 
 
-def call(launcher: HostLauncher, inputs: Inputs, shift: int = 0) -> Outputs:
+def call(launcher: kernel.Launcher, inputs: Inputs, shift: int = 0) -> Outputs:
     """One call; ``shift``: bytes by which keys and hidden states miss their alignment."""
     shape, dtype = inputs.shape, inputs.dtype
     keys, hidden = stored(inputs.keys, dtype), stored(inputs.hidden, dtype)
@@ -170,15 +175,16 @@ def call(launcher: HostLauncher, inputs: Inputs, shift: int = 0) -> Outputs:
     ]
     workspace = Guarded(kernel.workspace_bytes(shape))
     pointers = kernel.Pointers(*(memory.pointer for memory in (*given, *made)))
-    launcher.launches.clear()
+    launches = getattr(launcher, "launches", [])
+    launches.clear()
     choice: Any = dtype, inputs.scale, inputs.heads, inputs.rank
-    launcher.launch(shape, *choice, pointers, workspace.pointer, 0)
+    launcher.launch(shape, *choice, pointers, workspace.pointer, STREAM)
     return Outputs(
         made[0].read(hidden.dtype, sizes[0]),
         made[1].read(np.int64, sizes[1]),
         made[2].read(np.int64, kept),
         _score(workspace.read(np.uint8, (-1,)), shape) if shape.is_ranked else None,
-        list(launcher.launches),
+        list(launches),
     )
 
 

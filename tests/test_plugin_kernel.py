@@ -2,11 +2,12 @@
 
 import ctypes
 import importlib
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,27 @@ import pytest
 from cut_oracle import Array, Call, ranked, selected
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kernel_on_host import DTYPES, HostLauncher, Inputs, call, compile_for_host, rounded, stored
+from kernel_on_host import (
+    DTYPES,
+    HostLauncher,
+    Inputs,
+    call,
+    compile_for_host,
+    compile_source,
+    rounded,
+    stored,
+)
 
 from vtr_export import ops
 from vtr_export.backends.tensorrt import kernel
-from vtr_export.errors import EngineError
+from vtr_export.errors import EngineError, UnavailableError
 from vtr_export.ops.prune import INPUTS, OUTPUTS
 
 compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler here"
 )
 nvrtc = pytest.mark.skipif(
-    find_spec("cuda") is None or find_spec("cuda.bindings") is None,
+    not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings"),
     reason="cuda-bindings is not installed",
 )
 
@@ -83,13 +93,15 @@ def is_clear(inputs: Inputs, score: Array) -> bool:
     return True
 
 
-def check(launcher: HostLauncher, inputs: Inputs, shift: int = 0) -> None:
+def check(launcher: kernel.Launcher, inputs: Inputs, shift: int = 0) -> None:
     """Scores to fp32, everything else to the bit, in either order of threads and blocks."""
     expected = scores(inputs)
     call_ = Call(np.zeros((1, 0)), np.zeros(inputs.hidden.shape[:2]), inputs.vision)
     indices, vision = selected(call_, chosen(inputs, expected))
     hidden = np.take_along_axis(stored(inputs.hidden, inputs.dtype), indices[:, :, None], 1)
-    for launcher.is_reversed in (False, True):
+    for is_reversed in (False, True):
+        if isinstance(launcher, HostLauncher):
+            launcher.is_reversed = is_reversed
         actual = call(launcher, inputs, shift)
         if actual.score is not None:
             np.testing.assert_allclose(actual.score, expected, atol=2e-6)
@@ -408,11 +420,29 @@ def test_compiles_without_a_gpu() -> None:
     assert {name for name in names if f".entry {name}(" in text} == names
 
 
+@compiler
 @nvrtc
-def test_machine_code_is_for_one_capability() -> None:
-    image = kernel.compile_image(120)
-    assert image[:4] == b"\x7fELF"
-    assert b"vtr_prune" in image
+def test_cuda_python_launches_what_nvrtc_compiled(tmp_path: Path) -> None:
+    """The whole way of a call, but for the GPU: a driver of ours runs the kernels on the CPU."""
+    compile_source("cuda_driver.cpp", tmp_path / "libcuda.so.1")
+    (tmp_path / "image").write_bytes(kernel.compile_image(86))
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("cuda_child.py"), tmp_path / "image"],
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["no", "image", "fp32", "fp16", "bf16", "long"]
+
+
+@nvrtc
+def test_a_missing_driver_is_named() -> None:
+    if importlib.util.find_spec("torch") and importlib.import_module("torch").cuda.is_available():
+        pytest.skip("there is a driver")
+    with pytest.raises(UnavailableError, match="no CUDA driver"):
+        kernel.launcher()
 
 
 # --- the benchmark's parts ---

@@ -231,7 +231,7 @@ class Launcher:
     """The kernels in the current CUDA context, from PTX or machine code."""
 
     def __init__(self, image: bytes) -> None:
-        driver = self.driver = _binding("driver")
+        driver = self.driver = _driver()
         self.module = _check(driver.cuModuleLoadData(image + b"\0"))
         names = ("vtr_prune", *(f"vtr_score_{dtype}" for dtype in DTYPES))
         self.functions = {
@@ -294,7 +294,7 @@ class Launcher:
 
 def launcher() -> Launcher:
     """The launcher of the current CUDA context, compiled for its device; one per context."""
-    driver = _binding("driver")
+    driver = _driver()
     device = _check(driver.cuCtxGetDevice())
     kinds = driver.CUdevice_attribute
     major, minor = (
@@ -321,6 +321,18 @@ def _binding(module: str) -> Any:
             f"cuda-python is not installed ({error.name or error})",
             hint="pip install cuda-bindings nvidia-cuda-nvrtc",
         ) from None
+
+
+def _driver() -> Any:
+    """cuda-python's driver module; UnavailableError without it or without a driver."""
+    driver = _binding("driver")
+    try:
+        _check(driver.cuInit(0))
+    except RuntimeError as error:  # what cuda-bindings raises when libcuda is not there
+        raise UnavailableError(
+            f"no CUDA driver is found: {error}", hint="install NVIDIA's driver; nvidia-smi shows it"
+        ) from None
+    return driver
 
 
 def _check(answer: tuple[Any, ...]) -> Any:
