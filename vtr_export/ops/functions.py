@@ -47,10 +47,16 @@ def _parse(name: str) -> onnx.FunctionProto:
 
 
 def load(name: str, choice: Choice) -> ir.Function:
-    """The function ``name``, its abstract operators resolved by ``choice``."""
+    """The function ``name``, its abstract operators resolved by ``choice``.
+
+    Values inside bear its name: TensorRT's parser confuses a constant of a body with one of the
+    graph that is called the same.
+    """
     function = ir.serde.deserialize_function(_parse(name))
     for node in function:
         node.op_type = choice.names().get(node.op_type, node.op_type)
+        for value in set(node.outputs) - set(function.outputs):
+            value.name = f"{name}.{value.name}"
     return function
 
 
