@@ -151,30 +151,9 @@ def plan(
     v = _vision_tokens(facts, images, vision_tokens)
     work = Workload(v, text_tokens, images, batch, new_tokens)
     limits = check_fits_target(schedule, resolved, v, target, sms=sms, plugin=plugin)
-    whole = without_cuts(resolved)
-    rule = get_convention(convention)
-    total = prefill_cost(facts, resolved, v, text_tokens, convention)
-    unpruned = prefill_cost(facts, whole, v, text_tokens, convention)
     return PlanReport(
         model_type=facts.model_type,
-        convention=rule.name,
-        unit=rule.unit,
-        formula=rule.formula,
-        text_tokens=text_tokens,
-        vision_tokens=v,
-        images=images,
-        batch=batch,
-        new_tokens=new_tokens,
         weights=weights,
-        vision_tokens_per_layer=resolved.keep_per_layer(v),
-        total=total,
-        unpruned=unpruned,
-        ratio=total / unpruned if unpruned else 1.0,
-        ideal_speedup=ideal_speedup(facts, resolved, v, text_tokens),
-        vision_flops=vision_flops(facts, images),
-        weight_bytes=weight_bytes(facts, kind),
-        kv_bytes=kv_bytes(facts, resolved, work, kind, new_tokens),
-        kv_bytes_unpruned=kv_bytes(facts, whole, work, kind, new_tokens),
         target=target,
         sms=sms,
         dtype=dtype,
@@ -182,6 +161,8 @@ def plan(
         limits=limits,
         parses=verdict(resolved) if target == "tensorrt-10" else None,
         notes=_notes(facts, work, target, sms),
+        **asdict(work),
+        **_cost(facts, resolved, work, convention),
         **_memory(facts, resolved, work, kind, _holds_scores(facts, device, target), memory),
         **_times(facts, resolved, work, kind, device),
     )
@@ -287,6 +268,25 @@ def _vision_tokens(facts: ModelFacts, images: int, vision_tokens: int | None) ->
     return images * facts.tokens_per_image
 
 
+def _cost(facts: ModelFacts, resolved: Resolved, work: Workload, convention: str) -> dict[str, Any]:
+    """Prefill of one prompt, in the convention's unit."""
+    rule, v, text = get_convention(convention), work.vision_tokens, work.text_tokens
+    total, unpruned = (
+        prefill_cost(facts, r, v, text, convention) for r in (resolved, without_cuts(resolved))
+    )
+    return {
+        "convention": rule.name,
+        "unit": rule.unit,
+        "formula": rule.formula,
+        "vision_tokens_per_layer": resolved.keep_per_layer(v),
+        "total": total,
+        "unpruned": unpruned,
+        "ratio": total / unpruned if unpruned else 1.0,
+        "ideal_speedup": ideal_speedup(facts, resolved, v, text),
+        "vision_flops": vision_flops(facts, work.images),
+    }
+
+
 def _notes(facts: ModelFacts, work: Workload, target: str, sms: tuple[int, ...]) -> tuple[str, ...]:
     notes = []
     length = work.vision_tokens + work.text_tokens + work.new_tokens
@@ -312,7 +312,7 @@ def _memory(
     scores: bool,
     memory: str | int | None,
 ) -> dict[str, Any]:
-    """Peaks, with or without the n x n scores of an unfused attention, and whether they fit."""
+    """Bytes held, with or without the scores of an unfused attention, and whether they fit."""
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
     pruned, whole = (
         peak_bytes(facts, r, work, kind, not scores) for r in (resolved, without_cuts(resolved))
@@ -322,6 +322,9 @@ def _memory(
         return None if limit is None else peak.total <= limit
 
     return {
+        "weight_bytes": weight_bytes(facts, kind),
+        "kv_bytes": kv_bytes(facts, resolved, work, kind, work.new_tokens),
+        "kv_bytes_unpruned": kv_bytes(facts, without_cuts(resolved), work, kind, work.new_tokens),
         "peak_bytes": pruned.total,
         "peak_bytes_unpruned": whole.total,
         "dominant": pruned.dominant,

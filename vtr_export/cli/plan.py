@@ -1,5 +1,6 @@
 """``vtr plan``: what a schedule would do to a model, from its config alone."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,14 +69,18 @@ def plan(
         plugin=plugin,
     )
     warn(done.notes)
-    lines = columns([("", "unpruned", "pruned"), *done.rows()])
-    lines.append(f"vision tokens per layer: {runs(done.vision_tokens_per_layer)}")
-    lines.append(f"{done.convention} counts {done.formula} per layer, in {done.unit}")
-    lines.append(f"target {done.target}: {_target(done)}")
-    lines += [f"limit: {limit}" for limit in done.limits]
-    lines += [f"parses: {done.parses}"] if done.parses else []
-    lines.append(f"ideal prefill speed-up, counted exactly: {done.ideal_speedup:.3f}")
-    report(done.to_json(), lines, as_json)
+    report(done.to_json(), _lines(done), as_json)
+
+
+def _lines(done: "PlanReport") -> Iterator[str]:
+    yield from columns([("", "unpruned", "pruned"), *done.rows()])
+    yield f"vision tokens per layer: {runs(done.vision_tokens_per_layer)}"
+    yield f"{done.convention} counts {done.formula} per layer, in {done.unit}"
+    yield f"target {done.target}: {_target(done)}"
+    yield from (f"limit: {limit}" for limit in done.limits)
+    if done.parses is not None:
+        yield f"parses: {done.parses}"
+    yield f"ideal prefill speed-up, counted exactly: {done.ideal_speedup:.3f}"
 
 
 def _target(done: "PlanReport") -> str:
