@@ -21,7 +21,10 @@ def test_files_and_functions_stay_small(path: Path) -> None:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno < MAX_FUNCTION, f"{node.name} is too long"
+            length = (
+                node.end_lineno - node.body[0].lineno
+            )  # a command has as many options as it has
+            assert length < MAX_FUNCTION, f"{node.name} is too long"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

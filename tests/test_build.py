@@ -18,7 +18,7 @@ from command import vtr
 
 from vtr_export import builder
 from vtr_export.backends.tensorrt import build as parent
-from vtr_export.backends.tensorrt import library
+from vtr_export.backends.tensorrt import library, plugin
 from vtr_export.backends.tensorrt.build import build_plan
 from vtr_export.backends.tensorrt.child import Job
 from vtr_export.builder import build
@@ -242,6 +242,20 @@ def test_an_unchanged_artifact_is_up_to_date(artifact: Path) -> None:
     assert contents(artifact / "tensorrt-rtx") == before
     assert not build(artifact, sms=(86,), ranges={"max_batch": 2}).up_to_date
     assert not build(artifact, sms=(89,), ranges={"max_batch": 2}).up_to_date
+
+
+def test_a_plugin_found_later_is_built_in(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build(artifact, sms=(86,)).plugin is None
+    monkeypatch.setattr(plugin, "find", lambda *_, **__: plugin.in_python())
+    done = build(artifact, sms=(86,))
+    assert not done.up_to_date
+    assert [each["plugin_layers"] for each in done.engines] == [0, 2]
+    assert build(artifact, sms=(86,)).up_to_date
+    made = EngineManifest.load(artifact / "tensorrt-rtx")
+    assert made.plugin is not None
+    with pytest.raises(EngineError) as caught:
+        made.check_plugin("1", "0" * 64)
+    assert all(word in str(caught.value) for word in ("VtrTopKPrune", "vtr build-plugin"))
 
 
 def test_a_changed_artifact_or_a_damaged_engine_is_built_again(artifact: Path) -> None:

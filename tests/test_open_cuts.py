@@ -8,7 +8,7 @@ import pytest
 from cut_graphs import Array, Client, Tracer
 
 from vtr_export import compile as compiler
-from vtr_export.builder import opened_cuts
+from vtr_export.buildable import opened_cuts
 from vtr_export.passes.open_cuts import OpenCuts
 from vtr_export.schedule import Keep
 

@@ -1,21 +1,20 @@
 """Checkpoint and schedule to a published artifact: every step of an export, in order."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vtr_export import assemble
-from vtr_export.builder import build, check_builds
+from vtr_export.buildable import check_builds
+from vtr_export.builder import build
 from vtr_export.checkpoint import Checkpoint, find_folder, read_config
 from vtr_export.errors import GateError, InputError, ScheduleError, UnavailableError
 from vtr_export.families import ModelFacts, read_facts
 from vtr_export.manifest import Gate, Manifest
 from vtr_export.memory import get_weight_type, weight_bytes
 from vtr_export.plan import check_fits_target
-from vtr_export.process import peak_rss_bytes
+from vtr_export.process import Announce, Clock, peak_rss_bytes
 from vtr_export.publish import check_target, publish
 from vtr_export.published import MANIFEST, File, hash_files
 from vtr_export.schedule import Resolved, Schedule
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from vtr_export.verify import Outcome
     from vtr_export.weights import WeightsReport
 
-Progress = Callable[[str], None]
 ENGINES: Final = ("tensorrt", "tensorrt-rtx")
 CHOICES: Final = {"dtype": ("fp32", "fp16", "bf16"), "weights": ("copy", "link")}
 
@@ -85,23 +83,6 @@ class Report:
         return asdict(self) | {"gates": [gate.model_dump() for gate in self.gates]}
 
 
-class _Clock:
-    """Seconds by step, each announced as it begins."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress, self.steps = progress, dict[str, float]()
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        if self.progress is not None:
-            self.progress(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.steps[name] = round(time.perf_counter() - start, 3)
-
-
 def export(
     schedule: Schedule | str | Path,
     model: str | Path | None = None,
@@ -117,8 +98,8 @@ def export(
     target: str = "onnxruntime",
     sms: tuple[int, ...] = (),
     plugin: str = "auto",
-    progress: Progress | None = None,
-    detail: Progress | None = None,
+    progress: Announce | None = None,
+    detail: Announce | None = None,
 ) -> Report:
     """Compile ``model`` (a checkpoint folder or cached hub id) by ``schedule`` into ``out``.
 
@@ -130,7 +111,7 @@ def export(
     """
     dump = Path(dump) if dump else None
     options = Options(dtype, weights, verify, tunable, force, dump, target, sms, plugin)
-    clock = _Clock(progress)
+    clock = Clock(progress)
     with clock.step("read the configuration"):
         if not isinstance(schedule, Schedule):
             schedule = Schedule.load(schedule)
@@ -163,7 +144,7 @@ def _check_target(
 
 
 def _with_engines(
-    done: Report, options: Options, progress: Progress | None, detail: Progress | None
+    done: Report, options: Options, progress: Announce | None, detail: Announce | None
 ) -> Report:
     """``done``, and engines of its artifact."""
     built = build(
@@ -202,7 +183,7 @@ def _export(
     resolved: Resolved,
     target: Path,
     options: Options,
-    clock: _Clock,
+    clock: Clock,
 ) -> Report:
     if options.dump is not None:
         _make(options.dump)
@@ -234,7 +215,7 @@ def _export(
         artifact=str(target),
         verified=manifest.verified,
         scope=scope,
-        seconds=round(sum(clock.steps.values()), 3),
+        seconds=clock.seconds,
         peak_rss_bytes=peak,
         files={name: file.bytes for name, file in manifest.files.items()} | {MANIFEST: size_bytes},
         vision_tokens_per_layer=manifest.schedule.keep_per_layer,
@@ -251,7 +232,7 @@ def _write_graphs(
     resolved: Resolved,
     staging: Path,
     options: Options,
-    clock: _Clock,
+    clock: Clock,
 ) -> "WeightsReport":
     """Trace, cut, place the weights and save; the graphs' weights never meet in memory."""
     with clock.step("import torch and transformers"):
@@ -325,7 +306,7 @@ def _verify(
     resolved: Resolved,
     staging: Path,
     options: Options,
-    clock: _Clock,
+    clock: Clock,
 ) -> tuple[str, "Outcome | None"]:
     """Run the parity gates; raises GateError for the first that fails."""
     scope = _scope(facts, options)
@@ -391,7 +372,7 @@ def _dry_report(
     facts: ModelFacts,
     resolved: Resolved,
     options: Options,
-    clock: _Clock,
+    clock: Clock,
 ) -> Report:
     """What an export would write; no graph is traced and no weight is read."""
     onnx = list(assemble.graph_files().model_dump().values())
@@ -404,7 +385,7 @@ def _dry_report(
         artifact=str(target),
         verified=False,
         scope="none",
-        seconds=round(sum(clock.steps.values()), 3),
+        seconds=clock.seconds,
         peak_rss_bytes=peak_rss_bytes(),
         files=dict.fromkeys(names),
         vision_tokens_per_layer=None if tokens is None else tuple(resolved.keep_per_layer(tokens)),

@@ -2,7 +2,36 @@
 
 import resource
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+Announce = Callable[[str], None]
+
+
+class Clock:
+    """Seconds by step, each announced as it begins; ``detail`` is for those who watch one."""
+
+    def __init__(self, announce: Announce | None = None, detail: Announce | None = None) -> None:
+        self.announce, self.detail = announce, detail
+        self.steps: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        """All steps together."""
+        return round(sum(self.steps.values()), 3)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time what happens inside."""
+        if self.announce is not None:
+            self.announce(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.steps[name] = round(time.perf_counter() - start, 3)
 
 
 def peak_rss_bytes() -> int:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -14,8 +13,8 @@ from vtr_export import errors
 from vtr_export.backends.tensorrt.child import RESULT, Job
 from vtr_export.backends.tensorrt.library import environment
 from vtr_export.errors import EngineError
+from vtr_export.process import Announce
 
-Announce = Callable[[str], None]
 _OUTERMOST: Final = ("Building engine", "Optimizing graph", "Timing graph nodes")  # worth showing
 _WORDS: Final = 300  # characters of the builder's last words
 
