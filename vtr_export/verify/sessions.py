@@ -38,6 +38,7 @@ class Parts:
     shards: Mapping[str, Path]  # linked weights, by location name
     keep: Ints | None  # what a tunable decoder is to be given
     cut_layers: tuple[int, ...] = ()  # the layer each cut stands before
+    lowering: tuple[ir.passes.PassBase, ...] = ()  # of the target they are checked for
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest) -> "Parts":
@@ -65,12 +66,17 @@ class Parts:
         passes: Sequence[ir.passes.PassBase] = (),
         then: Sequence[ir.passes.PassBase] = (),
     ) -> Session:
-        """``file`` after ``passes``, widened, and after ``then``.
+        """``file`` after ``passes``, lowered, widened, and after ``then``.
 
         Untouched files go the way every user's go.
         """
         with speaking_of(file.stem):
-            steps = (*passes, *([Widen()] if self.dtype != "fp32" else []), *then)
+            steps = (
+                *passes,
+                *self.lowering,
+                *([Widen()] if self.dtype != "fp32" else []),
+                *then,
+            )
             if not steps:
                 return Spoken(open_session(file, shards=self.shards or None), file.stem)
             return Spoken(Rewritten(file, steps, self.shards), file.stem)
