@@ -85,6 +85,14 @@ VtrTopKPruneParams sizes(const Tensor* in, const Tensor* out, DimsOf d) {
     return p;
 }
 
+// What CUDA said, and what it may have meant.
+std::string refusal(const VtrTopKPruneParams& p, cudaError_t error) {
+    const std::string said = cudaGetErrorString(error);
+    if (error == cudaErrorNoKernelImageForDevice) return said + ": vtr build-plugin for this GPU's compute capability";
+    return said + ": " + std::to_string(p.length) + " columns take " + std::to_string(vtr_shared_bytes(p)) +
+           " bytes of shared memory";
+}
+
 class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
 public:
     explicit Plugin(Fields fields) : fields_(std::move(fields)) {
@@ -189,7 +197,7 @@ public:
         p.max_heads = fields_.heads == "max";
         p.per_image = fields_.rank == "per_image";
         const cudaError_t error = vtr_queue(p, score, stream);
-        if (error != cudaSuccess) report(cudaGetErrorString(error));
+        if (error != cudaSuccess) report(refusal(p, error));
         return error;
     }
 
