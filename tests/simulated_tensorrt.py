@@ -10,7 +10,7 @@ import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -88,6 +88,41 @@ class HostCuda:
         assert address + size_bytes <= start + len(self.memory[start]) - offset
 
 
+def cuda_python(cuda: HostCuda) -> ModuleType:
+    """``cuda.bindings.runtime`` on that memory; its names and enumerations are the real ones."""
+    from cuda.bindings import runtime
+
+    success, module = (runtime.cudaError_t.cudaSuccess,), ModuleType("runtime")
+    to_device = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+    sm = {
+        runtime.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor: cuda.sm // 10,
+        runtime.cudaDeviceAttr.cudaDevAttrComputeCapabilityMinor: cuda.sm % 10,
+    }
+
+    def copy(to: int, source: int, size_bytes: int, kind: Any, stream: int) -> tuple[Any, ...]:
+        assert int(stream) == STREAM
+        cuda.check(to if kind == to_device else source, size_bytes)
+        staged = ctypes.string_at(source, size_bytes) if kind == to_device else None
+        cuda.queue.append(lambda: ctypes.memmove(to, staged or source, size_bytes))
+        return success
+
+    module.__dict__.update(
+        {name: each for name, each in vars(runtime).items() if not callable(each) or name[4:5].isupper()}
+        | {
+            "cudaGetDeviceCount": lambda: (*success, 1),
+            "cudaSetDevice": lambda device: success,
+            "cudaDeviceGetAttribute": lambda attribute, device: (*success, sm[attribute]),
+            "cudaStreamCreate": lambda: (*success, STREAM),
+            "cudaStreamCreateWithFlags": lambda flags: (*success, STREAM),
+            "cudaStreamSynchronize": lambda stream: (cuda.synchronize(), success)[1],
+            "cudaMalloc": lambda size_bytes: (*success, cuda.allocate(size_bytes)),
+            "cudaFree": lambda address: (cuda.free(address), success)[1],
+            "cudaMemcpyAsync": copy,
+        }
+    )  # fmt: skip
+    return module
+
+
 @dataclass
 class Engine:
     """One graph with its profiles. Inputs named in ``on_host`` are shape tensors."""
@@ -96,7 +131,6 @@ class Engine:
     session: onnxruntime.InferenceSession
     profiles: Sequence[Bounds]
     on_host: frozenset[str]
-    config_seen: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ins = {port.name: port for port in self.session.get_inputs()}
@@ -140,17 +174,16 @@ class Engine:
         )
         return config
 
-    def create_execution_context(self, config: Any) -> "Context":
-        self.config_seen.append(config)
-        assert config.strategy == "user managed"
-        return Context(self)
+    def create_execution_context(self, config: Any = None) -> "Context":
+        assert config is None or config.strategy == "user managed"
+        return Context(self, needs_memory=config is not None)
 
 
 class Context:
     """One execution context."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.profile = engine, 0
+    def __init__(self, engine: Engine, *, needs_memory: bool) -> None:
+        self.engine, self.profile, self.needs_memory = engine, 0, needs_memory
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.out_shapes: dict[str, tuple[int, ...]] = {}
@@ -192,12 +225,16 @@ class Context:
         return missing
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        if not self.out_shapes:
+            assert self.infer_shapes() == []
         return self.out_shapes[name]
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == STREAM
-        assert self.memory[1] >= self.engine.get_device_memory_size_for_profile_v2(self.profile)
-        self.engine.cuda.check(*self.memory)
+        if self.needs_memory:
+            enough = self.engine.get_device_memory_size_for_profile_v2(self.profile)
+            assert self.memory[1] >= enough
+            self.engine.cuda.check(*self.memory)
         self._check_apart()
         addresses, shapes, out_shapes = dict(self.addresses), dict(self.shapes), self.out_shapes
         self.runs += 1
@@ -286,6 +323,10 @@ class Simulation:
         class ILogger:
             ERROR = 1
 
+            def __init__(self, severity: int = 0) -> None: ...
+
+            def log(self, severity: int, message: str) -> None: ...
+
         class Runtime:
             def __init__(self, log: Any) -> None:
                 self.log_ = log
@@ -304,6 +345,10 @@ class Simulation:
 
         strategy = SimpleNamespace(USER_MANAGED="user managed")
         trt = SimpleNamespace(
-            ILogger=ILogger, Runtime=Runtime, ExecutionContextAllocationStrategy=strategy
+            ILogger=ILogger,
+            Logger=ILogger,
+            Runtime=Runtime,
+            ExecutionContextAllocationStrategy=strategy,
+            __version__=version,
         )
         return Library(target, version, trt)

@@ -64,17 +64,20 @@ def picture(seed: int) -> Image.Image:
 
 
 def simulated(
-    folder: Path, artifact: Path, patch: pytest.MonkeyPatch, *, rows: int = 1, tunable: bool = False
+    folder: Path, artifact: Path, patch: pytest.MonkeyPatch, *, rows: int = 1
 ) -> Simulation:
     """The plans of ``folder``, run as the graphs of ``artifact``, for up to ``rows`` rows."""
     manifest, simulation = EngineManifest.load(folder), Simulation()
     for made, graph in zip(manifest.engines, GRAPHS, strict=True):
         profiles = [
-            {n: (b.least, (b.most[0] * rows, *b.most[1:])) for n, b in profile.inputs.items()}
+            {
+                name: (b.least, b.most if name == "keep" else (b.most[0] * rows, *b.most[1:]))
+                for name, b in profile.inputs.items()
+            }
             for profile in made.profiles
         ]
         plan, file = (folder / made.file).read_bytes(), artifact / "onnx" / f"{graph}.onnx"
-        simulation.serve(plan, str(file), profiles, ["keep"] if tunable else [])
+        simulation.serve(plan, str(file), profiles, [n for n in profiles[0] if n == "keep"])
     version, ours = manifest.versions.tensorrt, plugin.in_python()
     standing = SimpleNamespace(
         version=ours.version,
@@ -346,6 +349,7 @@ def test_prompts_run_in_one_context_and_tokens_in_the_other(
     answer = loaded.generate([picture(0)], QUESTION, max_new_tokens=5)
     contexts = loaded.model.decoder.session._contexts  # type: ignore[attr-defined]
     assert [context.runs for context in contexts] == [1, answer.timings.steps]
+    assert [context.profile for context in contexts] == [0, 1]
     assert loaded.device == "cuda"
 
 
