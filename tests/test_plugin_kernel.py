@@ -247,11 +247,13 @@ def test_what_is_no_number_ranks_below_numbers_and_above_pads(
 ) -> None:
     """Wherever it stands: in a query, in a key that is seen, in one that is not."""
     whole = draw(Sizes(batch=3, group=2, image=30, past=40), 5, keep=7, heads=heads)
+    whole.query[:, :, -1, 5] = 1.0
     places = {
         "query": (whole.query, np.s_[1, 0, -1, 3]),
         "another row": (whole.query, np.s_[1, 0, 0, 3]),
         "key": (whole.keys, np.s_[0, 0, 70, :]),
         "chunk": (whole.keys, np.s_[0, 0, :64, :]),
+        "infinite logits": (whole.keys, np.s_[0, 0, :64, 5]),
         "all": (whole.keys, np.s_[0, 0, :, :]),
         "pads": (whole.keys, np.s_[2, 0, ~whole.mask[2, 0, -1], :]),
     }
@@ -262,6 +264,9 @@ def test_what_is_no_number_ranks_below_numbers_and_above_pads(
         expected = scores(inputs)
         if name in ("another row", "pads"):
             assert (expected == scores(whole)).all()
+        elif name == "infinite logits" and np.isneginf(poison):
+            assert (expected[0] == 0).any()
+            assert (expected[0] > 0).any()
         elif name == "all" or not np.isneginf(poison):
             assert ((expected == -1) | (expected == -2)).any(1)[1 if name == "query" else 0]
         check(launcher, inputs)
