@@ -7,10 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import onnxruntime
 import pytest
 
 BENCH = Path(__file__).parents[1] / "samples" / "bench"
-SCRIPTS = ("export_cost", "loading", "prefill", "baseline", "memory", "sample_table")
+SCRIPTS = (
+    "export_cost",
+    "loading",
+    "prefill",
+    "baseline",
+    "memory",
+    "sample_table",
+    "gpu_onnxruntime",
+)
 
 
 @pytest.fixture
@@ -94,3 +103,39 @@ def test_every_script_says_how_it_is_used(script: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--tiny" in done.stdout
     assert "--threads" in done.stdout
+
+
+def test_the_script_for_a_gpu_runs_on_a_cpu(
+    bench: None, shared_traces: None, tmp_path: Path
+) -> None:
+    """A row a schedule; its artifacts are made here, where one trace serves all."""
+    from vtr_export.exporter import export
+
+    prefill, model = load("prefill"), tmp_path / "tiny-fp16"
+    model.mkdir()
+    load("models").build("tiny", model, "fp16")
+    plans = prefill.schedules(prefill.facts_of(model))
+    for number, schedule in enumerate(plans.values()):
+        out = tmp_path / f"tiny-fp16-link-{number}"
+        export(schedule, model, out, dtype="fp16", weights="link", verify="none")
+    report = tmp_path / "report.md"
+    command = [sys.executable, str(BENCH / "gpu_onnxruntime.py"), "--device", "cpu", "--tiny"]
+    command += ["--runs", "1", "--threads", "1", "--work", str(tmp_path), "--report", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "export " not in done.stderr
+    lines = [line.split("|") for line in report.read_text().splitlines() if line.startswith("| ")]
+    assert [line[1].strip() for line in lines[1:]] == list(plans)
+    tokens = [int(line[2]) for line in lines[1:]]
+    assert tokens[0] == max(tokens) > min(tokens)
+    assert all(float(line[6]) >= 1 for line in lines[1:])
+
+
+def test_without_its_gpu_it_writes_nothing(bench: None, tmp_path: Path) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    command = [sys.executable, str(BENCH / "gpu_onnxruntime.py"), "--work", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no CUDAExecutionProvider" in done.stderr
+    assert not (tmp_path / "work").exists()
