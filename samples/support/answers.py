@@ -33,11 +33,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Said:
-    """An answer, the logits of its prefill [vocab], and the vision tokens left after each cut."""
+    """An answer and its prefill: logits [vocab], and the vision tokens left after each cut.
+
+    ``scores`` are what each cut chose by, of those left before it; only the reference tells.
+    """
 
     text: str
     logits: NDArray[np.float32]
     kept: tuple[Ints, ...]
+    scores: tuple[NDArray[np.float32], ...] = ()
 
 
 def read_questions(file: Path, limit: int | None) -> list[Asked]:
@@ -98,9 +102,9 @@ class Theirs:
         kept = tuple(_numpy(each) for each in said.prefill.kept)
         survivors = _survivors(_numpy(index)[0], kept, ids.shape[1])
         logits = _numpy(said.logits.float())[0, 0]
-        return Said(self._text(said.tokens[0]), logits, survivors), self._text(
-            whole[0, ids.shape[1] :]
-        )
+        scores = tuple(_numpy(each)[0] for each in said.prefill.scores)
+        text = self._text(whole[0, ids.shape[1] :])
+        return Said(self._text(said.tokens[0]), logits, survivors, scores), text
 
     def _inputs(self, asked: Asked) -> Any:
         content = [{"type": "image"}, {"type": "text", "text": asked.question}]
@@ -130,12 +134,18 @@ def theirs(
 
 
 def compare(
-    asked: Sequence[Asked], mine: Sequence[Said], other: Sequence[tuple[Said, str]]
+    asked: Sequence[Asked],
+    mine: Sequence[Said],
+    other: Sequence[tuple[Said, str]],
+    near_tie: float,
 ) -> dict[str, Any]:
-    """Answers counted, logits compared where both kept the same, keep-sets by their overlap."""
+    """Answers counted, logits compared where both kept the same.
+
+    ``near_ties`` counts the prompts where rounding alone, a relative ``near_tie`` of the scores,
+    may have swapped what is kept.
+    """
     pairs = [(a, b) for a, (b, _) in zip(mine, other, strict=True)]
     same = [(a, b) for a, b in pairs if not any(map(differing, a.kept, b.kept))]
-    overlaps = [_overlap(*sets) for a, b in pairs for sets in zip(a.kept, b.kept, strict=True)]
     known = [(a, q) for a, q in zip(mine, asked, strict=True) if q.answers]
     return {
         "questions": len(asked),
@@ -144,7 +154,7 @@ def compare(
         "alike": sum(a.text == b.text for a, b in pairs),
         "alike_whole": sum(a.text == text for a, (_, text) in zip(mine, other, strict=True)),
         "same_keep_sets": len(same),
-        "keep_set_overlap": float(np.mean(overlaps)) if overlaps else 1.0,
+        "near_ties": sum(_is_near_tie(a, b, near_tie) for a, b in pairs),
         "cosine": min((float(cosines(a.logits, b.logits)) for a, b in same), default=None),
         "difference": max((worst_difference(a.logits, b.logits) for a, b in same), default=None),
     }
@@ -176,10 +186,16 @@ def _survivors(vision: Ints, kept: Sequence[Ints], columns: int) -> tuple[Ints, 
     return tuple(found)
 
 
-def _overlap(one: Ints, other: Ints) -> float:
-    """Intersection over union."""
-    union = np.union1d(one, other).size
-    return np.intersect1d(one, other).size / union if union else 1.0
+def _is_near_tie(mine: Said, other: Said, near_tie: float) -> bool:
+    """Whether the first cut that differs swapped only scores close to the worst that was kept."""
+    before = np.arange(len(other.scores[0])) if other.scores else np.arange(0)
+    for ours, kept, scores in zip(mine.kept, other.kept, other.scores, strict=True):
+        if differing(ours, kept):
+            worst = scores[np.isin(before, kept)].min(initial=np.inf)
+            swapped = scores[np.isin(before, np.setxor1d(ours, kept))]
+            return bool((np.abs(swapped - worst) <= near_tie * abs(worst)).all())
+        before = kept
+    return False
 
 
 def _numpy(tensor: torch.Tensor) -> NDArray[Any]:

@@ -22,15 +22,17 @@ HEAD = (
     "exports to",
     "ONNX Runtime CPU",
     "ONNX Runtime CUDA",
-    "TensorRT-RTX build",
+    "TensorRT builds",
+    "TensorRT runs",
     "executed on",
 )
+BUILDERS = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 NEVER = "not run yet"
 Record = dict[str, Any]
 
 
 def records() -> list[Record]:
-    """What ``record.py`` wrote, one file a machine."""
+    """What ``samples/acceptance.py --record`` wrote, one file a machine and target."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(HERE.glob("*.json"))]
 
 
@@ -42,16 +44,27 @@ def table(found: list[Record]) -> str:
 
 def _row(family: str, found: list[Record]) -> tuple[str, ...]:
     own = [record for record in found if record["family"] == family]
-    built = [record["built"] for record in own if record["built"]]
+    ran = [record for record in own if executed(record)]
+    builds = [said for record in own if (said := _builds(record))]
     return (
         family,
         f"`{MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]}`: {_parts()}",
         ", ".join(IR_DTYPES),
-        _dtypes(own, "cpu"),
-        _dtypes(own, "cuda"),
-        "; ".join(dict.fromkeys(_build(each) for each in built)) or NEVER,
-        "; ".join(_executed(record) for record in own) or NEVER,
+        _dtypes(ran, "cpu", ("onnxruntime",)),
+        _dtypes(ran, "cuda", ("onnxruntime",)),
+        "; ".join(dict.fromkeys(builds)) or NEVER,
+        _dtypes(ran, "cuda", tuple(BUILDERS)),
+        "; ".join(map(_executed, ran)) or NEVER,
     )
+
+
+def executed(record: Record) -> dict[str, Record]:
+    """By dtype, the answers of the runs that were executed and passed."""
+    return {
+        dtype: run["answers"]
+        for dtype, run in record["runs"].items()
+        if run["answers"] and run["answers"]["passed"] and run["verify"]["passed"]
+    }
 
 
 def _parts() -> str:
@@ -59,21 +72,28 @@ def _parts() -> str:
     return f"{towers} + {', '.join(DECODERS)}"
 
 
-def _dtypes(own: list[Record], device: str) -> str:
-    ran = dict.fromkeys(d for r in own if r["device"] == device for d in r["executed"])
-    return ", ".join(ran) or NEVER
+def _dtypes(ran: list[Record], device: str, targets: tuple[str, ...]) -> str:
+    own = (r for r in ran if r["device"] == device and r["target"] in targets)
+    return ", ".join(dict.fromkeys(d for r in own for d in executed(r))) or NEVER
 
 
-def _build(built: Record) -> str:
-    return f"{', '.join(built['dtypes'])} ({built['builder']})"
+def _builds(record: Record) -> str:
+    """``fp16 for SM 8.6, 8.9 (TensorRT-RTX 1.7)``; empty where nothing was built."""
+    built = {d: run["build"] for d, run in record["runs"].items() if run["build"]}
+    if not built:
+        return ""
+    first = next(iter(built.values()))
+    sms = ", ".join(f"{sm // 10}.{sm % 10}" for sm in first["sms"])
+    return f"{', '.join(built)} for SM {sms} ({BUILDERS[first['target']]} {first['tensorrt']})"
 
 
 def _executed(record: Record) -> str:
     counts = [
-        f"{dtype} {count['right']} of {count['questions']} right"
-        for dtype, count in record["executed"].items()
+        f"{dtype} {found['right']} of {found['with_known_answer']} right, "
+        f"{found['alike']} as transformers"
+        for dtype, found in executed(record).items()
     ]
-    return f"{record['machine']}, {record['runtime']}, {record['date']}: {', '.join(counts)}"
+    return f"{record['machine']}, {record['runtime']}, {record['date']}: {'; '.join(counts)}"
 
 
 def put(text: str, into: str) -> str:
