@@ -31,7 +31,8 @@ def lower_artifact(folder: Path, manifest: Manifest) -> list[Gate]:
         _write(folder / name)
     cases = [load_golden(file) for file in sorted((folder / FOLDER).glob("*.npz"))]
     parts = replace(Parts.of(folder, manifest), lowering=tensorrt_10())
-    return compare(parts, cases, BARS[manifest.dtype]) if cases else []
+    gates = compare(parts, cases, BARS[manifest.dtype]) if cases else []
+    return [gate.model_copy(update={"name": f"tensorrt-10.{gate.name}"}) for gate in gates]
 
 
 def _write(graph: Path) -> None:
