@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,14 +100,20 @@ def check_picture(drawn: Path) -> None:
 
 def check_record(artifact: Path) -> None:
     """What a CPU was recorded to answer is what the artifact answers here, near ties aside."""
-    script = "import sys, json, record; print(json.dumps(record.answers(sys.argv[1], 'cpu')))"
-    said = run(f'cd {SUPPORT} && python -c "{script}" {artifact}', artifact)
-    found = json.loads(said.splitlines()[-1])
-    recorded = [r["executed"]["fp32"] for r in RECORDS if r["device"] == "cpu"]
+    from vtr_export import Artifact
+    from vtr_export.runtime.artifact import Request
+
+    digits = ROOT / "samples" / "digits"
+    lines = (digits / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    asked = [Request(row["question"], [digits / row["image"]]) for row in rows]
+    given = Artifact.load(artifact).generate_batch(asked)
+    right = sum(said.text in row["answers"] for said, row in zip(given, rows, strict=True))
+    recorded = [r["runs"]["fp32"]["answers"] for r in RECORDS if r["device"] == "cpu"]
     assert recorded
     for each in recorded:
-        assert each["questions"] == found["questions"] == 128
-        assert abs(each["right"] - found["right"]) <= 2
+        assert each["questions"] == len(rows) == 128
+        assert abs(each["right"] - right) <= 2
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -144,13 +151,37 @@ def test_the_support_table_is_what_its_command_writes(tmp_path: Path) -> None:
 def test_the_table_claims_what_was_recorded_and_no_more(family: str) -> None:
     row = cells(family)
     own = [record for record in RECORDS if record["family"] == family]
-    for device, column in (("cpu", "ONNX Runtime CPU"), ("cuda", "ONNX Runtime CUDA")):
-        ran = {dtype for r in own if r["device"] == device for dtype in r["executed"]}
+    for column, device, target in (
+        ("ONNX Runtime CPU", "cpu", "onnxruntime"),
+        ("ONNX Runtime CUDA", "cuda", "onnxruntime"),
+        ("TensorRT runs", "cuda", "tensorrt"),
+    ):
+        ran = {
+            dtype
+            for record in own
+            if record["device"] == device and record["target"].removesuffix("-rtx") == target
+            for dtype, run in record["runs"].items()
+            if run["answers"]
+        }
         assert set(re.findall(r"fp32|fp16|bf16", row[column])) == ran
+    built = {dtype for r in own for dtype, run in r["runs"].items() if run["build"]}
+    assert set(re.findall(r"fp32|fp16|bf16", row["TensorRT builds"])) == built
     for record in own:
-        assert record["machine"] in row["executed on"]
+        is_named = record["runtime"] in row["executed on"]
+        assert is_named == any(run["answers"] for run in record["runs"].values())
     if not own:
         assert row["executed on"] == "not run yet"
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record["target"])
+def test_what_is_recorded_has_passed_or_says_why_not(record: dict[str, Any]) -> None:
+    """By whom it was recorded stands nowhere in it, and no folder of theirs."""
+    assert record["verdict"] == "passed" or record["verdict"].startswith("built, not executed: ")
+    for run in record["runs"].values():
+        assert run["export"]["verified"]
+        assert run["failed"] is None
+        assert (run["answers"] is not None) == (record["verdict"] == "passed")
+    assert re.findall(r"(?<![\w.])/\w+/", json.dumps(record)) == []
 
 
 # --- links and paths ---------------------------------------------------------------------------
