@@ -14,7 +14,7 @@
 //       -L$TENSORRT/lib -lnvinfer -L$CUDA/lib64 -lcudart -o deploy_tensorrt
 //
 // For engines of TensorRT-RTX link -ltensorrt_rtx in place of -lnvinfer. Compiled against the
-// public headers of TensorRT 11.1 and CUDA 13.0. On a GPU it has not run: none was at hand.
+// public headers of TensorRT 11.1 and CUDA 13.0, run on a stand-in for both; on no GPU yet.
 #include <NvInfer.h>
 #include <cuda_runtime.h>
 

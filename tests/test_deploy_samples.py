@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from simulated_tensorrt import Simulation, cuda_python
 from test_runtime_tensorrt import QUESTION, picture, simulated, without_gpu
@@ -175,6 +176,86 @@ def test_the_cpp_sample_is_short() -> None:
     text = (SAMPLES / "deploy_tensorrt.cpp").read_text()
     assert text.count("\n") <= 300
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.fixture(scope="module")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample on ``stand_in``'s toy engines, watched by the compiler's own checks."""
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not installed")
+    out = tmp_path_factory.mktemp("cpp") / "deploy_tensorrt"
+    stand_in = Path(__file__).with_name("stand_in")
+    options = ["-std=c++17", "-Wall", "-Wextra", "-g", "-fsanitize=address,undefined"]
+    command = ["g++", *options, f"-I{stand_in}", SAMPLES / "deploy_tensorrt.cpp", "-o", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:2000]
+    assert "deploy_tensorrt.cpp" not in done.stderr, "no warnings"
+    return out
+
+
+def told(binary: Path, folder: Path, *arguments: object) -> tuple[int, str, str]:
+    files = [folder, folder / "pixels.bin", folder / "ids.bin"]
+    command = [str(part) for part in (binary, *files, *arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """An engine folder of the toys; whole numbers, so that sums are exact."""
+    chance = np.random.default_rng(0)
+    (tmp_path / "vision_encoder.plan").write_text("vision")
+    (tmp_path / "decoder.plan").write_text("decoder")
+    np.save(tmp_path / "embed_tokens.npy", chance.integers(0, 9, (97, 4)).astype(np.float32))
+    chance.integers(0, 9, (1, 3, 2, 2)).astype(np.float32).tofile(tmp_path / "pixels.bin")
+    np.array([5, 7, 7, 7, 8, 20], np.int64).tofile(tmp_path / "ids.bin")
+    return tmp_path
+
+
+def toy_answer(folder: Path, steps: int) -> list[int]:
+    """What ``stand_in`` makes of a right client, written from what a decoder is given."""
+    table, ids = np.load(folder / "embed_tokens.npy"), np.fromfile(folder / "ids.bin", np.int64)
+    sequence = table[ids].copy()
+    where = np.flatnonzero(ids == 7)
+    sequence[where] = np.fromfile(folder / "pixels.bin", np.float32).reshape(3, 4)
+    fed, said = len(ids), list[int]()
+    for step in range(steps):
+        length = len(sequence)
+        count = float((sequence.ravel() * (np.arange(4 * length) % 7 + 1)).sum())
+        count += 3 * (length - len(where) + 1) + 5 * length
+        count += 11 * np.arange(length)[-fed:].sum() + 13 * (where.sum() if step == 0 else 0)
+        said.append(int(count) % 97)
+        sequence, fed = np.concatenate((sequence, table[said[-1:]])), 1
+    return said
+
+
+def test_the_cpp_loop_hands_over_all_that_a_decoder_takes(binary: Path, toy: Path) -> None:
+    expected = toy_answer(toy, 40)
+    code, out, err = told(binary, toy, 7, 999, 40)
+    assert (code, err) == (0, "")
+    assert [int(word) for word in out.split()] == expected
+    end = expected[9]
+    _, out, _ = told(binary, toy, 7, end, 40)
+    assert [int(word) for word in out.split()] == expected[: expected.index(end)]
+
+
+def test_the_cpp_sample_says_what_is_wrong(binary: Path, toy: Path) -> None:
+    for spoil, arguments, said in (
+        (lambda: None, [6, 999], "too few image tokens"),
+        (lambda: None, [7], "IMAGE_TOKEN EOS"),
+        (lambda: None, [7, 999, 3, "no.so"], "plugin does not load"),
+        (
+            lambda: (toy / "pixels.bin").write_bytes(b"1234"),
+            [7, 999],
+            "pixels.bin has another size",
+        ),
+        (lambda: (toy / "decoder.plan").write_text("x"), [7, 999], "does not take"),
+        (lambda: (toy / "ids.bin").unlink(), [7, 999], "cannot be read"),
+    ):
+        spoil()
+        code, out, err = told(binary, toy, *arguments)
+        assert (code, out) == (1, "")
+        assert said in err
 
 
 @pytest.mark.skipif(
