@@ -381,8 +381,7 @@ __device__ inline void rank_tokens(const Params& p, PruneShared& s, const Row& r
     for (bool merged = false;; merged = true) {
         if (threadIdx.x == 0) s.item = atomicAdd(counters, 1u);
         __syncthreads();
-        const unsigned item = s.item;
-        __syncthreads();
+        const unsigned item = s.item;  // written again behind the barriers of rank_item
         if (item >= items) break;
         if (!merged) merge_statistics(p, row, batch);
         rank_item(p, s, row, batch, (int)item);
