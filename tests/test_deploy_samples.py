@@ -223,7 +223,7 @@ def toy_answer(folder: Path, steps: int) -> list[int]:
         length = len(sequence)
         count = float((sequence.ravel() * (np.arange(4 * length) % 7 + 1)).sum())
         count += 3 * (length - len(where) + 1) + 5 * length
-        count += 11 * np.arange(length)[-fed:].sum() + 13 * (where.sum() if step == 0 else 0)
+        count += 11 * np.arange(length)[-fed:].sum() + (13 * where.sum() if step == 0 else 17)
         said.append(int(count) % 97)
         sequence, fed = np.concatenate((sequence, table[said[-1:]])), 1
     return said

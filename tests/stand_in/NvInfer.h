@@ -1,7 +1,7 @@
 // As much of TensorRT as samples/deploy_tensorrt.cpp uses, with two toy engines for plans: "vision"
 // and "decoder". The decoder has one cut that keeps one vision token; its logits count all that a
-// right client hands over: embeddings, cache, masks, positions, indices. tests/test_deploy_samples.py
-// counts the same in numpy.
+// right client hands over: embeddings, cache, masks, positions, indices, and the profile it chose.
+// tests/test_deploy_samples.py counts the same in numpy.
 #pragma once
 #include <algorithm>
 #include <cassert>
@@ -113,17 +113,17 @@ private:
     void decode() const {
         const int64_t past = size("past_key_values.0.key", 2), fed = size("inputs_embeds", 1);
         auto* present = at<float>("present.0.key");
-        std::memcpy(present, at<float>("past_key_values.0.key"), sizeof(float) * past * WIDTH);
-        std::memcpy(present + past * WIDTH, at<float>("inputs_embeds"), sizeof(float) * fed * WIDTH);
+        std::copy_n(at<float>("past_key_values.0.key"), past * WIDTH, present);
+        std::copy_n(at<float>("inputs_embeds"), fed * WIDTH, present + past * WIDTH);
         const int64_t gone = size("past_mask.0", 1);
-        std::memcpy(at<int64_t>("present_mask.0"), at<int64_t>("past_mask.0"), 8 * gone);
+        std::copy_n(at<int64_t>("past_mask.0"), gone, at<int64_t>("present_mask.0"));
         std::fill_n(at<int64_t>("present_mask.0") + gone, left(), 1);
         double count = 0;
         for (int64_t i = 0; i < (past + fed) * WIDTH; ++i) count += present[i] * double(i % 7 + 1);
         count += 3.0 * sum("present_mask.0", gone + left());
         count += 5.0 * sum("attention_mask", size("attention_mask", 1));
         count += 11.0 * sum("position_ids", fed);
-        count += 13.0 * sum("vision_index", size("vision_index", 1));
+        count += 13.0 * sum("vision_index", size("vision_index", 1)) + 17.0 * profile_;
         for (int64_t v = 0; v < VOCAB; ++v)
             at<float>("logits")[v] = v == static_cast<int64_t>(count) % VOCAB ? 1.0f : 0.0f;
     }
