@@ -6,6 +6,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import pytest
+from command import vtr
 
 from vtr_export import tensorrt_10
 from vtr_export.errors import AnalysisError
@@ -50,3 +51,15 @@ def test_a_graph_that_would_not_parse_is_refused(
     monkeypatch.delitem(tensorrt_10.OPERATORS, "TopK")  # type: ignore[arg-type]  # a literal dict
     with pytest.raises(AnalysisError, match="TopK"):
         lower_artifact(artifact, Manifest.load(artifact))
+
+
+def test_an_export_for_tensorrt_10_publishes_them(
+    checkpoint_fp16: Path, artifact_fp16: Path, shared_traces: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = vtr("export", "-s", artifact_fp16 / "schedule.yaml", "-m", checkpoint_fp16, "-o", out,
+               "--dtype", "fp16", "--no-verify", "--target", "tensorrt-10", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    lowered = {name for name in done.json["files"] if name.endswith(SUFFIX)}
+    assert len(lowered) == 3
+    assert lowered <= Manifest.load(out).files.keys()

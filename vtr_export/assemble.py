@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import onnx_ir as ir
 
@@ -16,13 +16,18 @@ from vtr_export.manifest import (
     DecoderFacts,
     Graphs,
     KeepShare,
+    Manifest,
     ScheduleFacts,
     Source,
     Stage,
     Versions,
     Weights,
 )
+from vtr_export.published import File, hash_files
 from vtr_export.schedule import Resolved, Schedule
+
+if TYPE_CHECKING:
+    from vtr_export.weights import WeightsReport
 
 GENERATION: Final = "generation_config.json"
 GOLDEN: Final = ("golden/batch.npz", "golden/single.npz")  # of a whole verification
@@ -80,6 +85,36 @@ def save_graphs(models: Mapping[str, ir.Model], folder: Path) -> None:
     for name, model in models.items():
         model.producer_name, model.producer_version = "vtr-export", __version__
         ir.save(model, folder / f"{name}.onnx")
+
+
+def draft(
+    checkpoint: Checkpoint,
+    schedule: ScheduleFacts,
+    model: DecoderFacts,
+    folder: Path,
+    written: "WeightsReport",
+    *,
+    dtype: str,
+    weights: str,
+    tunable: bool,
+) -> Manifest:
+    """The manifest of an artifact in ``folder`` that nobody verified yet."""
+    known = {
+        f"{ONNX}/{name}": File(bytes=file.size_bytes, sha256=file.sha256)
+        for name, file in written.files.items()
+    }
+    return Manifest(
+        versions=versions(),
+        source=source(checkpoint, written.shards),
+        dtype=dtype,  # type: ignore[arg-type]  # checked by pydantic
+        weights=weights_place(checkpoint, weights),
+        weights_scanned=written.weights_scanned,
+        schedule=schedule,
+        model=model,
+        graphs=graph_files(),
+        tunable=tunable,
+        files=hash_files(folder, known),
+    )
 
 
 def graph_files() -> Graphs:

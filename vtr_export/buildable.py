@@ -142,9 +142,8 @@ def _find_plugin(
     folder: Path, manifest: Manifest, request: Request, target: str, sms: tuple[int, ...]
 ) -> plugins.Plugin | None:
     """The plugin to build with, if any; EngineError when one is needed and cannot be had."""
-    keeps, most = keeps_of(manifest), request.ranges.max_vision_tokens
-    counted = (keep.denominator if manifest.tunable else keep.of(most) for keep in keeps)
-    largest = max((min(most, count) for count in counted), default=0)
+    keeps = keeps_of(manifest)
+    largest = max((_selected(keep, manifest, request) for keep in keeps), default=0)
     turing = bool(keeps) and target == "tensorrt-rtx" and TURING in sms
     needed = largest > TOP_K or turing
     if needed and request.plugin == "off":
@@ -168,6 +167,17 @@ def _find_plugin(
         hint = "build with --plugin auto: the cuts become TensorRT's own layers"
         raise EngineError(f"the plugin does not serve this artifact: {why}", hint=hint)
     return None
+
+
+def _selected(keep: Keep, manifest: Manifest, request: Request) -> int:
+    """The most that one TopK of a cut selects; 0 for a cut that drops nothing."""
+    most = request.ranges.max_vision_tokens
+    if not manifest.tunable and opened_cuts([keep], most):
+        return 0
+    count = keep.denominator if manifest.tunable else keep.numerator
+    if manifest.schedule.rank == "per_image":
+        return min(most, count)
+    return most if manifest.tunable else keep.of(most)
 
 
 def keeps_of(manifest: Manifest) -> tuple[Keep, ...]:

@@ -16,7 +16,7 @@ from vtr_export.memory import get_weight_type, weight_bytes
 from vtr_export.plan import check_fits_target
 from vtr_export.process import Announce, Clock, peak_rss_bytes
 from vtr_export.publish import check_target, publish
-from vtr_export.published import MANIFEST, File, hash_files
+from vtr_export.published import MANIFEST, hash_files
 from vtr_export.schedule import Resolved, Schedule
 from vtr_export.targets import check_name
 
@@ -192,10 +192,21 @@ def _export(
         warnings = assemble.copy_assets(checkpoint, staging)
         (staging / "schedule.yaml").write_text(schedule.dump(), encoding="utf-8")
         peak = peak_rss_bytes()
-        draft = _manifest(schedule, checkpoint, facts, resolved, staging, options, written)
+        draft = assemble.draft(
+            checkpoint,
+            assemble.schedule_facts(schedule, resolved),
+            assemble.decoder_facts(checkpoint, facts, resolved),
+            staging,
+            written,
+            dtype=options.dtype,
+            weights=options.weights,
+            tunable=options.tunable,
+        )
         draft.save(staging)
         scope, outcome = _verify(checkpoint, facts, resolved, staging, options, clock)
         gates = () if outcome is None else outcome.gates
+        if options.target == "tensorrt-10":
+            gates += _lower(staging, draft, clock)
         with clock.step("hash the files"):
             known = {name: draft.files[name] for name in draft.files if name.startswith("onnx/")}
             manifest = draft.model_copy(
@@ -272,34 +283,6 @@ def _frontend() -> Callable[[Checkpoint, ModelFacts, str], Any]:
     return load
 
 
-def _manifest(
-    schedule: Schedule,
-    checkpoint: Checkpoint,
-    facts: ModelFacts,
-    resolved: Resolved,
-    staging: Path,
-    options: Options,
-    written: "WeightsReport",
-) -> Manifest:
-    """The manifest of an artifact that nobody verified yet."""
-    known = {
-        f"{assemble.ONNX}/{name}": File(bytes=file.size_bytes, sha256=file.sha256)
-        for name, file in written.files.items()
-    }
-    return Manifest(
-        versions=assemble.versions(),
-        source=assemble.source(checkpoint, written.shards),
-        dtype=options.dtype,  # type: ignore[arg-type]  # checked by pydantic
-        weights=assemble.weights_place(checkpoint, options.weights),
-        weights_scanned=written.weights_scanned,
-        schedule=assemble.schedule_facts(schedule, resolved),
-        model=assemble.decoder_facts(checkpoint, facts, resolved),
-        graphs=assemble.graph_files(),
-        tunable=options.tunable,
-        files=hash_files(staging, known),
-    )
-
-
 def _verify(
     checkpoint: Checkpoint,
     facts: ModelFacts,
@@ -335,6 +318,17 @@ def _failure(gates: Sequence[Gate]) -> GateError:
         where=first.detail,
         hint="nothing was published; --no-verify publishes it unverified",
     )
+
+
+def _lower(staging: Path, draft: Manifest, clock: Clock) -> tuple[Gate, ...]:
+    """Graphs for TensorRT 10 beside the artifact's own; GateError when they say otherwise."""
+    from vtr_export.lowering import lower_artifact
+
+    with clock.step("lower for TensorRT 10"):
+        gates = tuple(lower_artifact(staging, draft))
+    if not all(gate.passed for gate in gates):
+        raise _failure(gates)
+    return gates
 
 
 def _scope(facts: ModelFacts, options: Options) -> str:
