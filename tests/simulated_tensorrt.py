@@ -176,14 +176,14 @@ class Engine:
 
     def create_execution_context(self, config: Any = None) -> "Context":
         assert config is None or config.strategy == "user managed"
-        return Context(self, needs_memory=config is not None)
+        return Context(self, config)
 
 
 class Context:
     """One execution context."""
 
-    def __init__(self, engine: Engine, *, needs_memory: bool) -> None:
-        self.engine, self.profile, self.needs_memory = engine, 0, needs_memory
+    def __init__(self, engine: Engine, config: Any) -> None:
+        self.engine, self.profile, self.config = engine, 0, config
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.out_shapes: dict[str, tuple[int, ...]] = {}
@@ -231,7 +231,7 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == STREAM
-        if self.needs_memory:
+        if self.config is not None:
             enough = self.engine.get_device_memory_size_for_profile_v2(self.profile)
             assert self.memory[1] >= enough
             self.engine.cuda.check(*self.memory)
@@ -349,6 +349,7 @@ class Simulation:
             Logger=ILogger,
             Runtime=Runtime,
             ExecutionContextAllocationStrategy=strategy,
+            DynamicShapesKernelSpecializationStrategy=SimpleNamespace(NONE="none"),
             __version__=version,
         )
         return Library(target, version, trt)

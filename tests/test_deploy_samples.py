@@ -18,6 +18,7 @@ from test_runtime_tensorrt import QUESTION, picture, simulated, without_gpu
 
 from vtr_export import builder
 from vtr_export.engine_manifest import EngineManifest
+from vtr_export.errors import InputError
 from vtr_export.exporter import export
 from vtr_export.frontends import transformers
 from vtr_export.runtime import engine
@@ -145,9 +146,21 @@ def tunable(
     monkeypatch.setattr(builder, "build_plan", plan)
     schedule = Schedule.from_keeps([16, 8, 3])
     export(schedule, checkpoint_fp16, artifact, dtype="fp16", tunable=True, verify="none")
-    builder.build(artifact, folder, sms=(86,), plugin="off", unverified=True)
+    ranges = {"max_text_tokens": 16, "max_new_tokens": 8}
+    builder.build(artifact, folder, sms=(86,), plugin="off", ranges=ranges, unverified=True)
     imported(simulated(folder, artifact, monkeypatch), folder, monkeypatch)
     return artifact, folder
+
+
+def test_an_answer_ends_where_the_engine_does(tunable: tuple[Path, Path]) -> None:
+    """It was built for 16 vision, 16 text and 8 new tokens."""
+    loaded = Artifact.load(tunable[1])
+    answer = loaded.generate([], "how many ?", max_new_tokens=100)
+    assert answer.finish == "length"
+    assert answer.prompt_tokens + len(answer.token_ids) == 40
+    with pytest.raises(InputError, match="built for 40") as caught:
+        loaded.generate([], "digit " * 40)
+    assert "--max-text-tokens" in caught.value.hint
 
 
 def test_one_engine_serves_many_budgets(tunable: tuple[Path, Path], image: Path) -> None:

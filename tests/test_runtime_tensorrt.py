@@ -350,6 +350,8 @@ def test_prompts_run_in_one_context_and_tokens_in_the_other(
     contexts = loaded.model.decoder.session._contexts  # type: ignore[attr-defined]
     assert [context.runs for context in contexts] == [1, answer.timings.steps]
     assert [context.profile for context in contexts] == [0, 1]
+    strategy = "dynamic_shapes_kernel_specialization_strategy"
+    assert [getattr(context.config, strategy, "") for context in contexts] == ["", "none"]
     assert loaded.device == "cuda"
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,9 @@ from vtr_export.runtime.sampling import Options
 from vtr_export.runtime.session import Array, Session, open_session
 from vtr_export.runtime.show_kept import Grid, Panel, draw
 from vtr_export.runtime.text import Detokenizer
+
+if TYPE_CHECKING:
+    from vtr_export.engine_manifest import EngineManifest
 
 Stream = Callable[[str], None]
 
@@ -88,6 +92,7 @@ class Artifact:
     processor: Processor
     model: Model
     device: str = "cpu"
+    holds: int | None = None  # tokens that an engine's cache was built for
 
     @classmethod
     def load(
@@ -106,11 +111,12 @@ class Artifact:
         """
         folder = Path(path)
         if kind_of(folder) == "engine":
-            manifest, sessions = _open_engine(folder, device, threads)
-            device = "cuda"
+            engine, sessions = _open_engine(folder, device, threads)
+            manifest, holds, device = engine.artifact, engine.request.ranges.max_tokens, "cuda"
         else:
             device = device or "cpu"
             manifest, sessions = _open_graphs(folder, device, threads)
+            holds = None
         vision, embedding, decoder = sessions
         keeps, facts = _keeps(manifest, keep), manifest.model
         model = Model(
@@ -120,7 +126,7 @@ class Artifact:
             facts.image_token_id,
             facts.pad_token_id or 0,
         )
-        return cls(folder, manifest, Processor(folder), model, device)
+        return cls(folder, manifest, Processor(folder), model, device, holds)
 
     def generate(
         self,
@@ -265,7 +271,13 @@ class Artifact:
                 f"the prompt takes {longest} tokens, the model's context is {context}",
                 hint="ask less, or give fewer images",
             )
-        return context - longest
+        if self.holds is not None and longest >= self.holds:
+            raise InputError(
+                f"the prompt takes {longest} tokens, the engine was built for {self.holds}",
+                hint="ask less, or build for more: vtr build ARTIFACT with a larger "
+                "--max-text-tokens or --max-new-tokens",
+            )
+        return min(context, self.holds or context) - longest
 
     def _answer(self, row: Row, generated: Generated, number: int, timings: Timings) -> Answer:
         tokens = generated.tokens[number]
@@ -307,7 +319,7 @@ def _open_graphs(
 
 def _open_engine(
     folder: Path, device: str | None, threads: int | None
-) -> tuple[Manifest, Sequence[Session]]:
+) -> "tuple[EngineManifest, Sequence[Session]]":
     if device == "cpu" or threads is not None:
         raise InputError(
             f"an engine runs on a GPU: it takes no {'threads' if threads else '--device cpu'}",
@@ -316,8 +328,7 @@ def _open_engine(
         )
     from vtr_export.runtime.engine import open_engine
 
-    manifest, sessions = open_engine(folder)
-    return manifest.artifact, sessions
+    return open_engine(folder)
 
 
 def _panel(layers: tuple[int, int], left: Ints, start: int, tokens: int) -> Panel:

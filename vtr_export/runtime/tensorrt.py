@@ -1,5 +1,6 @@
 """A session on a TensorRT engine: cuda-python and numpy, one context for each profile.
 
+TensorRT-RTX finishes its kernels on the GPU it meets: an engine's first calls there are slowest.
 No GPU was at hand: what speaks to CUDA and TensorRT ran on a simulation of both only.
 """
 
@@ -196,8 +197,8 @@ class TensorRT:
         trt, config = self._gpu.library.trt, self._engine.create_runtime_config()
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         config.set_execution_context_allocation_strategy(strategy)
-        if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-            # a cache grows at every step: TensorRT-RTX would compile kernels for each length
+        if number and hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+            # in generation a cache grows at every step: it would compile kernels for each length
             none = trt.DynamicShapesKernelSpecializationStrategy.NONE
             config.dynamic_shapes_kernel_specialization_strategy = none
         context = self._engine.create_execution_context(config)
