@@ -1,6 +1,7 @@
 """The kernels' own source compiled for a CPU, and called as cuda-python would call the GPU's."""
 
 import ctypes
+import mmap
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ DTYPES = tuple(kernel.DTYPES)
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTIFY_SOURCE")
 HOST = Path(__file__).parents[1] / "plugins" / "host"
 STREAM = 7  # any but the default one
-GUARD = 64  # bytes around everything that a kernel writes
+GUARD = 64  # bytes before everything that a kernel writes
 
 
 def compile_source(source: str, out: Path) -> Path:
@@ -128,12 +129,22 @@ def stored(values: Array, dtype: str) -> Array:
 
 
 class Guarded:
-    """Memory of ``size`` bytes at an address of ``align``, all of it and its surroundings 0xCD."""
+    """Memory of ``size`` bytes and what lies before it, all 0xCD; behind it nothing may be touched.
 
-    def __init__(self, size: int, align: int = 256, shift: int = 0) -> None:
-        self.raw = np.full(size + 2 * GUARD + align, 0xCD, np.uint8)
-        start = self.raw.ctypes.data + GUARD
-        self.at, self.size = -start % align + GUARD + shift, size
+    Its address is a multiple of 16 plus ``shift``: what follows, up to 15 bytes on, is a page that
+    ends the process when it is read.
+    """
+
+    def __init__(self, size: int, shift: int = 0) -> None:
+        pages = -(-(size + GUARD + 16) // mmap.PAGESIZE) + 1
+        self.pages = mmap.mmap(-1, pages * mmap.PAGESIZE)
+        self.raw = np.frombuffer(self.pages, np.uint8)
+        end = len(self.raw) - mmap.PAGESIZE
+        self.raw[:end] = 0xCD
+        guard = ctypes.c_void_p(self.raw.ctypes.data + end)
+        assert not ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0)
+        self.at, self.size = (end - size - shift) // 16 * 16 + shift, size
+        self.end = end
 
     @property
     def pointer(self) -> int:
@@ -143,13 +154,13 @@ class Guarded:
         """What was written; fails if something lies around it."""
         end = self.at + self.size
         assert (self.raw[: self.at] == 0xCD).all()
-        assert (self.raw[end:] == 0xCD).all()
+        assert (self.raw[end : self.end] == 0xCD).all()
         return self.raw[self.at : end].view(dtype).reshape(shape).copy()
 
 
-def placed(values: Array, align: int = 256, shift: int = 0) -> Guarded:
+def placed(values: Array, shift: int = 0) -> Guarded:
     """A copy of ``values``."""
-    memory = Guarded(values.nbytes, align, shift)
+    memory = Guarded(values.nbytes, shift)
     memory.raw[memory.at : memory.at + memory.size] = np.frombuffer(values.tobytes(), np.uint8)
     return memory
 
@@ -173,17 +184,23 @@ def call(launcher: kernel.Launcher, inputs: Inputs, shift: int = 0) -> Outputs:
         Guarded(int(np.prod(sizes[1])) * 8),
         Guarded(int(np.prod(kept)) * 8),
     ]
-    workspace = Guarded(kernel.workspace_bytes(shape))
+    workspace = Guarded(kernel.workspace_bytes(shape))  # a multiple of 256
     pointers = kernel.Pointers(*(memory.pointer for memory in (*given, *made)))
     launches = getattr(launcher, "launches", [])
     launches.clear()
     choice: Any = dtype, inputs.scale, inputs.heads, inputs.rank
     launcher.launch(shape, *choice, pointers, workspace.pointer, STREAM)
+    left = workspace.read(np.uint8, (-1,))
+    if shape.is_ranked:
+        taken, done = left[: 8 * shape.batch].view(np.uint32).reshape(-1, 2).T
+        items = -(-shape.vision // kernel.ITEM)
+        assert (done == items).all()
+        assert (taken > items).all()  # every block asked until none was left
     return Outputs(
         made[0].read(hidden.dtype, sizes[0]),
         made[1].read(np.int64, sizes[1]),
         made[2].read(np.int64, kept),
-        _score(workspace.read(np.uint8, (-1,)), shape) if shape.is_ranked else None,
+        _score(left, shape) if shape.is_ranked else None,
         list(launches),
     )
 

@@ -211,7 +211,8 @@ def test_each_image_keeps_its_own_best(
     sizes = replace(sizes, images=images, image=sizes.image // images)
     share = data.draw(st.integers(0, sizes.image))
     inputs = draw(sizes, seed, padded=False, keep=share * images, rank="per_image", **options)
-    inputs = replace(inputs, budget=np.array([images]))
+    said = data.draw(st.sampled_from([0, 1])) if images == 1 else images
+    inputs = replace(inputs, budget=np.array([said]))
     assume(is_clear(inputs, scores(inputs)))
     check(launcher, inputs)
 
@@ -285,6 +286,21 @@ def test_what_needs_no_ranking_is_one_launch(launcher: HostLauncher, rank: Any) 
 
 
 @compiler
+@pytest.mark.parametrize(("rank", "budget"), [("joint", [-9, 10**12]), ("per_image", [10**12])])
+def test_nonsense_touches_nothing_outside(
+    launcher: HostLauncher, rank: Any, budget: list[int]
+) -> None:
+    """Columns that do not exist, budgets and images that cannot be: pages around all data end the process."""
+    inputs = draw(Sizes(image=40), 1, padded=False, keep=9, rank=rank)
+    inputs.vision[:, [0, 7, 39]] = -1, 44, 10**12
+    actual = call(launcher, replace(inputs, budget=np.array(budget)))
+    assert (actual.indices >= 0).all()
+    assert (actual.indices < 44).all()
+    rows = np.take_along_axis(inputs.hidden, actual.indices[:, :, None], 1)
+    assert actual.hidden.tobytes() == rows.tobytes()
+
+
+@compiler
 def test_a_generated_token_passes(launcher: HostLauncher) -> None:
     inputs = draw(Sizes(batch=3, text=1, image=0, past=9), 1, padded=False, keep=0)
     actual = call(launcher, inputs)
@@ -332,7 +348,7 @@ def test_kernel_is_what_onnx_runtime_makes_of_the_functions_body(
     """Even where the call makes no sense: a budget whose pads were chosen already."""
     sizes = Sizes(3, 2, 3, 64, past=37, image=90, distinct=40, mask_rows=94)
     drawn = draw(sizes, 11, padded=rank == "joint", dtype=dtype, heads=heads, rank=rank, keep=30)
-    budgets = [[3]] if rank == "per_image" else [[30, 30, 30], [30, 25, 0]]
+    budgets = [[3]] if rank == "per_image" else [[30, 30, 30], [10, 25, 0]]
     poisoned = [drawn.keys.copy() for _ in range(3)]
     poisoned[1][0, 0, 100, 0], poisoned[2][0, 1, 100, :] = np.nan, np.inf
     session = None
@@ -352,6 +368,8 @@ def test_kernel_is_what_onnx_runtime_makes_of_the_functions_body(
                 "hidden": stored(inputs.hidden, dtype),
             }
             hidden, indices, vision = session.run(None, feeds)
+            if budget == [10, 25, 0]:
+                assert indices[0, -1] == 0  # fewer survive than there is room for
             for launcher.is_reversed in (False, True):
                 actual = call(launcher, inputs)
                 assert actual.indices.tolist() == indices.tolist()
