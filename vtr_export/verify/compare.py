@@ -51,7 +51,7 @@ def compare(parts: Parts, cases: Sequence[Case], bars: Bars) -> list[Gate]:
     forced = _try(gates, "forced", lambda: play_forced(parts, inputs))
     if forced is not None:
         found = logit_gates("forced", forced, bars)
-        gates += _explained(found, parts, inputs, bars) if _all_pass(gates) else found
+        gates += _explained(found, parts, inputs, forced, bars) if _all_pass(gates) else found
         gates += score_gates(forced, bars, parts.cut_layers)
     free = _try(gates, "free", lambda: play_free(parts, inputs))
     if free is not None:
@@ -127,13 +127,20 @@ def _same_choice(played: Played, near_tie: float) -> Array:
     return same
 
 
-def _explained(found: list[Gate], parts: Parts, inputs: Sequence[Inputs], bars: Bars) -> list[Gate]:
+def _explained(
+    found: list[Gate],
+    parts: Parts,
+    inputs: Sequence[Inputs],
+    forced: Sequence[Played],
+    bars: Bars,
+) -> list[Gate]:
     """The first failed gate says where it begins, and what left its range first."""
     failed = [index for index, gate in enumerate(found) if not gate.passed]
     if not failed:
         return found
-    why = first_deviation(parts, inputs, bars)
-    beyond = beyond_in_embeddings(parts, inputs) or beyond_in_decoder(parts, inputs)
+    why, beyond = first_deviation(parts, inputs, bars), ""
+    if parts.dtype != "fp32" or not all(np.isfinite(each.logits).all() for each in forced):
+        beyond = beyond_in_embeddings(parts, inputs) or beyond_in_decoder(parts, inputs)
     found[failed[0]] = _with(found[failed[0]], why, beyond)
     return found
 
