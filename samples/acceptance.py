@@ -74,7 +74,7 @@ def accept(args: argparse.Namespace) -> Found:
         "target": args.target,
         "device": args.device,
         "machine": machine(args.device),
-        "runtime": runtime(args),
+        "runtime": runtime(args, runs),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),
         "runs": runs,
@@ -226,21 +226,23 @@ def no_gpu(said: Sequence[str]) -> str:
 def machine(device: str) -> str:
     """The processor, without the machine's name; the GPU where one is asked for and there."""
     cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    if device == "cpu" or shutil.which(query[0]) is None:
+    board = Path("/proc/device-tree/model")  # of a Jetson
+    if device == "cpu":
         return cpu
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    return done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else cpu
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if shutil.which(query[0]) is not None:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.splitlines()[0]
+    return board.read_text(encoding="utf-8").strip("\0\n") if board.is_file() else cpu
 
 
-def runtime(args: argparse.Namespace) -> str:
-    """What runs it, with its version."""
-    wheels = {
-        "onnxruntime": "onnxruntime" if args.device == "cpu" else "onnxruntime-gpu",
-        "tensorrt-rtx": "tensorrt-rtx-cu13-bindings",
-        "tensorrt": "tensorrt-cu13",
-    }
-    return f"{TARGETS[args.target]} {versions().get(wheels[args.target], 'of unknown version')}"
+def runtime(args: argparse.Namespace, runs: dict[str, Found]) -> str:
+    """What runs it, with its version; of engines, the one that built them."""
+    built = [run["build"]["tensorrt"] for run in runs.values() if run["build"]]
+    wheel = "onnxruntime" if args.device == "cpu" else "onnxruntime-gpu"
+    found = built[0] if built else versions().get(wheel if args.target == "onnxruntime" else "")
+    return f"{TARGETS[args.target]} {found or '(version unknown)'}"
 
 
 def versions() -> dict[str, str]:
