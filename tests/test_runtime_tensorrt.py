@@ -82,6 +82,9 @@ def simulated(
     standing = SimpleNamespace(
         version=ours.version,
         sha256=ours.sha256,
+        path=ours.path,
+        sms=(),
+        why_it_cannot_run=lambda: None,
         register=lambda library: simulation.reached.append("plugin"),
     )
     patch.setattr(engine, "load", lambda target: simulation.library(target, version))
@@ -525,6 +528,28 @@ def test_the_plugin_is_there_before_the_plans(copy: Path, reached: list[str]) ->
     engine.open_engine(copy)
     assert len(reached) == 3
     assert reached[0] == "plugin"
+
+
+@pytest.mark.parametrize(
+    ("update", "kind", "said"),
+    [
+        ({"sms": (89, 120)}, EngineError, "not compiled for SM 86"),
+        ({"why_it_cannot_run": lambda: "it needs a compiler"}, UnavailableError, "a compiler"),
+    ],
+)
+def test_a_plugin_that_cannot_run_here_is_not_met_by_a_plan(
+    update: dict[str, Any],
+    kind: type[VtrError],
+    said: str,
+    copy: Path,
+    reached: list[str],
+) -> None:
+    calls_plugin(copy, "1", plugin.in_python().sha256)
+    vars(plugin.find("on", "tensorrt-rtx")).update(update)
+    with pytest.raises(kind, match=said) as caught:
+        engine.open_engine(copy)
+    assert "build-plugin" in caught.value.hint
+    assert reached == []
 
 
 def test_a_plan_is_hashed_as_it_is_mapped(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vtr_export.backends.tensorrt.library import Library, load
 from vtr_export.engine_manifest import EngineManifest
-from vtr_export.errors import EngineError
+from vtr_export.errors import EngineError, UnavailableError
 from vtr_export.published import SMALL_BYTES, sha256_of
 from vtr_export.runtime.cuda import Cuda
 from vtr_export.runtime.session import Session, open_session
@@ -41,19 +41,31 @@ def open_engine(folder: Path) -> tuple[EngineManifest, Sequence[Session]]:
     manifest.check_library(library.target, library.version)
     cuda = Cuda()
     manifest.check_device(cuda.sm)
-    _register_plugin(manifest, library)
+    _register_plugin(manifest, library, cuda.sm)
     gpu = Gpu.of(library, cuda)
     vision, decoder = (open_session(plan.file, data=plan.data, gpu=gpu) for plan in plans)
     return manifest, (vision, table, decoder)
 
 
-def _register_plugin(manifest: EngineManifest, library: Library) -> None:
+def _register_plugin(manifest: EngineManifest, library: Library, sm: int) -> None:
     if manifest.plugin is None:
         return
     from vtr_export.backends.tensorrt import plugin
 
     found = plugin.find("on", library.target)
-    version, sha256 = (None, None) if found is None else (found.version, found.sha256)
-    manifest.check_plugin(version, sha256)
-    if found is not None:
-        found.register(library)
+    if found is None:
+        manifest.check_plugin(None, None)
+        return
+    manifest.check_plugin(found.version, found.sha256)
+    if found.sms and sm not in found.sms:
+        raise EngineError(
+            f"the plugin was not compiled for SM {sm}",
+            where=str(found.path),
+            hint=f"compile it again: vtr build-plugin --sm {sm}",
+        )
+    if why := found.why_it_cannot_run():
+        raise UnavailableError(
+            f"the plugin cannot run here: {why}",
+            hint=f"pip install 'vtr-export[cuda]', or compile it: vtr build-plugin --sm {sm}",
+        )
+    found.register(library)
