@@ -39,7 +39,8 @@ from vtr_export.cost import ideal_speedup
 from vtr_export.families import ModelFacts
 from vtr_export.schedule import Schedule
 
-PREFILL_BAR = 0.9  # of ideal
+PREFILL_BAR, IDLE_BAR = 0.9, 1.01  # of ideal; of the unpruned prefill
+IDLE = "as many cuts, keeping all"
 MEMORY = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
 REPORT = HERE / "gpu_onnxruntime.md"
 
@@ -53,13 +54,14 @@ def main() -> None:
     with work(args.work) as folder:
         model = checkpoint(args.shape, folder, args.dtype)
         facts = facts_of(model)
-        plans = schedules(facts)
+        plans = plans_of(facts)
         artifacts = export_all(model, folder, plans, args.dtype, "link")
         found = {name: run(args, name, artifact, model) for name, artifact in artifacts.items()}
     assert facts.tokens_per_image is not None
     tokens = f"{facts.tokens_per_image} vision and {args.text} text tokens, {args.steps} steps"
     about = head(where(args), args.shape, args.dtype, f"median of {args.runs}", tokens)
-    text = f"{about}\n{rows(found, plans, facts, args.text)}\n"
+    bars = f"Bars: {PREFILL_BAR} of ideal; keeping all, {IDLE_BAR} times the unpruned prefill."
+    text = f"{about}\n{rows(found, plans, facts, args.text)}\n\n{bars}\n"
     print(text)
     if args.report is not None:
         args.report.write_text(f"# LLaVA in ONNX Runtime CUDA\n\n{text}", encoding="utf-8")
@@ -81,6 +83,15 @@ def arguments() -> argparse.Namespace:
     if args.report is None and (args.device, args.shape) == ("cuda", "llava-7b"):
         args.report = REPORT
     return args
+
+
+def plans_of(facts: ModelFacts) -> dict[str, Schedule]:
+    """What is measured, by name; the last tells what cuts cost where they spare nothing."""
+    plans = schedules(facts)
+    cuts = max((plan.resolve(facts).cuts for plan in plans.values()), key=len)
+    stages = ", ".join(f"{{before_layer: {cut.before_layer}, keep: 100%}}" for cut in cuts)
+    text = f"version: 1\nprefill:\n  stages: [{stages}]\n"
+    return plans | {IDLE: Schedule.parse(text, IDLE)}
 
 
 def check(place: str) -> None:
@@ -152,14 +163,16 @@ def rows(
 ) -> str:
     """The table."""
     lines = [("schedule", "vision tokens, mean", "prefill", "spread", "speed-up", "ideal",
-              "of ideal", f">= {PREFILL_BAR}", "decode", "of unpruned", "peak memory")]  # fmt: skip
+              "of ideal", "bar", "decode", "of unpruned", "peak memory")]  # fmt: skip
     whole, tokens = found[UNPRUNED], facts.tokens_per_image or 0
     for name, own in found.items():
         resolved = plans[name].resolve(facts)
         kept = resolved.keep_per_layer(tokens)
         ideal = ideal_speedup(facts, resolved, tokens, text)
         speedup = whole["prefill"] / own["prefill"]
-        met = "" if name == UNPRUNED else verdict(speedup >= PREFILL_BAR * ideal)
+        met = {UNPRUNED: "", IDLE: verdict(own["prefill"] <= IDLE_BAR * whole["prefill"])}.get(
+            name, verdict(speedup >= PREFILL_BAR * ideal)
+        )
         lines.append((name, f"{sum(kept) / len(kept):.0f}", f"{1e3 * own['prefill']:.1f} ms",
                       f"{own['spread']:.1%}", f"{speedup:.3f}", f"{ideal:.3f}",
                       f"{speedup / ideal:.3f}", met, f"{1 / own['decode']:.1f} tok/s",
