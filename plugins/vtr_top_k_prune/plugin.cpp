@@ -85,6 +85,12 @@ VtrTopKPruneParams sizes(const Tensor* in, const Tensor* out, DimsOf d) {
     return p;
 }
 
+int32_t check_width(int64_t head_dim) {
+    if (head_dim <= VTR_MAX_HEAD_DIM) return 0;
+    report("heads are wider than " + std::to_string(VTR_MAX_HEAD_DIM) + ": build with --plugin off");
+    return -1;
+}
+
 // What CUDA said, and what it may have meant.
 std::string refusal(const VtrTopKPruneParams& p, cudaError_t error) {
     const std::string said = cudaGetErrorString(error);
@@ -156,9 +162,9 @@ public:
         return one.type == type && (type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16);
     }
 
-    int32_t configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
+    int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*,
                             int32_t) noexcept override {
-        return 0;
+        return check_width(in[QUERY].max.d[3]);
     }
 
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const* out,
@@ -170,9 +176,7 @@ public:
     // ---- run ----
 
     int32_t onShapeChange(PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) noexcept override {
-        if (in[QUERY].dims.d[3] <= VTR_MAX_HEAD_DIM) return 0;
-        report("heads are wider than " + std::to_string(VTR_MAX_HEAD_DIM));
-        return -1;
+        return check_width(in[QUERY].dims.d[3]);
     }
 
     int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const* out, void const* const* inputs,
