@@ -35,9 +35,10 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Replay golden vectors of an artifact or engine, without torch.
+    """Replay golden vectors of an artifact or engine.
 
-    An engine needs its GPU: where it cannot run, its files are checked and the exit status is 3.
+    Neither needs torch. An engine needs its GPU: where it cannot run, its files are checked and the
+    exit status is 3.
     """
     from vtr_export.published import kind_of
 
