@@ -61,7 +61,7 @@ def run(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Answer a prompt about images, alone on stdout."""
+    """Answer a prompt; the answer alone goes to stdout."""
     images = list(image or ())
     _check_images(images, no_image)
     if show_kept is not None:
