@@ -19,6 +19,7 @@ SCRIPTS = (
     "memory",
     "sample_table",
     "gpu_onnxruntime",
+    "build_cost",
 )
 
 
