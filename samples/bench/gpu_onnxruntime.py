@@ -2,10 +2,10 @@
 
 python samples/bench/gpu_onnxruntime.py
 
-Random fp16 weights, written once and linked by every artifact (13 GiB of disk, 16 GiB of device
-memory). One process opens one decoder: 576 vision and 64 text tokens, then decode steps. Ideal: the
-ratio of the FLOPs that the graphs compute. Device memory: what nvidia-smi saw above what was in use
-before; on a CPU, the process's peak. The table also goes to samples/bench/gpu_onnxruntime.md.
+Random fp16 weights, written once and linked by every artifact: 13 GiB of disk. One process opens
+one decoder: 576 vision and 64 text tokens, then decode steps. Ideal: the ratio of the FLOPs that
+the graphs compute. Memory: what nvidia-smi saw above what was in use before; on a CPU, the
+process's peak. The table also goes to samples/bench/gpu_onnxruntime.md.
 """
 
 import argparse
