@@ -2,7 +2,8 @@
 
 python samples/acceptance.py MODEL --schedule S --target tensorrt-rtx|tensorrt|onnxruntime
 
-Writes report.json and report.html into --out. Exit status 0: all passed; 1: something failed;
+With .[export,cpu,rtx,samples] (or tensorrt for rtx; with --device cuda, gpu for cpu). Writes
+report.json and report.html into --out. Exit status 0: all passed; 1: something failed;
 3: built, and not executed because this machine has no GPU.
 """
 
