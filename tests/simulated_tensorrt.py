@@ -154,8 +154,7 @@ class Engine:
         return SimpleNamespace(name="HOST" if name in self.on_host else "DEVICE")
 
     def get_tensor_profile_shape(self, name: str, number: int) -> list[tuple[int, ...]]:
-        if name in self.on_host:
-            return [self.get_tensor_shape(name)] * 3
+        assert name not in self.on_host, "values are its profile"
         least, most = self.profiles[number][name]
         return [tuple(least), tuple(most), tuple(most)]
 
@@ -197,7 +196,9 @@ class Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.out_shapes = {}
-        least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
+        least = most = self.engine.get_tensor_shape(name)
+        if name not in self.engine.on_host:
+            least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
         if len(shape) != len(least) or not all(
             a <= b <= c for a, b, c in zip(least, shape, most, strict=True)
         ):

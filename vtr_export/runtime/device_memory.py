@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 ALIGNMENT: Final = 256  # TensorRT asks for it
-HEADROOM: Final = 8  # an eighth more than asked for, so that a cache grows into what it has
+HEADROOM: Final = 4  # a quarter more than asked for, so that a cache grows into what it has
 
 
 class Block:

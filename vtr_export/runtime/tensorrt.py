@@ -248,7 +248,11 @@ def _profiles(engine: Any) -> list[Profile]:
     tensors = [tensor for is_input, tensor in _tensors(engine) if is_input]
     return [
         Profile(
-            {t.port.name: _shape_range(engine, t.port.name, number) for t in tensors},
+            {
+                t.port.name: _shape_range(engine, t.port.name, number)
+                for t in tensors
+                if not t.on_host
+            },
             {t.port.name: _value_range(engine, t.port.name, number) for t in tensors if t.on_host},
         )
         for number in range(engine.num_optimization_profiles)
