@@ -16,8 +16,8 @@ from test_manifest import GRAPHS, manifest
 from vtr_export import publish as module
 from vtr_export.errors import ArtifactError
 from vtr_export.manifest import Manifest
-from vtr_export.published import hash_files
-from vtr_export.publish import MANIFEST, check_target, publish
+from vtr_export.publish import check_target, publish
+from vtr_export.published import MANIFEST, hash_files
 
 FILES = [
     *GRAPHS.values(),
