@@ -84,6 +84,18 @@ def test_a_right_engine_passes_in_both_modes(verified: Verify) -> None:
     assert "numbers of batch, single" in found.checked
 
 
+@pytest.mark.parametrize(("bug", "status", "passed"), [("", 0, True), ("decode mask", 1, False)])
+def test_the_exit_status_is_that_of_the_gates(
+    bug: str, status: int, passed: bool, verified: Verify, engine_fp16: Path
+) -> None:
+    verified(bug)  # the plans stand for the same graphs below
+    done = vtr("verify", engine_fp16, "--json")
+    assert done.code == status
+    assert (done.json["executed"], done.json["passed"]) == (True, passed)
+    last = vtr("verify", engine_fp16).out.splitlines()[-1]
+    assert last == "all 7 gates pass" if passed else "gates failed" in last
+
+
 @pytest.mark.parametrize("bug", FOUND)
 def test_a_planted_bug_fails_a_gate(bug: str, verified: Verify) -> None:
     assert set(FOUND[bug]) <= set(failed(verified(bug)))

@@ -619,6 +619,17 @@ def test_inspect_shows_what_an_engine_takes(engine_fp16: Path, artifact_fp16: Pa
     assert "profile 1, generation" in text
 
 
+def test_run_takes_an_engine(
+    simulation: Simulation, engine_fp16: Path, artifact: Artifact, tmp_path: Path
+) -> None:
+    picture(0).save(tmp_path / "image.png")
+    options = ["--image", tmp_path / "image.png", "--prompt", QUESTION, "--max-new-tokens", 6]
+    done = vtr("run", engine_fp16, *options)
+    assert done.code == 0, done.err
+    expected = artifact.generate(picture(0), QUESTION, max_new_tokens=6)
+    assert done.out == f"{expected.text}\n"
+
+
 def test_bench_takes_an_engine(
     simulation: Simulation, engine_fp16: Path, artifact_fp16: Path
 ) -> None:
