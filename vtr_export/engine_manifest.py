@@ -1,8 +1,9 @@
 """What an engine folder is: which plans, built by what for what, and from which artifact."""
 
 import hashlib
+import json
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
 
@@ -129,7 +130,7 @@ class EngineManifest(Published):
     @classmethod
     def _parse(cls, raw: bytes, where: Path) -> Self:
         manifest = super()._parse(raw, where)
-        if raw != manifest.to_json().encode():
+        if raw != _sealed(json.loads(raw)).encode():
             raise EngineError(
                 "the manifest is not the one that was written", where=str(where), hint=cls.REPLACE
             )
@@ -137,9 +138,7 @@ class EngineManifest(Published):
 
     def to_json(self) -> str:
         """As of every manifest, and sealed."""
-        bare = Published.to_json(self.model_copy(update={"seal": None}))
-        seal = hashlib.sha256(bare.encode()).hexdigest()
-        return Published.to_json(self.model_copy(update={"seal": seal}))
+        return _sealed(self.model_dump(mode="json"))
 
     def engine(self, component: Component) -> Engine:
         """The plan of one component."""
@@ -175,3 +174,13 @@ class EngineManifest(Published):
             hint="vtr doctor says what is found; vtr build-plugin makes it, or build again "
             "with --plugin off",
         )
+
+
+def _sealed(data: dict[str, Any]) -> str:
+    """The canonical text of ``data``, with the hash of it without that hash."""
+    bare = _text(data | {"seal": None})
+    return _text(data | {"seal": hashlib.sha256(bare.encode()).hexdigest()})
+
+
+def _text(data: dict[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, indent=2, allow_nan=False) + "\n"
