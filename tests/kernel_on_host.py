@@ -14,8 +14,12 @@ import numpy as np
 from vtr_export.backends.tensorrt import kernel
 
 Array = np.ndarray[Any, Any]
-KERNELS = ("vtr_score_fp32", "vtr_score_fp16", "vtr_score_bf16", "vtr_prune")
 DTYPES = tuple(kernel.DTYPES)
+KERNELS = (
+    *(f"vtr_score_{dtype}" for dtype in DTYPES),
+    "vtr_prune",
+    *(f"vtr_text_{part}_{dtype}" for part in ("softmax", "score") for dtype in DTYPES),
+)
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-U_FORTIFY_SOURCE")
 HOST = Path(__file__).parents[1] / "plugins" / "host"
 STREAM = 7  # any but the default one
@@ -69,7 +73,10 @@ class HostLauncher(kernel.Launcher):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one call: float arrays already hold values of ``dtype``; ``budget`` is [B] or [1]."""
+    """Of one call: float arrays already hold values of ``dtype``; ``budget`` is [B] or [1].
+
+    ``asks``: which rows of ``query`` do, "last" or "text".
+    """
 
     query: Array
     keys: Array
@@ -82,6 +89,7 @@ class Inputs:
     scale: float = 0.5
     heads: str = "mean"
     rank: str = "joint"
+    asks: Any = "last"
 
     @property
     def shape(self) -> kernel.Shape:
@@ -98,6 +106,7 @@ class Inputs:
             vision=self.vision.shape[1],
             keep=self.keep,
             hidden=self.hidden.shape[2],
+            query=self.asks,
         )
 
 
@@ -206,8 +215,8 @@ def call(launcher: kernel.Launcher, inputs: Inputs, shift: int = 0) -> Outputs:
 
 
 def _score(workspace: Array, shape: kernel.Shape) -> Array:
-    """The ranks that the kernel left at the end of its workspace, as the scores they stand for."""
-    size = 4 * shape.batch * shape.vision
-    ranks = workspace[len(workspace) - -(-size // 256) * 256 :][:size].view(np.uint32)
+    """The ranks that the kernel left in its workspace, as the scores they stand for."""
+    begin, size = -(-16 * shape.batch // 256) * 256, 4 * shape.batch * shape.vision
+    ranks = workspace[begin : begin + size].view(np.uint32)
     bits = np.where(ranks >> 31, ranks & np.uint32(0x7FFFFFFF), ~ranks).astype(np.uint32)
     return bits.view(np.float32).reshape(shape.batch, shape.vision)

@@ -4,7 +4,7 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from command import vtr
@@ -13,9 +13,8 @@ from test_families import LLAVA_7B, tiny
 from vtr_export.errors import InputError, ScheduleError
 from vtr_export.families import read_facts
 from vtr_export.plan import check_fits_target, plan
-from vtr_export.schedule import Schedule
+from vtr_export.schedule import Resolved, Schedule
 from vtr_export.targets import (
-    PLUGIN_QUERIES,
     RTX_SMS,
     SMS,
     TARGETS,
@@ -143,19 +142,18 @@ def test_turing_needs_the_plugin_for_a_cut() -> None:
     assert plan(uncut, facts, target="tensorrt-rtx", sms=(75,), plugin="off").limits == ()
 
 
-def test_the_plugin_lifts_nothing_from_what_it_does_not_serve() -> None:
+def test_the_plugin_serves_whatever_a_schedule_says() -> None:
     from vtr_export.backends.tensorrt.python_plugin import SERVED  # brings onnx_ir
 
-    assert SERVED["query"] == PLUGIN_QUERIES
-    assert {"mean", "max"} == set(SERVED["heads"])
-    assert {"joint", "per_image"} == set(SERVED["rank"])
-    asks = Schedule.parse(TEXT_ROWS)
+    said = get_type_hints(Resolved)
+    assert {name: get_args(said[name]) for name in SERVED} == SERVED
+    text = Schedule.parse(TEXT_ROWS)
+    for choice in ("on", "auto"):
+        long = plan(text, LLAVA, images=14, target="tensorrt-rtx", plugin=choice)
+        assert "4032" in long.limits[0]
     with pytest.raises(ScheduleError, match="4032") as caught:
-        plan(asks, LLAVA, images=14, target="tensorrt-rtx")
-    assert "query: last" in caught.value.hint
-    assert plan(asks, LLAVA, target="tensorrt-rtx").limits == ()
-    with pytest.raises(InputError, match="query: text"):
-        plan(asks, LLAVA, target="tensorrt-rtx", plugin="on")
+        plan(text, LLAVA, images=14, target="tensorrt-rtx", plugin="off")
+    assert "--plugin auto" in caught.value.hint
     uncut = Schedule.unpruned()
     assert plan(uncut, LLAVA, target="tensorrt-rtx", plugin="on").limits == ()
 

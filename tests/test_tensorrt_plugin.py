@@ -106,8 +106,10 @@ def test_with_the_plugin_each_cut_is_one_layer(decoder: Decoder) -> None:
         ({0: 9, 2: 4}, {"source": "next", "heads": "max"}),
         ({1: 8, 2: 0}, {"rank": "per_image"}),
         ({1: 8, 2: 3}, {"drop_point": "inside"}),
+        ({1: 8, 2: 3}, {"query": "text"}),
+        ({0: 9, 2: 0}, {"query": "text", "source": "next", "heads": "max", "rank": "per_image"}),
     ],
-    ids=["next_max", "per_image_and_nothing_left", "inside"],
+    ids=["next_max", "per_image_and_nothing_left", "inside", "text", "text_all_other"],
 )
 def test_every_choice_the_plugin_serves_builds(
     cuts: dict[int, int], options: dict[str, Any], traced: Tracer, tmp_path: Path
@@ -117,7 +119,7 @@ def test_every_choice_the_plugin_serves_builds(
     assert serves(model) is None
     path = tmp_path / "decoder.onnx"
     path.write_bytes(serialized(model))
-    assert build(path, *PYTHON)["layers"]["PLUGIN_V3"] == len(cuts)
+    assert build(path, *SMS, *PYTHON)["layers"]["PLUGIN_V3"] == len(cuts)
 
 
 @needs_tensorrt
@@ -142,9 +144,11 @@ def test_a_cut_may_keep_more_than_tensorrts_own_top_k(decoder: Decoder) -> None:
 
 
 def cut(keep: int, choice: ops.Choice, dtype: str, **known: int) -> ir.Model:
-    """A graph that is one cut, asked by one row; ``known``: dimensions that are no symbols."""
+    """A graph that is one cut; ``known``: dimensions that are no symbols."""
+    rows, mask_rows = ("rows", "mask_rows") if choice.query == "text" else (1, 1)
     signature = (
-        f"({dtype}[batch,4,1,16] query, {dtype}[batch,2,total,16] keys, bool[batch,1,1,total] mask,"
+        f"({dtype}[batch,4,{rows},16] query, {dtype}[batch,2,total,16] keys,"
+        f" bool[batch,1,{mask_rows},total] mask,"
         f" int64[batch,vision] vision_index, int64[budgets] budget,"
         f" {dtype}[batch,sequence,32] hidden)"
         f" => ({dtype}[batch,kept,32] kept_hidden, int64[batch,kept] indices,"
@@ -188,7 +192,7 @@ def test_the_lengths_it_promises_are_those_of_the_operator(tmp_path: Path) -> No
 FIELDS_DRAWN = st.builds(
     Fields,
     st.floats(width=32, allow_nan=False),
-    st.just("last"),
+    st.sampled_from(["last", "text"]),
     st.sampled_from(["mean", "max"]),
     st.sampled_from(["joint", "per_image"]),
 )
@@ -212,9 +216,9 @@ def test_a_plugin_is_told_the_fields_that_its_node_has() -> None:
     said = {attribute.name for attribute in ops.prune_attributes(0.5, ops.Choice())}
     parsers = {"plugin_namespace", "plugin_version", "tensorrt_plugin_shape_input_indices"}
     assert {field.name for field in creator().field_names} == said - parsers == set(FIELDS)
-    text = made(Fields(1.0, "text", "mean", "joint")).get_fields_to_serialize()  # type: ignore[arg-type]  # an older node may say so
-    with pytest.raises(EngineError, match="query: text"):
-        creator().create_plugin("cut", text, None)
+    first = made(Fields(1.0, "first", "mean", "joint")).get_fields_to_serialize()  # type: ignore[arg-type]  # a newer node may say so
+    with pytest.raises(EngineError, match="query: first"):
+        creator().create_plugin("cut", first, None)
     with pytest.raises(EngineError, match="scale, query, heads, rank"):
         creator().create_plugin("cut", [], None)
 
@@ -270,15 +274,19 @@ class Call:
         return [self.feeds[name].shape for name in PORTS], outputs
 
 
-def drawn(keep: int, rank: str, dtype: Any, images: int = 3, image: int = 7) -> Call:
-    """Rows without pads after a past of four."""
+def drawn(
+    keep: int, rank: str, dtype: Any, query: str = "last", images: int = 3, image: int = 7
+) -> Call:
+    """Rows without pads after a past of four; two columns of text behind the last image."""
     rng, batch, vision = np.random.default_rng(keep), 2, images * image
     length, total = vision + 5, vision + 9
-    every = [np.sort(rng.permutation(length - 1)[:vision]) for _ in range(batch)]
+    every = [np.sort(rng.permutation(length - 2)[:vision]) for _ in range(batch)]
+    rows, seen = (7, length) if query == "text" else (1, 1)
+    causal = np.tri(seen, total, total - seen, dtype=bool)
     feeds = {
-        "query": rng.normal(size=(batch, 4, 1, 16)).astype(dtype),
+        "query": rng.normal(size=(batch, 4, rows, 16)).astype(dtype),
         "keys": rng.normal(size=(batch, 2, total, 16)).astype(dtype),
-        "mask": np.ones((batch, 1, 1, total), bool),
+        "mask": np.repeat(causal[None, None], batch, 0),
         "vision_index": np.stack(every),
         "budget": np.full(batch, keep) if rank == "joint" else np.array([images]),
         "hidden": rng.normal(size=(batch, length, 32)).astype(dtype),
@@ -315,6 +323,7 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
 
 @needs_tensorrt
 @pytest.mark.parametrize("heads", ["mean", "max"])
+@pytest.mark.parametrize("query", ["last", "text"])
 @pytest.mark.parametrize(
     ("keep", "rank"), [(8, "joint"), (0, "joint"), (21, "joint"), (9, "per_image")]
 )
@@ -323,21 +332,22 @@ def test_what_it_enqueues_computes_what_onnx_runtime_does(
     dtype: str,
     keep: int,
     rank: Any,
+    query: Any,
     heads: Any,
     on_host: HostLauncher,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The plugin's own launch, of the kernel compiled for the CPU."""
     trt = library.load(TARGET).trt
-    call = drawn(keep, rank, DTYPES[dtype])
-    expected = run(cut(keep, ops.Choice("last", heads, rank), dtype), call.feeds)
+    call = drawn(keep, rank, DTYPES[dtype], query)
+    expected = run(cut(keep, ops.Choice(query, heads, rank), dtype), call.feeds)
     inputs, outputs = (
         described(trt, shapes, types)
         for shapes, types in zip(
             call.shapes, of_type(trt, getattr(trt, DTYPES[dtype])), strict=True
         )
     )
-    made = classes(trt)[0](Fields(0.25, "last", heads, rank))
+    made = classes(trt)[0](Fields(0.25, query, heads, rank))
     arrays = [call.feeds[name] for name in PORTS]
     results = [np.full_like(expected[name], 77) for name in OUTPUTS]
     workspace = Guarded(made.get_workspace_size(bounded(trt, inputs), bounded(trt, outputs)))
@@ -386,14 +396,15 @@ SIZES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize("query", ["last", "text"])
 @given(SIZES, SIZES)
 def test_the_largest_shape_of_a_profile_needs_the_most_workspace(
-    one: dict[str, int], other: dict[str, int]
+    query: Any, one: dict[str, int], other: dict[str, int]
 ) -> None:
     """TensorRT asks for the profile's largest shape alone."""
 
     def needed(sizes: dict[str, int]) -> int:
-        return kernel.workspace_bytes(kernel.Shape(**sizes, kv_heads=1, mask_rows=1))
+        return kernel.workspace_bytes(kernel.Shape(**sizes, kv_heads=1, mask_rows=1, query=query))
 
     most = {name: max(one[name], other[name]) for name in one}
     assert needed(most) >= max(needed(one), needed(other)) > 0
@@ -401,8 +412,11 @@ def test_the_largest_shape_of_a_profile_needs_the_most_workspace(
 
 def test_a_choice_that_no_kernel_has_is_not_served(traced: Tracer) -> None:
     tiny = traced("fp16")
-    assert serves(tiny.cut(tiny.schedule(CUTS))) is None
-    assert "query: text" in (serves(tiny.cut(tiny.schedule(CUTS, query="text"))) or "")
+    model = tiny.cut(tiny.schedule(CUTS))
+    assert serves(model) is None
+    (*_, last) = (node for node in model.graph if ops.is_prune(node))
+    last.attributes["query"] = ir.AttrString("query", "first")
+    assert "query: first" in (serves(model) or "")
     assert "no cut" in (serves(tiny.cut(tiny.schedule({}))) or "")
 
 

@@ -27,7 +27,6 @@ from vtr_export.memory import (
 from vtr_export.roofline import first_token_parts, next_token_parts, seconds
 from vtr_export.schedule import Resolved, Schedule
 from vtr_export.targets import (
-    PLUGIN_QUERIES,
     PLUGINS,
     TOP_K,
     TURING,
@@ -184,11 +183,11 @@ def check_fits_target(
     ``plugin`` is auto, on or off.
     """
     check_name(target)
-    _check_plugin(resolved, target, plugin)
+    _check_plugin(target, plugin)
     if not target.startswith("tensorrt"):
         return ()
     limits = [*_too_many(resolved, vision_tokens, target), *_unscored(resolved, target, sms)]
-    way_out = _way_to_plugin(resolved, target, plugin)
+    way_out = _way_to_plugin(target, plugin)
     for before_layer, limit, hint in limits:
         if way_out is not None:
             raise ScheduleError(
@@ -199,32 +198,22 @@ def check_fits_target(
     return tuple(f"{limit}: needs the plugin" for _, limit, _ in limits)
 
 
-def _check_plugin(resolved: Resolved, target: str, plugin: str) -> None:
+def _check_plugin(target: str, plugin: str) -> None:
     """InputError for what is no choice, and for a plugin that would have to serve and cannot."""
     if plugin not in PLUGINS:
         raise InputError(f"no plugin choice {plugin!r}", hint=f"one of: {', '.join(PLUGINS)}")
-    if plugin != "on":
-        return
-    if target in ("onnxruntime", "tensorrt-10"):
+    if plugin == "on" and target in ("onnxruntime", "tensorrt-10"):
         raise InputError(
             f"{target} takes no plugin of ours",
             where="--plugin on",
             hint="leave it out: the operators' own bodies run there",
         )
-    if resolved.cuts and resolved.query not in PLUGIN_QUERIES:
-        raise InputError(
-            f"the plugin does not rank by query: {resolved.query}",
-            where="--plugin on",
-            hint="leave it out, or rank by `query: last`",
-        )
 
 
-def _way_to_plugin(resolved: Resolved, target: str, plugin: str) -> str | None:
+def _way_to_plugin(target: str, plugin: str) -> str | None:
     """None where the plugin serves; else what of the plugin is a way out, for the end of a hint."""
     if target == "tensorrt-10":
         return ""
-    if resolved.query not in PLUGIN_QUERIES:
-        return ", `query: last` with the plugin"
     return ", --plugin auto" if plugin == "off" else None
 
 

@@ -9,7 +9,6 @@ from vtr_export.errors import InputError
 
 TARGETS: Final = ("onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-10")
 PLUGINS: Final = ("auto", "on", "off")
-PLUGIN_QUERIES: Final = ("last",)  # what our plugin can rank by
 TOP_K: Final = 3840  # the largest k of the TopK layer of every TensorRT
 
 

@@ -11,7 +11,9 @@ constexpr int OK = 0, INVALID_VALUE = 1, INVALID_IMAGE = 200, NOT_FOUND = 500;
 constexpr int MULTIPROCESSORS = 16, MAJOR = 75, MINOR = 76, SHARED_OPTIN = 97;  // of a device
 constexpr int STATIC_SHARED = 1, DYNAMIC_SHARED = 8;                            // of a function
 constexpr int STATIC_SHARED_BYTES = 9504, MOST_SHARED_BYTES = 99 << 10;
-const char* const NAMES[] = {"vtr_score_fp32", "vtr_score_fp16", "vtr_score_bf16", "vtr_prune"};
+const char* const NAMES[] = {"vtr_score_fp32", "vtr_score_fp16", "vtr_score_bf16", "vtr_prune",
+                             "vtr_text_softmax_fp32", "vtr_text_softmax_fp16", "vtr_text_softmax_bf16",
+                             "vtr_text_score_fp32", "vtr_text_score_fp16", "vtr_text_score_bf16"};
 int context, allowed_shared_bytes = 48 << 10;
 
 }  // namespace

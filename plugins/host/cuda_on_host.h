@@ -162,6 +162,9 @@ inline unsigned atomicAnd(unsigned* at, unsigned bits) { const unsigned old = *a
 inline float __shfl_xor_sync(unsigned, float value, int by) {
     return __uint_as_float(host::exchange(__float_as_uint(value), (host::current % host::WARP) ^ by));
 }
+inline int __shfl_xor_sync(unsigned, int value, int by) {
+    return (int)host::exchange((unsigned)value, (host::current % host::WARP) ^ by);
+}
 inline int __shfl_up_sync(unsigned, int value, int by) {
     const unsigned lane = host::current % host::WARP;
     return (int)host::exchange((unsigned)value, lane < (unsigned)by ? lane : lane - by);

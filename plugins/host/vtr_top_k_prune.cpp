@@ -7,7 +7,10 @@
 namespace {
 
 void start(VtrKernel kernel, const Params& p, dim3 grid, unsigned threads, size_t shared_bytes) {
-    static void (*const kernels[])(Params) = {vtr_score_fp32, vtr_score_fp16, vtr_score_bf16, vtr_prune};
+    static void (*const kernels[])(Params) = {vtr_score_fp32, vtr_score_fp16, vtr_score_bf16, vtr_prune,
+                                            vtr_text_softmax_fp32, vtr_text_softmax_fp16,
+                                            vtr_text_softmax_bf16, vtr_text_score_fp32,
+                                            vtr_text_score_fp16, vtr_text_score_bf16};
     if (threads == VTR_PRUNE_BLOCK) threads = VTR_PRUNE_THREADS;  // a build may have smaller blocks
     if (threads == VTR_SCORE_BLOCK) threads = VTR_SCORE_THREADS;
     host::launch(kernels[kernel], p, grid, threads, shared_bytes);

@@ -1,10 +1,15 @@
-// vtr::VtrTopKPrune in at most two launches; graphs/ops/ defines what it computes.
+// vtr::VtrTopKPrune in two launches, or three; graphs/ops/ defines what it computes.
 //
 // 1. vtr_score_*  logits of the last query row against every key, fp32, and each chunk's maximum
 //                 and sum (the softmax is merged later): keys are read once for all heads of a group.
 // 2. vtr_prune    blocks of a row first share the reduction over heads (each token's score), then
 //                 each finds the same exact threshold by radix selection, marks survivors in a
 //                 bitmap, and gathers its share of the rows.
+//
+// Where rows of text ask, 1. is two launches, and 2. adds up what they leave:
+// 1a. vtr_text_softmax_*  maximum and sum of every asking row and head, over the keys it may see.
+// 1b. vtr_text_score_*    logits of the vision keys once more, as probabilities, reduced over heads
+//                         and added up over the rows of the block.
 //
 // Every sum has one order, the same for every token: equal keys get equal scores. No header but
 // params.h, no type of TensorRT: compiled by nvcc, by NVRTC and, behind host/cuda_on_host.h, by g++.
@@ -27,7 +32,7 @@ static_assert(sizeof(Params) == 152, "kernel.py builds the same structure");
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int WARP = 32;
 constexpr int AT_ONCE = 4;   // keys that a lane works on at a time
-constexpr int MOST_HEADS = 8;  // of a group, in one pass over the keys
+constexpr int MOST_HEADS = VTR_MOST_HEADS;
 constexpr int SCORE_WARPS = VTR_SCORE_THREADS / WARP;
 constexpr int PRUNE_WARPS = VTR_PRUNE_THREADS / WARP;
 constexpr int PARTS = VTR_PRUNE_THREADS / VTR_ITEM;  // threads that share the heads of one token
@@ -103,9 +108,11 @@ __device__ inline int warp_scan(int value, int lane) {
 
 // ---- first launch: logits and statistics ----
 
-struct ScoreShared {
+struct Multiplied {
     alignas(16) float query[MOST_HEADS * VTR_MAX_HEAD_DIM];  // fp32, times scale; read by fours
     float logits[MOST_HEADS][VTR_MOST_CHUNK];
+};
+struct ScoreShared : Multiplied {
     unsigned char seen[VTR_MOST_CHUNK];
 };
 
@@ -172,33 +179,28 @@ __device__ inline float sum_four(const float (&v)[AT_ONCE], int lanes, int lane)
     return sum;
 }
 
-// Queries of ``heads`` heads to shared memory (zero beyond their width), and which keys are seen.
-template <class T, int WIDTH, int HEADS>
-__device__ inline void stage(const Params& p, ScoreShared& s, const Reading& r, int head, int heads,
-                             int first, int count) {
-    const int padded = r.lanes * r.steps * WIDTH, batch = blockIdx.z;
+// HEADS queries to shared memory: ``row_of`` gives each one's row among all of them, or -1 for
+// zeros, which are also what lies beyond their width.
+template <class T, int WIDTH, int HEADS, class RowOf>
+__device__ inline void stage(const Params& p, Multiplied& s, const Reading& r, RowOf row_of) {
+    const int padded = r.lanes * r.steps * WIDTH;
     const auto* query = static_cast<const typename T::Element*>(p.query);
     for (int i = threadIdx.x; i < HEADS * padded; i += VTR_SCORE_THREADS) {
         const int g = i / padded, e = i % padded;
+        const long long row = row_of(g);
         float value = 0.0f;
-        if (g < heads && e < p.head_dim) {
-            const long long row = (1LL * batch * p.heads + head + g + 1) * p.query_rows - 1;
-            value = T::read(query[row * p.head_dim + e], 0) * p.scale;
-        }
+        if (row >= 0 && e < p.head_dim) value = T::read(query[row * p.head_dim + e], 0) * p.scale;
         s.query[g * padded + query_at<WIDTH>(r, e)] = value;
     }
-    const long long row = (1LL * batch + 1) * p.mask_rows - 1;
-    for (int i = threadIdx.x; i < count; i += VTR_SCORE_THREADS)
-        s.seen[i] = p.mask[row * p.total + first + i];
 }
 
-// Logits of ``heads`` (at most HEADS) heads of a group with the keys of a chunk.
-template <class T, int WIDTH, int HEADS>
-__device__ void multiply(const Params& p, ScoreShared& s, int head, int heads, int first, int count) {
-    const Reading r = reading<WIDTH>(p.head_dim, threadIdx.x);
+// Logits of ``heads`` (at most HEADS) queries with ``count`` keys. ``key_at`` gives each one's row
+// among all keys; ``prepare`` puts the queries into shared memory while the first keys come.
+template <class T, int WIDTH, int HEADS, class KeyAt, class Prepare>
+__device__ inline void multiply(const Params& p, Multiplied& s, const Reading& r, int heads, int count,
+                                KeyAt key_at, Prepare prepare) {
     const int padded = r.lanes * r.steps * WIDTH;
     const int rounds = (count + r.tile - 1) / r.tile * r.steps;
-    const long long base = (1LL * blockIdx.z * p.kv_heads + blockIdx.y) * p.total + first;
     const auto fetch = [&](int round, uint4(&raw)[AT_ONCE]) {
         const int e = (round % r.steps * r.lanes + r.lane) * WIDTH;
 #pragma unroll
@@ -206,12 +208,12 @@ __device__ void multiply(const Params& p, ScoreShared& s, int head, int heads, i
             const int key = round / r.steps * r.tile + u * r.slot + r.key;
             raw[u] = make_uint4(0, 0, 0, 0);
             if (key < count && e < p.head_dim)
-                raw[u] = load<T, WIDTH>(p.keys, (base + key) * p.head_dim + e);
+                raw[u] = load<T, WIDTH>(p.keys, key_at(key) * p.head_dim + e);
         }
     };
     uint4 next[AT_ONCE];
-    fetch(0, next);  // under way while the queries are staged
-    stage<T, WIDTH, HEADS>(p, s, r, head, heads, first, count);
+    fetch(0, next);
+    prepare();
     __syncthreads();
     float sums[HEADS][AT_ONCE];
     for (int round = 0; round < rounds; ++round) {
@@ -266,9 +268,21 @@ template <class T, int WIDTH, int HEADS>
 __device__ void score_group(const Params& p, ScoreShared& s) {
     const int group = p.heads / p.kv_heads;
     const int first = blockIdx.x * p.chunk, count = smaller(p.chunk, p.total - first);
+    const long long base = (1LL * blockIdx.z * p.kv_heads + blockIdx.y) * p.total + first;
+    const Reading r = reading<WIDTH>(p.head_dim, threadIdx.x);
     for (int done = 0; done < group; done += HEADS) {
         const int head = blockIdx.y * group + done, heads = smaller(HEADS, group - done);
-        multiply<T, WIDTH, HEADS>(p, s, head, heads, first, count);
+        const auto row_of = [&](int g) {
+            return g < heads ? (1LL * blockIdx.z * p.heads + head + g + 1) * p.query_rows - 1 : -1;
+        };
+        multiply<T, WIDTH, HEADS>(
+            p, s, r, heads, count, [&](int key) { return base + key; },
+            [&] {
+                stage<T, WIDTH, HEADS>(p, s, r, row_of);
+                const long long row = (1LL * blockIdx.z + 1) * p.mask_rows - 1;
+                for (int i = threadIdx.x; i < count; i += VTR_SCORE_THREADS)
+                    s.seen[i] = p.mask[row * p.total + first + i];
+            });
         summarise(p, s, head, heads, first, count);  // what it reads, nobody writes before a barrier
     }
 }
@@ -286,7 +300,278 @@ __device__ void score(const Params& p, ScoreShared& s) {
     else score_group<T, WIDE, MOST_HEADS>(p, s);
 }
 
-// ---- second launch: scores, selection, gather ----
+// ---- where rows of text ask: their softmax, then what they make of the vision tokens ----
+
+struct TextShared : Multiplied {
+    float rows[MOST_HEADS][VTR_ITEM];  // of each token, by each row of a tile
+    float sums[VTR_ITEM];              // of each token, over rows
+    int keys[VTR_ITEM];                // where each token's key stands in its row of the batch
+    float2 softmax[2][MOST_HEADS];     // of a pass; the other half may still be read
+    int warps[2][SCORE_WARPS];
+};
+
+// What the first launch of a row of the batch finds out for the others.
+struct Asked {
+    int first_text;  // the position behind the last seen vision token
+    int count;       // rows that ask
+};
+
+__device__ inline Asked* asked_of(const Params& p, int batch) {
+    return reinterpret_cast<Asked*>(p.workspace + 8LL * p.batch) + batch;
+}
+
+// Where the statistics of a pair of row and head of a tile stand, one for each split of the keys.
+__device__ inline float2* statistics_of(const Params& p, int batch, int kv_head, int tile, int pair) {
+    const int tiles = vtr_row_tiles(p, vtr_rows(p));
+    const int pairs = (p.heads / p.kv_heads) << vtr_row_shift(p);
+    const long long at = ((1LL * batch * p.kv_heads + kv_head) * tiles + tile) * pairs + pair;
+    return reinterpret_cast<float2*>(p.workspace + vtr_statistics_at(p)) + at * vtr_key_splits(p);
+}
+
+// The column of an entry of ``vision_index``: never one outside, whatever is asked.
+__device__ inline int column_at(const Params& p, long long entry) {
+    const long long column = p.vision_index[entry];
+    return column < 0 || column >= p.length ? 0 : (int)column;
+}
+
+// Where a row that may ask begins in the mask.
+__device__ inline long long mask_at(const Params& p, int batch, int row) {
+    const int within = p.mask_rows - vtr_rows(p) + row;
+    return (1LL * batch * p.mask_rows + (within < 0 ? 0 : within)) * p.total;
+}
+
+__device__ inline bool is_asking(const Params& p, int batch, int first_text, int row) {
+    const int rows = vtr_rows(p), position = p.length - rows + row;
+    if (row >= rows - 1) return row == rows - 1;
+    return position >= first_text && p.mask[mask_at(p, batch, rows - 1) + p.total - rows + row];
+}
+
+// A bit for each row of a tile.
+__device__ inline unsigned asking_rows(const Params& p, int batch, int first_text, int tile) {
+    const int shift = vtr_row_shift(p);
+    unsigned bits = 0;
+    for (int i = 0; i < 1 << shift; ++i)
+        if (is_asking(p, batch, first_text, (tile << shift) + i)) bits |= 1u << i;
+    return bits;
+}
+
+// By all threads of a block, to all of them.
+template <class Join>
+__device__ inline int reduce_block(int (&warps)[SCORE_WARPS], int value, Join join) {
+    for (int by = WARP / 2; by > 0; by /= 2) value = join(value, __shfl_xor_sync(ALL_LANES, value, by));
+    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = value;
+    __syncthreads();
+    value = warps[0];
+    for (int i = 1; i < SCORE_WARPS; ++i) value = join(value, warps[i]);
+    return value;
+}
+
+__device__ inline int find_first_text(const Params& p, TextShared& s, int batch) {
+    const unsigned char* seen = p.mask + mask_at(p, batch, vtr_rows(p) - 1) + p.total - p.length;
+    int end = 0;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < p.vision; i += VTR_SCORE_THREADS) {
+        const long long column = p.vision_index[1LL * batch * p.vision + i];
+        if (column < 0 || column >= p.length) continue;
+        if (column >= end && seen[column]) end = (int)column + 1;
+    }
+    return reduce_block(s.warps[0], end, [](int a, int b) { return a > b ? a : b; });
+}
+
+// For the launches behind this one.
+__device__ inline void leave_asked(const Params& p, TextShared& s, int batch, int first_text) {
+    int count = 0;
+    for (int row = threadIdx.x; row < vtr_rows(p); row += VTR_SCORE_THREADS)
+        count += is_asking(p, batch, first_text, row);
+    count = reduce_block(s.warps[1], count, [](int a, int b) { return a + b; });
+    if (threadIdx.x != 0) return;
+    *asked_of(p, batch) = {first_text, count};
+    reinterpret_cast<uint2*>(p.workspace)[batch] = make_uint2(0, 0);  // counters of vtr_prune
+}
+
+// Up to MOST_HEADS pairs of a row and a head of one group, multiplied in one pass: pair
+// (head << shift) + row. Of a larger group, one row in several passes.
+struct Pass {
+    int batch, kv_head, tile, done;  // heads of the group in passes before
+    int shift, heads;
+    __device__ int pairs() const { return heads << shift; }
+    __device__ int rows() const { return 1 << shift; }
+};
+
+__device__ inline Pass pass_of(const Params& p, int batch, int kv_head, int tile, int done) {
+    Pass pass{batch, kv_head, tile, done, vtr_row_shift(p), 0};
+    pass.heads = smaller(MOST_HEADS >> pass.shift, p.heads / p.kv_heads - done);
+    return pass;
+}
+
+template <class T, int WIDTH>
+__device__ inline void stage_pass(const Params& p, Multiplied& s, const Reading& r, const Pass& pass) {
+    const int head = pass.kv_head * (p.heads / p.kv_heads) + pass.done, rows = vtr_rows(p);
+    stage<T, WIDTH, MOST_HEADS>(p, s, r, [&](int pair) {
+        const int row = (pass.tile << pass.shift) + pair % pass.rows();
+        const int at = p.query_rows - rows + row;
+        if (pair >= pass.pairs() || row >= rows || at < 0) return -1LL;
+        return (1LL * pass.batch * p.heads + head + (pair >> pass.shift)) * p.query_rows + at;
+    });
+}
+
+__device__ inline float shrink(float from, float to) { return from == to ? 1.0f : expf(from - to); }
+
+// Takes the keys of a chunk into the maximum and sum of each pair. A warp, a pair.
+__device__ inline void accumulate(const Params& p, TextShared& s, const Pass& pass, int first, int count) {
+    const int lane = threadIdx.x % WARP, rows = vtr_rows(p);
+    for (int pair = threadIdx.x / WARP; pair < pass.pairs(); pair += SCORE_WARPS) {
+        const int row = smaller((pass.tile << pass.shift) + pair % pass.rows(), rows - 1);
+        const unsigned char* seen = p.mask + mask_at(p, pass.batch, row) + first;
+        float logits[VTR_MOST_CHUNK / WARP], most = -infinity(), sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < VTR_MOST_CHUNK / WARP; ++i) {
+            const int key = i * WARP + lane;
+            logits[i] = key < count && seen[key] ? s.logits[pair][key] : -infinity();
+            most = fmaxf(most, logits[i]);
+        }
+        most = warp_max(most);
+#pragma unroll
+        for (int i = 0; i < VTR_MOST_CHUNK / WARP; ++i)
+            if (logits[i] != -infinity()) sum += expf(logits[i] - most);
+        sum = warp_sum(sum);
+        if (lane != 0) continue;
+        const float2 before = s.softmax[0][pair];
+        const float both = fmaxf(before.x, most);
+        sum = before.y * shrink(before.x, both) + sum * shrink(most, both);
+        s.softmax[0][pair] = make_float2(both, sum);
+    }
+}
+
+// Maximum and sum of the rows of one tile, for the heads of a group, over a share of the keys.
+template <class T, int WIDTH>
+__device__ void text_softmax(const Params& p, TextShared& s) {
+    const int batch = blockIdx.z, splits = vtr_key_splits(p), lane = threadIdx.x % WARP;
+    const int tile = blockIdx.x / splits, split = blockIdx.x % splits;
+    const int begin = (int)(1LL * p.total * split / splits);
+    const int end = (int)(1LL * p.total * (split + 1) / splits);
+    const int first_text = find_first_text(p, s, batch);
+    if (blockIdx.x == 0 && blockIdx.y == 0) leave_asked(p, s, batch, first_text);
+    if (!asking_rows(p, batch, first_text, tile)) return;
+    const Reading r = reading<WIDTH>(p.head_dim, threadIdx.x);
+    for (int done = 0; done < p.heads / p.kv_heads; done += MOST_HEADS) {
+        const Pass pass = pass_of(p, batch, blockIdx.y, tile, done);
+        const int warp = threadIdx.x / WARP;
+        for (int pair = warp; lane == 0 && pair < MOST_HEADS; pair += SCORE_WARPS)
+            s.softmax[0][pair] = make_float2(-infinity(), 0.0f);
+        for (int first = begin; first < end; first += VTR_MOST_CHUNK) {
+            const int count = smaller(VTR_MOST_CHUNK, end - first);
+            const long long base = (1LL * batch * p.kv_heads + blockIdx.y) * p.total + first;
+            multiply<T, WIDTH, MOST_HEADS>(
+                p, s, r, pass.pairs(), count, [&](int key) { return base + key; },
+                [&] { if (first == begin) stage_pass<T, WIDTH>(p, s, r, pass); });
+            accumulate(p, s, pass, first, count);
+        }
+        for (int pair = warp; lane == 0 && pair < pass.pairs(); pair += SCORE_WARPS)
+            statistics_of(p, batch, blockIdx.y, tile, (done << pass.shift) + pair)[split] = s.softmax[0][pair];
+    }
+}
+
+// Maximum and sum over all of ``count`` parts, by one warp.
+__device__ inline float2 merge(const float2* parts, int count, int lane) {
+    float most = -infinity(), sum = 0.0f;
+    for (int i = lane; i < count; i += WARP) most = fmaxf(most, parts[i].x);
+    most = warp_max(most);
+    for (int i = lane; i < count; i += WARP) sum += parts[i].y * expf(parts[i].x - most);
+    return make_float2(most, warp_sum(sum));
+}
+
+__device__ inline float join(bool largest, float a, float b) {
+    if (!largest) return a + b;
+    return b > a || is_nan(b) ? b : a;
+}
+
+// Takes the probabilities of a pass into what each asking row makes of each token.
+__device__ inline void take_in(const Params& p, TextShared& s, const Pass& pass, const float2* softmax,
+                               unsigned asking, int count) {
+    for (int row = 0; row < pass.rows(); ++row) {
+        if (!(asking >> row & 1u)) continue;
+        const unsigned char* seen = p.mask + mask_at(p, pass.batch, (pass.tile << pass.shift) + row);
+        for (int i = threadIdx.x; i < count; i += VTR_SCORE_THREADS) {
+            const bool is_seen = seen[s.keys[i]];
+            float score = s.rows[row][i];
+            for (int pair = row; pair < pass.pairs(); pair += pass.rows()) {
+                // the probability of a key that is not seen: zero, or NaN where the row's sum is
+                const float odds = is_seen ? expf(s.logits[pair][i] - softmax[pair].x) : 0.0f;
+                score = join(p.max_heads, score, odds / softmax[pair].y);
+            }
+            s.rows[row][i] = score;
+        }
+    }
+}
+
+// Probabilities of VTR_ITEM vision tokens by the rows of a tile. What one token's thread writes, no
+// other reads.
+template <class T, int WIDTH>
+__device__ inline void ask_tile(const Params& p, TextShared& s, const Reading& r, int tile,
+                                unsigned asking, int count, int& passes) {
+    const int batch = blockIdx.z, group = p.heads / p.kv_heads, splits = vtr_key_splits(p);
+    const int rows = 1 << vtr_row_shift(p);
+    for (int i = threadIdx.x; i < count; i += VTR_SCORE_THREADS)
+        for (int row = 0; row < rows; ++row) s.rows[row][i] = 0.0f;
+    for (int kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
+        const long long base = (1LL * batch * p.kv_heads + kv_head) * p.total;
+        for (int done = 0; done < group; done += MOST_HEADS) {
+            const Pass pass = pass_of(p, batch, kv_head, tile, done);
+            float2* softmax = s.softmax[passes++ % 2];
+            multiply<T, WIDTH, MOST_HEADS>(
+                p, s, r, pass.pairs(), count, [&](int key) { return base + s.keys[key]; },
+                [&] {
+                    stage_pass<T, WIDTH>(p, s, r, pass);
+                    const int lane = threadIdx.x % WARP;
+                    for (int pair = threadIdx.x / WARP; pair < pass.pairs(); pair += SCORE_WARPS) {
+                        const int at = (done << pass.shift) + pair;
+                        const float2 merged = merge(statistics_of(p, batch, kv_head, tile, at), splits, lane);
+                        if (lane == 0) softmax[pair] = merged;
+                    }
+                });
+            take_in(p, s, pass, softmax, asking, count);
+        }
+    }
+    for (int i = threadIdx.x; i < count; i += VTR_SCORE_THREADS)
+        for (int row = 0; row < rows; ++row) s.sums[i] += s.rows[row][i];
+}
+
+// Sums over this block's share of the asking rows, for VTR_ITEM vision tokens.
+template <class T, int WIDTH>
+__device__ void text_score(const Params& p, TextShared& s) {
+    const int batch = blockIdx.z, first = blockIdx.x * VTR_ITEM, split = blockIdx.y;
+    const int count = smaller(VTR_ITEM, p.vision - first), tiles = vtr_row_tiles(p, vtr_rows(p));
+    const int first_text = asked_of(p, batch)->first_text;
+    for (int i = threadIdx.x; i < count; i += VTR_SCORE_THREADS) {
+        s.keys[i] = p.total - p.length + column_at(p, 1LL * batch * p.vision + first + i);
+        s.sums[i] = 0.0f;
+    }
+    __syncthreads();
+    const Reading r = reading<WIDTH>(p.head_dim, threadIdx.x);
+    int passes = 0;
+    for (int tile = split; tile < tiles; tile += gridDim.y) {
+        const unsigned asking = asking_rows(p, batch, first_text, tile);
+        if (asking) ask_tile<T, WIDTH>(p, s, r, tile, asking, count, passes);
+    }
+    auto* sums = reinterpret_cast<float*>(p.workspace + vtr_sums_at(p));
+    for (int i = threadIdx.x; i < count; i += VTR_SCORE_THREADS)
+        sums[(1LL * batch * gridDim.y + split) * p.vision + first + i] = s.sums[i];
+}
+
+template <class T>
+__device__ void text_softmax(const Params& p, TextShared& s) {
+    if (p.wide) text_softmax<T, 4 * T::PER_WORD>(p, s);
+    else text_softmax<T, 1>(p, s);
+}
+
+template <class T>
+__device__ void text_score(const Params& p, TextShared& s) {
+    if (p.wide) text_score<T, 4 * T::PER_WORD>(p, s);
+    else text_score<T, 1>(p, s);
+}
+
+// ---- last launch: scores, selection, gather ----
 
 struct PruneShared {
     float parts[PARTS][VTR_ITEM];
@@ -322,20 +607,10 @@ __device__ inline void merge_statistics(const Params& p, const Row& row, int bat
     const int chunks = (int)vtr_divide_up(p.total, p.chunk);
     const auto* all = reinterpret_cast<const float2*>(p.workspace + vtr_statistics_at(p));
     for (int head = threadIdx.x / WARP; head < p.heads; head += PRUNE_WARPS) {
-        const float2* mine = all + (1LL * batch * p.heads + head) * chunks;
-        float most = -infinity(), sum = 0.0f;
-        for (int i = lane; i < chunks; i += WARP) most = fmaxf(most, mine[i].x);
-        most = warp_max(most);
-        for (int i = lane; i < chunks; i += WARP) sum += mine[i].y * expf(mine[i].x - most);
-        sum = warp_sum(sum);
-        if (lane == 0) row.softmax[head] = make_float2(most, sum);
+        const float2 merged = merge(all + (1LL * batch * p.heads + head) * chunks, chunks, lane);
+        if (lane == 0) row.softmax[head] = merged;
     }
     __syncthreads();
-}
-
-__device__ inline float join(const Params& p, float a, float b) {
-    if (!p.max_heads) return a + b;
-    return b > a || is_nan(b) ? b : a;
 }
 
 // A number whose order is that of the score; NaN is -1 and a token that nobody sees -2.
@@ -345,29 +620,45 @@ __device__ inline unsigned rank_of(float score, bool seen) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Scores of VTR_ITEM vision tokens: probabilities of all heads, reduced in one fixed order.
-__device__ inline void rank_item(const Params& p, PruneShared& s, const Row& row, int batch,
-                                 int item) {
-    const int token = item * VTR_ITEM + threadIdx.x % VTR_ITEM, part = threadIdx.x / VTR_ITEM;
-    const auto* logits = reinterpret_cast<const float*>(p.workspace + vtr_logits_at(p));
-    auto* ranks = reinterpret_cast<unsigned*>(p.workspace + vtr_ranks_at(p));
-    const long long entry = 1LL * batch * p.vision + token;
-    long long column = token < p.vision ? p.vision_index[entry] : 0;
-    if (column < 0 || column >= p.length) column = 0;  // never read outside, whatever is asked
+// A part of a token's score: probabilities of every PARTS-th head, or sums over every PARTS-th share
+// of the asking rows.
+__device__ inline float part_of(const Params& p, const Row& row, int batch, int token, int part) {
+    if (token >= p.vision) return 0.0f;
     float score = 0.0f;
+    if (p.text) {
+        const auto* sums = reinterpret_cast<const float*>(p.workspace + vtr_sums_at(p));
+        const int splits = vtr_row_splits(p);
+        for (int split = part; split < splits; split += PARTS)
+            score += sums[(1LL * batch * splits + split) * p.vision + token];
+        return score;
+    }
+    const auto* logits = reinterpret_cast<const float*>(p.workspace + vtr_logits_at(p));
+    const int column = column_at(p, 1LL * batch * p.vision + token);
 #pragma unroll 4
     for (int head = part; head < p.heads; head += PARTS) {
         const long long at = (1LL * batch * p.heads + head) * p.length + column;
         const float2 softmax = row.softmax[head];
-        score = join(p, score, expf(logits[at] - softmax.x) / softmax.y);
+        score = join(p.max_heads, score, expf(logits[at] - softmax.x) / softmax.y);
     }
+    return score;
+}
+
+// Scores of VTR_ITEM vision tokens, reduced in one fixed order.
+__device__ inline void rank_item(const Params& p, PruneShared& s, const Row& row, int batch,
+                                 int item) {
+    const int token = item * VTR_ITEM + threadIdx.x % VTR_ITEM, part = threadIdx.x / VTR_ITEM;
+    auto* ranks = reinterpret_cast<unsigned*>(p.workspace + vtr_ranks_at(p));
+    float score = part_of(p, row, batch, token, part);
     s.parts[part][threadIdx.x % VTR_ITEM] = score;
     __syncthreads();
     if (part == 0 && token < p.vision) {
-        for (int i = 1; i < PARTS; ++i) score = join(p, score, s.parts[i][threadIdx.x]);
+        const bool largest = p.max_heads && !p.text;
+        for (int i = 1; i < PARTS; ++i) score = join(largest, score, s.parts[i][threadIdx.x]);
         if (!p.max_heads) score /= p.heads;
+        if (p.text) score /= asked_of(p, batch)->count;
+        const long long entry = 1LL * batch * p.vision + token;
         const long long last = (1LL * batch + 1) * p.mask_rows - 1;
-        const long long key = last * p.total + p.total - p.length + column;
+        const long long key = last * p.total + p.total - p.length + column_at(p, entry);
         ranks[entry] = rank_of(score, p.mask[key]);
     }
     __syncthreads();
@@ -383,7 +674,7 @@ __device__ inline void rank_tokens(const Params& p, PruneShared& s, const Row& r
         __syncthreads();
         const unsigned item = s.item;  // written again behind the barriers of rank_item
         if (item >= items) break;
-        if (!merged) merge_statistics(p, row, batch);
+        if (!merged && !p.text) merge_statistics(p, row, batch);
         rank_item(p, s, row, batch, (int)item);
         if (threadIdx.x == 0) {
             __threadfence();
@@ -607,7 +898,7 @@ __device__ inline void place_vision(const Params& p, const PruneShared& s, const
 
 }  // namespace
 
-// ---- entry points: grid (chunks, kv_heads, batch) and (tiles, batch) ----
+// ---- entry points: launch.h has their grids ----
 
 extern "C" __global__ void __launch_bounds__(VTR_SCORE_THREADS, 4) vtr_score_fp32(Params p) {
     __shared__ ScoreShared shared;
@@ -622,6 +913,36 @@ extern "C" __global__ void __launch_bounds__(VTR_SCORE_THREADS, 4) vtr_score_fp1
 extern "C" __global__ void __launch_bounds__(VTR_SCORE_THREADS, 4) vtr_score_bf16(Params p) {
     __shared__ ScoreShared shared;
     score<Bf16>(p, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(VTR_SCORE_THREADS, 3) vtr_text_softmax_fp32(Params p) {
+    __shared__ TextShared shared;
+    text_softmax<Fp32>(p, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(VTR_SCORE_THREADS, 3) vtr_text_softmax_fp16(Params p) {
+    __shared__ TextShared shared;
+    text_softmax<Fp16>(p, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(VTR_SCORE_THREADS, 3) vtr_text_softmax_bf16(Params p) {
+    __shared__ TextShared shared;
+    text_softmax<Bf16>(p, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(VTR_SCORE_THREADS, 3) vtr_text_score_fp32(Params p) {
+    __shared__ TextShared shared;
+    text_score<Fp32>(p, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(VTR_SCORE_THREADS, 3) vtr_text_score_fp16(Params p) {
+    __shared__ TextShared shared;
+    text_score<Fp16>(p, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(VTR_SCORE_THREADS, 3) vtr_text_score_bf16(Params p) {
+    __shared__ TextShared shared;
+    text_score<Bf16>(p, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(VTR_PRUNE_THREADS, 1) vtr_prune(Params p) {

@@ -18,7 +18,10 @@ cudaError_t vtr_queue(VtrTopKPruneParams p, VtrKernel score, cudaStream_t stream
     if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, count, device)) return error;
     vtr_divide(p, score == VTR_SCORE_FP32 ? 4 : 2, multiprocessors);
     const void* const kernels[] = {(const void*)vtr_score_fp32, (const void*)vtr_score_fp16,
-                                   (const void*)vtr_score_bf16, (const void*)vtr_prune};
+                                   (const void*)vtr_score_bf16, (const void*)vtr_prune,
+                                   (const void*)vtr_text_softmax_fp32, (const void*)vtr_text_softmax_fp16,
+                                   (const void*)vtr_text_softmax_bf16, (const void*)vtr_text_score_fp32,
+                                   (const void*)vtr_text_score_fp16, (const void*)vtr_text_score_bf16};
     const auto start = [&](VtrKernel kernel, int x, int y, int z, int threads, int shared_bytes) -> int {
         if (shared_bytes > UNASKED_SHARED_BYTES) {
             const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;

@@ -12,9 +12,10 @@
 
 // One call. Pointers first, so that every compiler lays it out alike (152 bytes).
 struct VtrTopKPruneParams {
-    const void* query;                  // [batch, heads, query_rows, head_dim]; the last row asks
+    const void* query;                  // [batch, heads, query_rows, head_dim]; the last rows ask
     const void* keys;                   // [batch, kv_heads, total, head_dim]
-    const unsigned char* mask;          // bool [batch, 1, mask_rows, total]; the last row counts
+    const unsigned char* mask;          // bool [batch, 1, mask_rows, total]; of the rows that ask, the last
+                                        // of which says who is real
     const long long* vision_index;      // [batch, vision], ascending columns of hidden
     const long long* budget;            // [batch] tokens to rank, or (per_image) [1] images
     const void* hidden;                 // [batch, length, width]
@@ -34,11 +35,13 @@ struct VtrTopKPruneParams {
     int max_heads;                      // 0: mean over heads, 1: their maximum
     int per_image;                      // 0: rank all tokens of a row jointly, 1: image by image
     int wide;                           // 1: keys are read 16 bytes at a time
-    int reserved;
+    int text;                           // 0: the last row asks, 1: the rows of text behind the images
 };
 
 constexpr int VTR_MAX_HEAD_DIM = 512;
 constexpr int VTR_LEAST_CHUNK = 32, VTR_MOST_CHUNK = 256;
+constexpr int VTR_MOST_HEADS = 8;       // queries in one pass over the keys
+constexpr int VTR_TEXT_BLOCKS = 1024;   // that a launch of "text" should have
 constexpr int VTR_ITEM = 128;           // vision tokens whose heads one block reduces at a time
 
 VTR_BOTH long long vtr_divide_up(long long count, long long by) { return (count + by - 1) / by; }
@@ -66,18 +69,60 @@ VTR_BOTH int vtr_tiles(const VtrTopKPruneParams& p, int multiprocessors) {
     return (int)(wanted < 1 ? 1 : wanted < most ? wanted : most);
 }
 
-// Where each part of the workspace begins. The statistics have room for the smallest chunks, so
-// that a profile's largest shape needs the most of all its shapes.
-VTR_BOTH long long vtr_statistics_at(const VtrTopKPruneParams& p) { return vtr_align(8LL * p.batch); }
+// ---- query "text": the last ``vtr_rows`` rows of the call may ask ----
+
+VTR_BOTH int vtr_rows(const VtrTopKPruneParams& p) {
+    return p.length > p.vision ? p.length - p.vision : 1;
+}
+
+// Rows whose heads of one group are multiplied together, as a power of two: VTR_MOST_HEADS pairs of
+// row and head, or one row of a larger group.
+VTR_BOTH int vtr_row_shift(const VtrTopKPruneParams& p) {
+    const int group = p.heads / p.kv_heads;
+    return group == 1 ? 3 : group == 2 ? 2 : group <= VTR_MOST_HEADS / 2 ? 1 : 0;
+}
+VTR_BOTH int vtr_row_tiles(const VtrTopKPruneParams& p, int rows) {
+    return (int)vtr_divide_up(rows, 1 << vtr_row_shift(p));
+}
+
+// Blocks that share the keys of one tile of rows, where rows alone are too few.
+VTR_BOTH int vtr_key_splits(const VtrTopKPruneParams& p) {
+    const long long tiles = 1LL * p.batch * p.kv_heads * vtr_row_tiles(p, vtr_rows(p));
+    const long long wanted = vtr_divide_up(VTR_TEXT_BLOCKS, tiles);
+    const long long most = vtr_divide_up(p.total, VTR_MOST_CHUNK);
+    return (int)(wanted < most ? wanted : most);
+}
+
+// Blocks that share the rows which VTR_ITEM vision tokens are asked by.
+VTR_BOTH int vtr_row_splits(const VtrTopKPruneParams& p) {
+    const long long wanted = vtr_divide_up(VTR_TEXT_BLOCKS, p.batch * vtr_divide_up(p.vision, VTR_ITEM));
+    const long long most = vtr_row_tiles(p, vtr_rows(p));
+    return (int)(wanted < most ? wanted : most);
+}
+
+// ---- workspace ----
+
+// Where each part begins: two counters and what is known of the asking rows, for each row of the
+// batch; the ranks; statistics; logits or (text) sums over rows. A profile's largest shape needs the
+// most of all its shapes: statistics have room for the smallest chunks, and of ``text``, whose rows
+// grow as the vision tokens shrink, for rows as many as columns.
+VTR_BOTH long long vtr_ranks_at(const VtrTopKPruneParams& p) { return vtr_align(16LL * p.batch); }
+VTR_BOTH long long vtr_statistics_at(const VtrTopKPruneParams& p) {
+    return vtr_ranks_at(p) + vtr_align(4LL * p.batch * p.vision);
+}
 VTR_BOTH long long vtr_logits_at(const VtrTopKPruneParams& p) {
     const long long chunks = vtr_divide_up(p.total, VTR_LEAST_CHUNK);
     return vtr_statistics_at(p) + vtr_align(8LL * p.batch * p.heads * chunks);
 }
-VTR_BOTH long long vtr_ranks_at(const VtrTopKPruneParams& p) {
-    return vtr_logits_at(p) + vtr_align(4LL * p.batch * p.heads * p.length);
+VTR_BOTH long long vtr_sums_at(const VtrTopKPruneParams& p) {
+    const long long tiles = 1LL * p.batch * p.kv_heads * vtr_row_tiles(p, p.length);
+    const long long group = p.heads / p.kv_heads, pairs = group < VTR_MOST_HEADS ? VTR_MOST_HEADS : group;
+    return vtr_statistics_at(p) + vtr_align(8 * (tiles + VTR_TEXT_BLOCKS) * pairs);
 }
 VTR_BOTH long long vtr_workspace_bytes(const VtrTopKPruneParams& p) {
-    return vtr_ranks_at(p) + vtr_align(4LL * p.batch * p.vision);
+    if (!p.text) return vtr_logits_at(p) + vtr_align(4LL * p.batch * p.heads * p.length);
+    const long long blocks = p.batch * vtr_divide_up(p.vision, VTR_ITEM) + VTR_TEXT_BLOCKS;
+    return vtr_sums_at(p) + vtr_align(4 * blocks * VTR_ITEM);
 }
 
 // Shared memory of a block of the second launch: each head's maximum and sum, two bitmaps over the

@@ -40,7 +40,7 @@ struct Fields {
 
     // Empty: all there and served.
     std::string refusal() const {
-        if (query != "last") return "query '" + query + "' is not served (last is)";
+        if (query != "last" && query != "text") return "query '" + query + "' is neither last nor text";
         if (heads != "mean" && heads != "max") return "heads '" + heads + "' is neither mean nor max";
         if (rank != "joint" && rank != "per_image") return "rank '" + rank + "' is neither joint nor per_image";
         return {};
@@ -69,8 +69,9 @@ Fields read(const PluginFieldCollection& collection) {
 
 // ``d`` gives a tensor's dimensions: those of a call, or the largest of a profile.
 template <class Tensor, class DimsOf>
-VtrTopKPruneParams sizes(const Tensor* in, const Tensor* out, DimsOf d) {
+VtrTopKPruneParams sizes(const Fields& fields, const Tensor* in, const Tensor* out, DimsOf d) {
     VtrTopKPruneParams p{};
+    p.text = fields.query == "text";
     const Dims query = d(in[QUERY]), keys = d(in[KEYS]), hidden = d(in[HIDDEN]);
     p.batch = (int)query.d[0];
     p.heads = (int)query.d[1];
@@ -169,7 +170,7 @@ public:
 
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const* out,
                             int32_t) const noexcept override {
-        const auto p = sizes(in, out, [](const DynamicPluginTensorDesc& tensor) { return tensor.max; });
+        const auto p = sizes(fields_, in, out, [](const DynamicPluginTensorDesc& tensor) { return tensor.max; });
         return (size_t)vtr_workspace_bytes(p);
     }
 
@@ -181,7 +182,7 @@ public:
 
     int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const* out, void const* const* inputs,
                     void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
-        auto p = sizes(in, out, [](const PluginTensorDesc& tensor) { return tensor.dims; });
+        auto p = sizes(fields_, in, out, [](const PluginTensorDesc& tensor) { return tensor.dims; });
         const DataType type = in[QUERY].type;
         const VtrKernel score = type == DataType::kFLOAT  ? VTR_SCORE_FP32
                                 : type == DataType::kHALF ? VTR_SCORE_FP16

@@ -20,19 +20,25 @@ NAME: Final = "vtr_top_k_prune"
 LIBRARY: Final = "libvtr_plugins.so"
 KERNEL, PARAMS = "kernel.cu", "params.h"
 DTYPES: Final = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of an element
+PARTS: Final = ("score", "text_softmax", "text_score")  # before the last launch, for each type
 SCORE_THREADS, PRUNE_THREADS = 128, 1024
 MOST_HEAD_DIM: Final = 512
 LEAST_CHUNK, MOST_CHUNK, ITEM = 32, 256, 128
+MOST_HEADS, TEXT_BLOCKS = 8, 1024
 COPIED_AT_LEAST: Final = 32 << 10
 
 Dtype = Literal["fp32", "fp16", "bf16"]
+Query = Literal["last", "text"]
 Heads = Literal["mean", "max"]
 Rank = Literal["joint", "per_image"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call: see ``VtrTopKPruneParams``. ``new`` is columns, ``hidden`` their width."""
+    """Sizes of one call: see ``VtrTopKPruneParams``. ``new`` is columns, ``hidden`` their width.
+
+    ``query`` says which rows ask, and so how the work is divided.
+    """
 
     batch: int
     heads: int
@@ -45,6 +51,7 @@ class Shape:
     vision: int
     keep: int
     hidden: int
+    query: Query = "last"
 
     @property
     def kept(self) -> int:
@@ -63,8 +70,41 @@ class Shape:
         return min(_divide_up(share, LEAST_CHUNK) * LEAST_CHUNK, MOST_CHUNK)
 
     @property
+    def tile_rows(self) -> int:
+        """Rows whose heads of one group are multiplied together (``text``)."""
+        return {1: 8, 2: 4, 3: 2, 4: 2}.get(self.heads // self.kv_heads, 1)
+
+    @property
+    def tiles_of_rows(self) -> int:
+        """Tiles of the rows that may ask (``text``)."""
+        return _divide_up(max(self.new - self.vision, 1), self.tile_rows)
+
+    @property
+    def key_splits(self) -> int:
+        """Blocks that share the keys of one tile of rows (``text``)."""
+        wanted = _divide_up(TEXT_BLOCKS, self.batch * self.kv_heads * self.tiles_of_rows)
+        return min(wanted, _divide_up(self.total, MOST_CHUNK))
+
+    @property
+    def row_splits(self) -> int:
+        """Blocks that share the rows which some vision tokens are asked by (``text``)."""
+        wanted = _divide_up(TEXT_BLOCKS, self.batch * _divide_up(self.vision, ITEM))
+        return min(wanted, self.tiles_of_rows)
+
+    def score_grids(self) -> dict[str, tuple[int, int, int]]:
+        """What is launched before the last launch, each of ``PARTS`` on its grid."""
+        if not self.is_ranked:
+            return {}
+        if self.query == "last":
+            return {"score": (_divide_up(self.total, self.chunk), self.kv_heads, self.batch)}
+        return {
+            "text_softmax": (self.tiles_of_rows * self.key_splits, self.kv_heads, self.batch),
+            "text_score": (_divide_up(self.vision, ITEM), self.row_splits, self.batch),
+        }
+
+    @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block of the second launch."""
+        """Shared memory of a block of the last launch."""
         return 8 * self.heads + 16 * _divide_up(self.new, 32)
 
     def tiles(self, row_bytes: int, multiprocessors: int) -> int:
@@ -98,7 +138,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("query_rows", "mask_rows", "total", "length")),
         *((name, ctypes.c_int) for name in ("vision", "keep", "row_bytes", "chunk", "tiles")),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("max_heads", "per_image", "wide", "reserved")),
+        *((name, ctypes.c_int) for name in ("max_heads", "per_image", "wide", "text")),
     )
 
 
@@ -177,13 +217,16 @@ def _compile(architecture: str) -> bytes:
 
 def workspace_bytes(shape: Shape) -> int:
     """Device memory of one call, of any content; a profile's largest shape needs the most."""
-    chunks = _divide_up(shape.total, LEAST_CHUNK)
-    parts = (
-        8 * shape.batch,
-        8 * shape.batch * shape.heads * chunks,
-        4 * shape.batch * shape.heads * shape.new,
-        4 * shape.batch * shape.vision,
-    )
+    parts = [16 * shape.batch, 4 * shape.batch * shape.vision]
+    if shape.query == "text":  # rows grow as vision tokens shrink: room for as many as columns
+        tiles = shape.batch * shape.kv_heads * _divide_up(shape.new, shape.tile_rows)
+        items = shape.batch * _divide_up(shape.vision, ITEM)
+        pairs = max(shape.heads // shape.kv_heads, MOST_HEADS)
+        parts += [8 * pairs * (tiles + TEXT_BLOCKS), 4 * ITEM * (items + TEXT_BLOCKS)]
+    else:
+        chunks = _divide_up(shape.total, LEAST_CHUNK)
+        heads = shape.batch * shape.heads
+        parts += [8 * heads * chunks, 4 * heads * shape.new]
     return sum(_divide_up(part, 256) * 256 for part in parts)
 
 
@@ -224,6 +267,7 @@ def fill(
         heads == "max",
         rank == "per_image",
         (shape.head_dim * DTYPES[dtype]) % 16 == 0 and pointers.keys % 16 == 0,
+        shape.query == "text",
     )
 
 
@@ -233,7 +277,7 @@ class Launcher:
     def __init__(self, image: bytes) -> None:
         driver = self.driver = _driver()
         self.module = _check(driver.cuModuleLoadData(image + b"\0"))
-        names = ("vtr_prune", *(f"vtr_score_{dtype}" for dtype in DTYPES))
+        names = ("vtr_prune", *(f"vtr_{part}_{dtype}" for part in PARTS for dtype in DTYPES))
         self.functions = {
             name: _check(driver.cuModuleGetFunction(self.module, name.encode())) for name in names
         }
@@ -245,7 +289,7 @@ class Launcher:
         self._allow_shared(_check(driver.cuDeviceGetAttribute(kind, device)))
 
     def _allow_shared(self, most_bytes: int) -> None:
-        """Let the second launch use all shared memory that a block may have."""
+        """Let the last launch use all shared memory that a block may have."""
         attribute, prune = self.driver.CUfunction_attribute, self.functions["vtr_prune"]
         kind = attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
         self.shared_bytes: int = most_bytes - _check(self.driver.cuFuncGetAttribute(kind, prune))
@@ -270,10 +314,8 @@ class Launcher:
                 hint="build with --plugin off",
             )
         params = fill(shape, dtype, scale, heads, rank, pointers, workspace, self.multiprocessors)
-        if shape.is_ranked:
-            chunks = _divide_up(shape.total, shape.chunk)
-            grid = (chunks, shape.kv_heads, shape.batch)
-            self._start(f"vtr_score_{dtype}", grid, SCORE_THREADS, 0, stream, params)
+        for part, grid in shape.score_grids().items():
+            self._start(f"vtr_{part}_{dtype}", grid, SCORE_THREADS, 0, stream, params)
         grid = (params.tiles, shape.batch, 1)
         self._start("vtr_prune", grid, PRUNE_THREADS, shape.shared_bytes, stream, params)
 

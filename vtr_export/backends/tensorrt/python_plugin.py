@@ -6,7 +6,7 @@ Executed on no GPU yet: parsing and building have been, ``enqueue`` has not.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,7 +19,11 @@ from vtr_export.ops.prune import SHAPE_INPUTS as _SHAPE_INPUTS
 PORTS: Final = tuple(name for i, name in enumerate(INPUTS) if i not in _SHAPE_INPUTS)
 QUERY, KEYS, MASK, VISION_INDEX, BUDGET, HIDDEN = range(len(PORTS))
 KEPT_HIDDEN, INDICES, KEPT_VISION_INDEX = range(len(OUTPUTS))
-SERVED: Final = {"query": ("last",), "heads": ("mean", "max"), "rank": ("joint", "per_image")}
+SERVED: Final = {
+    "query": ("last", "text"),
+    "heads": ("mean", "max"),
+    "rank": ("joint", "per_image"),
+}
 DTYPES: Final[dict[str, kernel.Dtype]] = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
 
 Dims = Sequence[int]
@@ -30,7 +34,7 @@ class Fields:
     """What a node says of its cut, and a plan keeps."""
 
     scale: float
-    query: Literal["last"]
+    query: kernel.Query
     heads: kernel.Heads
     rank: kernel.Rank
 
@@ -75,7 +79,7 @@ def refusal(name: str, word: str) -> str | None:
     return f"the plugin does not serve {name}: {word}, only {', '.join(SERVED[name])}"
 
 
-def shape_of(inputs: Sequence[Dims], outputs: Sequence[Dims]) -> kernel.Shape:
+def shape_of(inputs: Sequence[Dims], outputs: Sequence[Dims], query: kernel.Query) -> kernel.Shape:
     """What the kernel is told of the shapes of the plugin's inputs (without keep) and outputs."""
     batch, heads, query_rows, head_dim = inputs[QUERY]
     return kernel.Shape(
@@ -90,6 +94,7 @@ def shape_of(inputs: Sequence[Dims], outputs: Sequence[Dims]) -> kernel.Shape:
         vision=inputs[VISION_INDEX][1],
         keep=outputs[KEPT_VISION_INDEX][1],
         hidden=inputs[HIDDEN][2],
+        query=query,
     )
 
 
@@ -192,7 +197,7 @@ class _Plugin:
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Bytes for the largest shapes of a profile."""
         most = ([tuple(tensor.max) for tensor in tensors] for tensors in (inputs, outputs))
-        return kernel.workspace_bytes(shape_of(*most))
+        return kernel.workspace_bytes(shape_of(*most, self.fields.query))
 
     # --- run ---
 
@@ -213,7 +218,7 @@ class _Plugin:
             [tuple(tensor.dims) for tensor in tensors] for tensors in (input_types, output_types)
         )
         kernel.launcher().launch(
-            shape_of(*shapes),
+            shape_of(*shapes, self.fields.query),
             DTYPES[input_types[QUERY].type.name],
             self.fields.scale,
             self.fields.heads,
