@@ -179,7 +179,7 @@ def engine_fp16(artifact_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -
     from vtr_export.builder import build
 
     out = tmp_path_factory.mktemp("engine") / "engine"
-    build(artifact_fp16, out, sms=(86,))
+    build(artifact_fp16, out, sms=(86,), plugin="off")
     return out
 
 

@@ -18,6 +18,7 @@ from vtr_export.checkpoint import Checkpoint
 from vtr_export.exporter import Report
 
 MODEL = ("-m", "model")
+ENGINES = ["--dtype", "fp16", "--plugin", "off", "--target"]
 SCHEDULE = "version: 1\nprefill:\n  stages:\n  - {before_layer: 1, keep: 50%}\n"
 
 
@@ -158,8 +159,8 @@ SCHEDULES = [
     Case("a float", yaml("  stages:\n  - {before_layer: 1, keep: 0.5}"), "VTR001", "s.yaml:4", "write 50%"),
     Case("keep and stages", yaml("  keep: [16, 8, 8]\n  stages: []"), "VTR001", "s.yaml:2", "not both"),
     Case("another version", lambda p: p.write("s.yaml", "version: 2\n"), "VTR001", "s.yaml:1", "version: 1"),
-    Case("beyond TensorRT's TopK", wide, "VTR001", "s.yaml:3: prefill.keep[1]", "at most 3840", [*MODEL, "--target", "tensorrt"]),
-    Case("beyond TensorRT-RTX's", wide, "VTR001", "s.yaml:3: prefill.keep[1]", "at most 3840", [*MODEL, "--target", "tensorrt-rtx"]),
+    Case("beyond TensorRT's TopK", wide, "VTR001", "s.yaml:3: prefill.keep[1]", "at most 3840", [*MODEL, *ENGINES, "tensorrt"]),
+    Case("beyond TensorRT-RTX's", wide, "VTR001", "s.yaml:3: prefill.keep[1]", "at most 3840", [*MODEL, *ENGINES, "tensorrt-rtx"]),
     Case("an unknown target", lambda p: None, "VTR202", "", "onnxruntime", [*MODEL, "--target", "abacus"]),
 ]  # fmt: skip
 TARGETS = [

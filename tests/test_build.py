@@ -40,6 +40,15 @@ PROMISED = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_compiled_plugin(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this machine's user compiled plays no part."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("VTR_PLUGIN_PATH", raising=False)
+
+
 @pytest.fixture
 def artifact(artifact_fp16: Path, tmp_path: Path) -> Path:
     """A copy to break."""

@@ -15,10 +15,11 @@ from vtr_export.manifest import Gate, Manifest
 from vtr_export.memory import get_weight_type, weight_bytes
 from vtr_export.plan import check_fits_target
 from vtr_export.process import Announce, Clock, peak_rss_bytes
-from vtr_export.publish import check_target, publish
+from vtr_export.publish import check_target as check_place
+from vtr_export.publish import publish
 from vtr_export.published import MANIFEST, hash_files
 from vtr_export.schedule import Resolved, Schedule
-from vtr_export.targets import check_name
+from vtr_export.targets import check_name, check_target
 
 if TYPE_CHECKING:
     from vtr_export.verify import Outcome
@@ -119,7 +120,7 @@ def export(
         facts = read_facts(read_config(folder)[0], str(folder / "config.json"))
         resolved = schedule.resolve(facts)
         _check_target(schedule, facts, resolved, options)
-        check_target(Path(out), force, _needed_bytes(facts, options))
+        check_place(Path(out), force, _needed_bytes(facts, options))
     with clock.step("read the headers"):
         checkpoint = Checkpoint.open(folder)
         assemble.check_assets(checkpoint)
@@ -139,8 +140,9 @@ def _check_target(
         check_name(target)
         check_fits_target(schedule, resolved, tokens, target, plugin="off")
         return
-    check_builds(target, sms, options.dtype)
+    check_target(target, sms, options.dtype)
     check_fits_target(schedule, resolved, tokens, target, sms=sms, plugin=plugin)
+    check_builds(target, sms, options.dtype)
 
 
 def _with_engines(

@@ -41,7 +41,7 @@ def build(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build TensorRT engines of an artifact; TensorRT-RTX builds without a GPU."""
+    """Build TensorRT engines of an artifact. TensorRT-RTX needs no GPU."""
     ranges = {
         "max_batch": max_batch,
         "max_vision_tokens": max_vision_tokens,

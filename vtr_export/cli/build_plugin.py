@@ -23,7 +23,7 @@ def build_plugin(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compile the TensorRT plugin with nvcc; `vtr build` finds it from then on."""
+    """Compile the TensorRT plugin with nvcc. `vtr build` finds it from then on."""
     from vtr_export.backends.tensorrt.compile_plugin import compile_plugin, summary
     from vtr_export.targets import parse_sms
 

@@ -78,7 +78,7 @@ def export(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compile a checkpoint and a schedule into a verified artifact."""
+    """Compile a checkpoint and a schedule into an artifact."""
     if no_verify and verify != "auto":
         raise InputError("--verify and --no-verify exclude each other", hint="give one of them")
     from vtr_export.exporter import export as compile_artifact

@@ -45,7 +45,7 @@ def plan(
     plugin: Plugin = "auto",
     as_json: Json = False,
 ) -> None:
-    """Predict tokens, FLOPs, bytes, fit and time; no weight is read."""
+    """Predict tokens, FLOPs, bytes, fit and time. No weight is read."""
     from vtr_export.plan import plan as predict
     from vtr_export.schedule import Schedule
     from vtr_export.targets import parse_sms

@@ -24,7 +24,9 @@ from vtr_export.process import peak_rss_bytes
 
 JOB, RESULT = "job.json", "result.json"
 Say = Callable[[Mapping[str, Any]], None]
-_LAYER: Final = re.compile(r"(?:Parsing node: |Computing costs for |ForeignNode )(.+)")
+_LAYER: Final = re.compile(
+    r"(?:Parsing node: |Computing costs for |ForeignNode )(.+?)(?: metadata: |[\x00-\x1f]|$)"
+)
 _WEIGHTS: Final = re.compile(r"Total Weights Memory: (\d+) bytes")
 _LAYER_CHARACTERS: Final = 200
 _PR_SET_PDEATHSIG: Final = 1
