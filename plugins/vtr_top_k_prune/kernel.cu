@@ -197,8 +197,9 @@ __device__ inline void stage(const Params& p, Multiplied& s, const Reading& r, R
 // Logits of ``heads`` (at most HEADS) queries with ``count`` keys. ``key_at`` gives each one's row
 // among all keys; ``prepare`` puts the queries into shared memory while the first keys come.
 template <class T, int WIDTH, int HEADS, class KeyAt, class Prepare>
-__device__ inline void multiply(const Params& p, Multiplied& s, const Reading& r, int heads, int count,
+__device__ inline void multiply(const Params& p, Multiplied& s, int heads, int count,
                                 KeyAt key_at, Prepare prepare) {
+    const Reading r = reading<WIDTH>(p.head_dim, threadIdx.x);
     const int padded = r.lanes * r.steps * WIDTH;
     const int rounds = (count + r.tile - 1) / r.tile * r.steps;
     const auto fetch = [&](int round, uint4(&raw)[AT_ONCE]) {
@@ -213,7 +214,7 @@ __device__ inline void multiply(const Params& p, Multiplied& s, const Reading& r
     };
     uint4 next[AT_ONCE];
     fetch(0, next);
-    prepare();
+    prepare(r);
     __syncthreads();
     float sums[HEADS][AT_ONCE];
     for (int round = 0; round < rounds; ++round) {
@@ -269,15 +270,14 @@ __device__ void score_group(const Params& p, ScoreShared& s) {
     const int group = p.heads / p.kv_heads;
     const int first = blockIdx.x * p.chunk, count = smaller(p.chunk, p.total - first);
     const long long base = (1LL * blockIdx.z * p.kv_heads + blockIdx.y) * p.total + first;
-    const Reading r = reading<WIDTH>(p.head_dim, threadIdx.x);
     for (int done = 0; done < group; done += HEADS) {
         const int head = blockIdx.y * group + done, heads = smaller(HEADS, group - done);
         const auto row_of = [&](int g) {
             return g < heads ? (1LL * blockIdx.z * p.heads + head + g + 1) * p.query_rows - 1 : -1;
         };
         multiply<T, WIDTH, HEADS>(
-            p, s, r, heads, count, [&](int key) { return base + key; },
-            [&] {
+            p, s, heads, count, [&](int key) { return base + key; },
+            [&](const Reading& r) {
                 stage<T, WIDTH, HEADS>(p, s, r, row_of);
                 const long long row = (1LL * blockIdx.z + 1) * p.mask_rows - 1;
                 for (int i = threadIdx.x; i < count; i += VTR_SCORE_THREADS)
@@ -453,7 +453,6 @@ __device__ void text_softmax(const Params& p, TextShared& s) {
     const int first_text = find_first_text(p, s, batch);
     if (blockIdx.x == 0 && blockIdx.y == 0) leave_asked(p, s, batch, first_text);
     if (!asking_rows(p, batch, first_text, tile)) return;
-    const Reading r = reading<WIDTH>(p.head_dim, threadIdx.x);
     for (int done = 0; done < p.heads / p.kv_heads; done += MOST_HEADS) {
         const Pass pass = pass_of(p, batch, blockIdx.y, tile, done);
         const int warp = threadIdx.x / WARP;
@@ -463,8 +462,8 @@ __device__ void text_softmax(const Params& p, TextShared& s) {
             const int count = smaller(VTR_MOST_CHUNK, end - first);
             const long long base = (1LL * batch * p.kv_heads + blockIdx.y) * p.total + first;
             multiply<T, WIDTH, MOST_HEADS>(
-                p, s, r, pass.pairs(), count, [&](int key) { return base + key; },
-                [&] { if (first == begin) stage_pass<T, WIDTH>(p, s, r, pass); });
+                p, s, pass.pairs(), count, [&](int key) { return base + key; },
+                [&](const Reading& r) { if (first == begin) stage_pass<T, WIDTH>(p, s, r, pass); });
             accumulate(p, s, pass, first, count);
         }
         for (int pair = warp; lane == 0 && pair < pass.pairs(); pair += SCORE_WARPS)
@@ -508,8 +507,8 @@ __device__ inline void take_in(const Params& p, TextShared& s, const Pass& pass,
 // Probabilities of VTR_ITEM vision tokens by the rows of a tile. What one token's thread writes, no
 // other reads.
 template <class T, int WIDTH>
-__device__ inline void ask_tile(const Params& p, TextShared& s, const Reading& r, int tile,
-                                unsigned asking, int count, int& passes) {
+__device__ inline void ask_tile(const Params& p, TextShared& s, int tile, unsigned asking,
+                                int count, int& passes) {
     const int batch = blockIdx.z, group = p.heads / p.kv_heads, splits = vtr_key_splits(p);
     const int rows = 1 << vtr_row_shift(p);
     for (int i = threadIdx.x; i < count; i += VTR_SCORE_THREADS)
@@ -520,8 +519,8 @@ __device__ inline void ask_tile(const Params& p, TextShared& s, const Reading& r
             const Pass pass = pass_of(p, batch, kv_head, tile, done);
             float2* softmax = s.softmax[passes++ % 2];
             multiply<T, WIDTH, MOST_HEADS>(
-                p, s, r, pass.pairs(), count, [&](int key) { return base + s.keys[key]; },
-                [&] {
+                p, s, pass.pairs(), count, [&](int key) { return base + s.keys[key]; },
+                [&](const Reading& r) {
                     stage_pass<T, WIDTH>(p, s, r, pass);
                     const int lane = threadIdx.x % WARP;
                     for (int pair = threadIdx.x / WARP; pair < pass.pairs(); pair += SCORE_WARPS) {
@@ -548,11 +547,10 @@ __device__ void text_score(const Params& p, TextShared& s) {
         s.sums[i] = 0.0f;
     }
     __syncthreads();
-    const Reading r = reading<WIDTH>(p.head_dim, threadIdx.x);
     int passes = 0;
     for (int tile = split; tile < tiles; tile += gridDim.y) {
         const unsigned asking = asking_rows(p, batch, first_text, tile);
-        if (asking) ask_tile<T, WIDTH>(p, s, r, tile, asking, count, passes);
+        if (asking) ask_tile<T, WIDTH>(p, s, tile, asking, count, passes);
     }
     auto* sums = reinterpret_cast<float*>(p.workspace + vtr_sums_at(p));
     for (int i = threadIdx.x; i < count; i += VTR_SCORE_THREADS)

@@ -79,7 +79,7 @@ def refusal(name: str, word: str) -> str | None:
     return f"the plugin does not serve {name}: {word}, only {', '.join(SERVED[name])}"
 
 
-def shape_of(inputs: Sequence[Dims], outputs: Sequence[Dims], query: kernel.Query) -> kernel.Shape:
+def shape_of(query: kernel.Query, inputs: Sequence[Dims], outputs: Sequence[Dims]) -> kernel.Shape:
     """What the kernel is told of the shapes of the plugin's inputs (without keep) and outputs."""
     batch, heads, query_rows, head_dim = inputs[QUERY]
     return kernel.Shape(
@@ -197,7 +197,7 @@ class _Plugin:
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Bytes for the largest shapes of a profile."""
         most = ([tuple(tensor.max) for tensor in tensors] for tensors in (inputs, outputs))
-        return kernel.workspace_bytes(shape_of(*most, self.fields.query))
+        return kernel.workspace_bytes(shape_of(self.fields.query, *most))
 
     # --- run ---
 
@@ -218,7 +218,7 @@ class _Plugin:
             [tuple(tensor.dims) for tensor in tensors] for tensors in (input_types, output_types)
         )
         kernel.launcher().launch(
-            shape_of(*shapes, self.fields.query),
+            shape_of(self.fields.query, *shapes),
             DTYPES[input_types[QUERY].type.name],
             self.fields.scale,
             self.fields.heads,
