@@ -24,7 +24,8 @@ with mock.patch.object(kernel, "compile_image", images.__getitem__):
     assert kernel.launcher() is launcher
 sizes = Sizes(kv_heads=2, group=4, head_dim=64, image=200, width=64)
 for dtype in DTYPES:
-    check(launcher, draw(sizes, 1, padded=False, keep=70, dtype=dtype))
+    for asks in ("last", "text"):
+        check(launcher, draw(sizes, 1, padded=False, keep=70, dtype=dtype, asks=asks))
     print(dtype)
 long = draw(Sizes(1, image=4, text=99_000, past=0, width=1), 2, padded=False, keep=0)
 assert long.shape.shared_bytes > 48 << 10

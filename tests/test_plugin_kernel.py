@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from cut_oracle import Array, Call, ranked, selected
+from cut_oracle import Array, Call, ranked, scored, selected, visible
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_on_host import (
@@ -309,10 +309,12 @@ def test_what_is_no_number_ranks_below_numbers_and_above_pads(
 
 
 @compiler
+@pytest.mark.parametrize("asks", ["last", "text"])
 @pytest.mark.parametrize("rank", ["joint", "per_image"])
-def test_what_needs_no_ranking_is_one_launch(launcher: HostLauncher, rank: Any) -> None:
+def test_what_needs_no_ranking_is_one_launch(launcher: HostLauncher, rank: Any, asks: Any) -> None:
     for image, keep in ((0, 0), (40, 0), (40, 40)):
-        inputs = draw(Sizes(image=image, past=2), 1, padded=False, keep=keep, rank=rank)
+        sizes = Sizes(image=image, past=2)
+        inputs = draw(sizes, 1, padded=False, keep=keep, rank=rank, asks=asks)
         inputs = replace(inputs, budget=np.full(2 if rank == "joint" else 1, image and keep and 1))
         if rank == "joint":
             inputs = replace(inputs, budget=np.full(2, keep))
@@ -321,12 +323,15 @@ def test_what_needs_no_ranking_is_one_launch(launcher: HostLauncher, rank: Any) 
 
 
 @compiler
+@pytest.mark.parametrize("asks", ["last", "text"])
 @pytest.mark.parametrize(("rank", "budget"), [("joint", [-9, 10**12]), ("per_image", [10**12])])
 def test_nonsense_touches_nothing_outside(
-    launcher: HostLauncher, rank: Any, budget: list[int]
+    launcher: HostLauncher, rank: Any, budget: list[int], asks: Any
 ) -> None:
     """Columns that do not exist, budgets and images that cannot be: pages around all data end the process."""
-    inputs = draw(Sizes(image=40), 1, padded=False, keep=9, rank=rank)
+    inputs = draw(Sizes(image=40), 1, padded=False, keep=9, rank=rank, asks=asks)
+    if asks == "text":  # fewer rows than must ask
+        inputs = replace(inputs, query=inputs.query[:, :, :2], mask=inputs.mask[:, :, -1:])
     inputs.vision[:, [0, 7, 39]] = -1, 44, 10**12
     actual = call(launcher, replace(inputs, budget=np.array(budget)))
     assert (actual.indices >= 0).all()
@@ -336,11 +341,112 @@ def test_nonsense_touches_nothing_outside(
 
 
 @compiler
-def test_a_generated_token_passes(launcher: HostLauncher) -> None:
-    inputs = draw(Sizes(batch=3, text=1, image=0, past=9), 1, padded=False, keep=0)
+@pytest.mark.parametrize("asks", ["last", "text"])
+def test_a_generated_token_passes(launcher: HostLauncher, asks: Any) -> None:
+    inputs = draw(Sizes(batch=3, text=1, image=0, past=9), 1, padded=False, keep=0, asks=asks)
     actual = call(launcher, inputs)
     assert actual.indices.tolist() == [[0]] * 3
     assert (actual.hidden == inputs.hidden).all()
+
+
+# --- rows of text ask ---
+
+
+def prompt(
+    layouts: list[str], seed: int, *, past: int = 0, distinct: int = 99, **options: Any
+) -> Inputs:
+    """Rows of ``_`` pads, ``t`` text and ``v`` vision tokens of one length, behind a real past."""
+    rng, length = np.random.default_rng(seed), len(layouts[0])
+    current = np.array([[letter != "_" for letter in row] for row in layouts]).astype(int)
+    found = [[c for c, letter in enumerate(row) if letter == "v"] for row in layouts]
+    most = max(map(len, found))
+    vision = np.array([[*range(most - len(columns)), *columns] for columns in found])
+    call = Call(np.ones((len(layouts), past), int), current, vision)
+    keys = rng.normal(size=(len(layouts), 2, distinct, 16))[
+        :, :, rng.integers(0, distinct, past + length)
+    ]
+    inputs = Inputs(
+        query=rounded(
+            2 * rng.normal(size=(len(layouts), 6, length, 16)), options.get("dtype", "fp32")
+        ),
+        keys=rounded(keys, options.get("dtype", "fp32")),
+        mask=visible(call.padding, length),
+        vision=vision,
+        budget=np.minimum(call.counts, options["keep"]),
+        hidden=rounded(rng.normal(size=(len(layouts), length, 8)), options.get("dtype", "fp32")),
+        asks="text",
+        **options,
+    )
+    choice: Any = ops.Choice("text", inputs.heads, inputs.rank)  # type: ignore[arg-type]
+    expected = scored(call, inputs.query, inputs.keys, inputs.scale, choice)
+    np.testing.assert_allclose(scores(inputs), expected, rtol=1e-9)
+    return inputs
+
+
+PROMPTS = {
+    "a question": (["tttvvvvvvvvtttt"], [4]),
+    "text between images": (["tvvvvtttvvvvtt"], [2]),
+    "a question before its image": (["tttttvvvvvvvv"], [1]),
+    "nothing but an image": (["vvvvvvvv"], [1]),
+    "a padded batch": (["tvvvvvvvvttttt", "____tvvvvvvttt", "_________ttttt"], [5, 3, 5]),
+    "more rows than one tile has": (["t" + "v" * 140 + "t" * 21], [21]),
+    "long": (["tt" + "v" * 600 + "ttt"], [3]),
+}
+
+
+@compiler
+@pytest.mark.parametrize(("layouts", "asked"), PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("heads", ["mean", "max"])
+def test_text_behind_the_images_asks(
+    launcher: HostLauncher, layouts: list[str], asked: list[int], heads: Any
+) -> None:
+    for past, dtype in ((0, "fp16"), (37, "bf16"), (5, "fp32")):
+        inputs = prompt(layouts, 1, past=past, keep=3, heads=heads, dtype=dtype)
+        assert [len(asking(inputs, b)) for b in range(len(layouts))] == asked
+        assert is_clear(inputs, scores(inputs))
+        check(launcher, inputs)
+        assert [name for name, _ in launcher.launches] == [
+            f"vtr_text_softmax_{dtype}",
+            f"vtr_text_score_{dtype}",
+            "vtr_prune",
+        ]
+
+
+@compiler
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_rows_that_do_not_ask_are_not_looked_at(launcher: HostLauncher, poison: float) -> None:
+    """Text before the image, vision tokens and pads ask nothing; one row that asks spoils all."""
+    inputs = prompt(["tttvvvvvvvvttt", "_____tvvvvvttt"], 2, keep=3)
+    whole = scores(inputs)
+    query = inputs.query.copy()
+    query[:, :, :-3] = poison
+    silent = replace(inputs, query=query)
+    assert (scores(silent) == whole).all()
+    check(launcher, silent)
+    query[0, 4, -3] = np.nan
+    spoilt = replace(inputs, query=query)
+    assert (scores(spoilt)[0] == -1).all()
+    assert (scores(spoilt)[1] == whole[1]).all()
+    check(launcher, spoilt)
+
+
+@compiler
+@pytest.mark.parametrize("heads", ["mean", "max"])
+def test_ties_of_text_rows_go_to_the_lower_index(launcher: HostLauncher, heads: Any) -> None:
+    """Two keys alternate over two blocks of tokens, asked by rows of several blocks."""
+    inputs = prompt(["v" * 200 + "t" * 9], 3, distinct=2, keep=50, heads=heads, dtype="fp16")
+    assert len(np.unique(scores(inputs)[0].round(12))) == 2
+    check(launcher, inputs)
+
+
+@compiler
+def test_a_row_that_sees_nothing_makes_nothing_a_number(launcher: HostLauncher) -> None:
+    """No mask of a decoder has one; the body makes it NaN."""
+    inputs = prompt(["tvvvvvvtt", "tvvvvvvtt"], 4, keep=2)
+    inputs.mask[0, 0, -2] = False
+    assert (scores(inputs)[0] == -1).all()
+    assert (scores(inputs)[1] > 0).all()
+    check(launcher, inputs)
 
 
 # --- the artifact's truth ---
@@ -355,7 +461,7 @@ def model(inputs: Inputs) -> onnxruntime.InferenceSession:
         ir.val(name, shape=[f"{name}_{axis}" for axis in range(rank)], type=ir.TensorType(dtype))
         for name, (dtype, rank) in zip(INPUTS, (*signature, (data, 3)), strict=True)
     ]
-    choice: Any = ops.Choice("last", inputs.heads, inputs.rank)  # type: ignore[arg-type]
+    choice: Any = ops.Choice(inputs.asks, inputs.heads, inputs.rank)  # type: ignore[arg-type]
     node = ir.Node(
         ops.DOMAIN, ops.PRUNE, values, ops.prune_attributes(inputs.scale, choice), num_outputs=3
     )
@@ -377,12 +483,14 @@ def model(inputs: Inputs) -> onnxruntime.InferenceSession:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("heads", ["mean", "max"])
 @pytest.mark.parametrize("rank", ["joint", "per_image"])
+@pytest.mark.parametrize("asks", ["last", "text"])
 def test_kernel_is_what_onnx_runtime_makes_of_the_functions_body(
-    launcher: HostLauncher, dtype: Any, heads: Any, rank: Any
+    launcher: HostLauncher, dtype: Any, heads: Any, rank: Any, asks: Any
 ) -> None:
     """Even where the call makes no sense: a budget whose pads were chosen already."""
-    sizes = Sizes(3, 2, 3, 64, past=37, image=90, distinct=40, mask_rows=94)
-    drawn = draw(sizes, 11, padded=rank == "joint", dtype=dtype, heads=heads, rank=rank, keep=30)
+    sizes = Sizes(3, 2, 3, 64, past=37, text=9, behind=4, image=90, distinct=40, mask_rows=99)
+    options: Any = {"dtype": dtype, "heads": heads, "rank": rank, "asks": asks}
+    drawn = draw(sizes, 13, padded=rank == "joint", keep=30, **options)
     budgets = [[3]] if rank == "per_image" else [[30, 30, 30], [10, 25, 0]]
     poisoned = [drawn.keys.copy() for _ in range(3)]
     poisoned[1][0, 0, 100, 0], poisoned[2][0, 1, 100, :] = np.nan, np.inf
@@ -392,7 +500,7 @@ def test_kernel_is_what_onnx_runtime_makes_of_the_functions_body(
             inputs = replace(drawn, budget=np.array(budget), keys=keys)
             assert is_clear(inputs, scores(inputs))
             session = session or model(inputs)
-            wide = np.repeat(inputs.query, 40, 2)[:, :, -94:]  # as many rows as the mask
+            wide = np.repeat(inputs.query, 1 if asks == "text" else 40, 2)[:, :, -99:]
             feeds = {
                 "query": stored(wide, dtype),
                 "keys": stored(keys, dtype),
@@ -417,7 +525,7 @@ def test_kernel_is_what_onnx_runtime_makes_of_the_functions_body(
 SHAPES = st.builds(
     kernel.Shape,
     batch=st.integers(1, 200),
-    heads=st.sampled_from([8, 32, 64]),
+    heads=st.sampled_from([8, 16, 24, 32, 40, 64]),
     kv_heads=st.sampled_from([1, 8]),
     head_dim=st.sampled_from([20, 64, 128]),
     query_rows=st.just(1),
@@ -427,6 +535,7 @@ SHAPES = st.builds(
     vision=st.integers(0, 8500),
     keep=st.just(0),
     hidden=st.sampled_from([7, 4096]),
+    query=st.sampled_from(["last", "text"]),
 ).flatmap(lambda shape: st.integers(0, shape.vision).map(lambda k: replace(shape, keep=k)))
 
 
@@ -449,9 +558,11 @@ def test_python_and_cpp_divide_the_work_alike(
 
 
 @compiler
-def test_the_librarys_way_to_launch_is_pythons(launcher: HostLauncher) -> None:
+@pytest.mark.parametrize("asks", ["last", "text"])
+def test_the_librarys_way_to_launch_is_pythons(launcher: HostLauncher, asks: Any) -> None:
     """``vtr_launch`` of the C++ shell makes the same calls as ``Launcher``."""
-    inputs = draw(Sizes(image=300, width=64), 2, padded=False, keep=17, dtype="fp16")
+    sizes = Sizes(image=300, width=64, text=24, behind=20)
+    inputs = draw(sizes, 2, padded=False, keep=17, dtype="fp16", asks=asks)
 
     class Library(HostLauncher):
         def _start(self, name: str, *rest: Any) -> None:
@@ -479,7 +590,7 @@ def test_calls_beyond_the_kernels_limits_are_refused(launcher: HostLauncher) -> 
 def test_compiles_without_a_gpu() -> None:
     text = kernel.compile_ptx(75).decode()
     assert ".target sm_75" in text
-    names = {f"vtr_score_{dtype}" for dtype in DTYPES} | {"vtr_prune"}
+    names = {f"vtr_{part}_{dtype}" for dtype in DTYPES for part in kernel.PARTS} | {"vtr_prune"}
     assert {name for name in names if f".entry {name}(" in text} == names
 
 
