@@ -632,22 +632,26 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @compiler
-def test_the_benchmark_finds_faults_and_only_faults(bench: Any, launcher: HostLauncher) -> None:
+@pytest.mark.parametrize("query", ["last", "text"])
+def test_the_benchmark_finds_faults_and_only_faults(
+    bench: Any, launcher: HostLauncher, query: Any
+) -> None:
     """The kernel and the unfused sequence pass, both on the CPU; every damage is named."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-    shape = bench.shape_of(96, text=9)
+    shape = bench.shape_of(96, text=9, query=query)
     drawn = bench.draw(torch, shape, torch.float16, "cpu")
     arrays = {name: tensor.numpy() for name, tensor in drawn.items()}
     vision = arrays["vision_index"]
-    query, keys = (arrays[name].astype(float) for name in ("query", "keys"))
-    score = bench.scores(query, keys, vision, 105)
+    rows, keys = (arrays[name].astype(float) for name in ("query", "keys"))
+    score = bench.scores(rows, keys, vision, 105)
     made = Inputs(
         **{k: arrays[k] for k in ("query", "keys", "mask", "budget", "hidden")},
         vision=vision,
         keep=shape.keep,
         dtype="fp16",
         scale=bench.SCALE,
+        asks=query,
     )
     assert made.shape == shape
     np.testing.assert_allclose(scores(made), score)
@@ -680,8 +684,13 @@ def test_the_floor_is_what_must_move(bench: Any) -> None:
 
 
 def test_the_benchmarks_table_says_what_was_met(bench: Any) -> None:
-    text = bench.report([bench.Times(640, 3.0, 2.0, 14.0), bench.Times(2880, 5.0, 2.0, 25.0)], 2e12)
+    text = bench.report(
+        [bench.Times(640, 3.0, 2.0, 14.0), bench.Times(2880, 5.0, 2.0, 25.0)],
+        [bench.Times(640, 30.0, 2.0, 60.0)],
+        2e12,
+    )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]]
+    assert rows[-1] == ["640", "320", "30.0 us", "60.0 us", "2.0"]
     assert text.startswith("A copy moves 2000 GB/s.")
     assert rows[0] == ["640", "320", "3.0 us", "2.0 us", "1.50", "met", "14.0 us", "4.7", "MISSED"]
     assert rows[1][4:] == ["2.50", "MISSED", "25.0 us", "5.0", "met"]

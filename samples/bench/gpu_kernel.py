@@ -3,11 +3,12 @@
 python samples/bench/gpu_kernel.py
 
 Fresh random inputs each run: heads 32/8 of 128, hidden states of 4096, half of 640, 2,880 and 8,192
-vision tokens among 64 of text. Every call is checked against numpy in double precision before it is
-timed. Times are of CUDA graphs that walk through more inputs than the L2 cache holds, so that no
-call finds its keys there; the floor is the bytes a call must move, at the bandwidth of a copy from
-device to device that is measured in the same run. Needs a GPU, torch with CUDA, cuda-bindings and
-nvidia-cuda-nvrtc, and exits with 2 where one is missing.
+vision tokens among 64 of text, half of it behind the image. The last row asks; then, in a table of
+its own, all 32 rows behind the image. Every call is checked against numpy in double precision
+before it is timed. Times are of CUDA graphs that walk through more inputs than the L2 cache holds,
+so that no call finds its keys there; the floor is the bytes a call must move, at the bandwidth of a
+copy from device to device that is measured in the same run. Needs a GPU, torch with CUDA,
+cuda-bindings and nvidia-cuda-nvrtc, and exits with 2 where one is missing.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from vtr_export.errors import VtrError
 
 HERE = Path(__file__).parent
 TOKENS, TEXT = (640, 2880, 8192), 64
+QUERIES: tuple[kernel.Query, ...] = ("last", "text")
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 32, 8, 128, 4096
 SCALE = HEAD_DIM**-0.5
 FLOOR_BAR, UNFUSED_BAR = 2.0, 5.0
@@ -44,20 +46,22 @@ class Times:
     unfused_us: float
 
 
-def shape_of(vision: int, text: int = TEXT) -> kernel.Shape:
+def shape_of(vision: int, text: int = TEXT, query: kernel.Query = "last") -> kernel.Shape:
     """One prompt, half of whose vision tokens stay."""
+    rows = text if query == "text" else 1
     return kernel.Shape(
         batch=1,
         heads=HEADS,
         kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
-        query_rows=1,
-        mask_rows=1,
+        query_rows=rows,
+        mask_rows=rows,
         total=vision + text,
         new=vision + text,
         vision=vision,
         keep=vision // 2,
         hidden=WIDTH,
+        query=query,
     )
 
 
@@ -76,18 +80,22 @@ def floor_bytes(shape: kernel.Shape, dtype: str) -> int:
 
 
 def draw(torch: Any, shape: kernel.Shape, dtype: Any, device: str) -> dict[str, Any]:
-    """Random inputs of one call: every token is real, half of the text stands before the image."""
+    """Random inputs of one call: every token is real, half of the text stands before the image.
+
+    ``query`` and the causal ``mask`` have the last rows alone, those that may ask.
+    """
 
     def normal(*size: int) -> Any:
         return torch.randn(*size, device=device, dtype=torch.float32).to(dtype)
 
-    batch, total = shape.batch, shape.total
+    batch, rows, total = shape.batch, shape.query_rows, shape.total
+    causal = torch.ones(rows, total, dtype=torch.bool, device=device).tril(total - rows)
     first = (shape.new - shape.vision) // 2
     columns = torch.arange(first, first + shape.vision, device=device)
     return {
-        "query": normal(batch, shape.heads, 1, shape.head_dim),
+        "query": normal(batch, shape.heads, rows, shape.head_dim),
         "keys": normal(batch, shape.kv_heads, total, shape.head_dim),
-        "mask": torch.ones(batch, 1, 1, total, dtype=torch.bool, device=device),
+        "mask": causal.expand(batch, 1, -1, -1).contiguous(),
         "vision_index": columns.expand(batch, -1).contiguous(),
         "budget": torch.full((batch,), shape.keep, device=device),
         "hidden": normal(batch, shape.new, shape.hidden),
@@ -99,14 +107,16 @@ def unfused(torch: Any, inputs: dict[str, Any], keep: int) -> tuple[Any, Any, An
     query, keys, hidden, vision = (
         inputs[name] for name in ("query", "keys", "hidden", "vision_index")
     )
-    batch, heads, _, width = query.shape
+    batch, heads, count, width = query.shape
     kv_heads, total, length = keys.shape[1], keys.shape[2], hidden.shape[1]
-    rows = (query[:, :, -1].float() * SCALE).view(batch, kv_heads, heads // kv_heads, width)
-    logits = (keys.float() @ rows.mT).mT.reshape(batch, heads, total)
-    seen = inputs["mask"][:, 0, -1]
-    probability = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    asks = -(-count // 2)  # half of the text stands behind the image
+    scaled = query[:, :, -asks:].float() * SCALE
+    rows = scaled.reshape(batch, kv_heads, heads // kv_heads * asks, width)
+    logits = (keys.float() @ rows.mT).mT.reshape(batch, heads, asks, total)
+    visible, seen = inputs["mask"][:, :, -asks:], inputs["mask"][:, 0, -1]
+    probability = logits.masked_fill(~visible, -torch.inf).softmax(-1)
     at = vision + (total - length)
-    score = probability.mean(1).gather(1, at)
+    score = probability.mean((1, 2)).gather(1, at)
     score = torch.where(score.isnan(), -1.0, score)
     score = torch.where(seen.gather(1, at), score, -2.0)
     chosen = vision.gather(1, score.topk(keep).indices)
@@ -124,12 +134,16 @@ def unfused(torch: Any, inputs: dict[str, Any], keep: int) -> tuple[Any, Any, An
 
 
 def scores(query: Array, keys: Array, vision: Array, length: int) -> Array:
-    """[B,V], from the definition, in double precision; every key is seen."""
-    group = query.shape[1] // keys.shape[1]
-    logits = np.einsum("bhd,bhtd->bht", query[:, :, -1], np.repeat(keys, group, 1)) * SCALE
-    odds = np.exp(logits - logits.max(-1, keepdims=True))
-    probability = (odds / odds.sum(-1, keepdims=True)).mean(1)
-    return np.take_along_axis(probability, vision + keys.shape[2] - length, 1)
+    """[B,V], from the definition, in double precision; half of the rows ask, the last at least."""
+    group, total = query.shape[1] // keys.shape[1], keys.shape[2]
+    keys, score = np.repeat(keys, group, 1), np.zeros((len(query), total))
+    asks = -(-query.shape[2] // 2)
+    for row in range(-asks, 0):
+        seen = total + row + 1
+        logits = np.einsum("bhd,bhtd->bht", query[:, :, row], keys[:, :, :seen]) * SCALE
+        odds = np.exp(logits - logits.max(-1, keepdims=True))
+        score[:, :seen] += (odds / odds.sum(-1, keepdims=True)).mean(1) / asks
+    return np.take_along_axis(score, vision + total - length, 1)
 
 
 def faults(score: Array, vision: Array, hidden: Array, outputs: Sequence[Array]) -> list[str]:
@@ -153,8 +167,8 @@ def faults(score: Array, vision: Array, hidden: Array, outputs: Sequence[Array])
     return found
 
 
-def report(times: Sequence[Times], bandwidth: float) -> str:
-    """The table; ``bandwidth`` in bytes a second."""
+def report(times: Sequence[Times], text: Sequence[Times], bandwidth: float) -> str:
+    """The tables, where the last row asks and where text does; ``bandwidth`` in bytes a second."""
     rows: list[Sequence[object]] = [
         ("n", "keep", "kernel", "floor", "of floor", f"<= {FLOOR_BAR:g}", "unfused", "speed-up",
          f">= {UNFUSED_BAR:g}"),
@@ -163,7 +177,13 @@ def report(times: Sequence[Times], bandwidth: float) -> str:
            f"{t.unfused_us:.1f} us", f"{t.unfused_us / t.kernel_us:.1f}",
            verdict(t.unfused_us >= UNFUSED_BAR * t.kernel_us)) for t in times),
     ]  # fmt: skip
-    return f"A copy moves {bandwidth / 1e9:.0f} GB/s.\n\n{table(rows)}\n"
+    asked: list[Sequence[object]] = [
+        ("n", "keep", "kernel", "unfused", "speed-up"),
+        *((t.vision, t.vision // 2, f"{t.kernel_us:.1f} us", f"{t.unfused_us:.1f} us",
+           f"{t.unfused_us / t.kernel_us:.1f}") for t in text),
+    ]  # fmt: skip
+    copied = f"A copy moves {bandwidth / 1e9:.0f} GB/s."
+    return f"{copied}\n\n{table(rows)}\n\n{TEXT // 2} rows of text ask:\n\n{table(asked)}\n"
 
 
 # --- on the GPU ---
@@ -245,18 +265,17 @@ def copy_bandwidth(torch: Any, runs: int) -> float:
 
 
 def measure_size(
-    torch: Any, launcher: Any, vision: int, dtype: str, bandwidth: float, runs: int
+    torch: Any, launcher: Any, shape: kernel.Shape, dtype: str, bandwidth: float, runs: int
 ) -> Times:
     """Check and time one size."""
-    shape = shape_of(vision)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     count = min(64, 2 + 4 * cache // floor_bytes(shape, dtype))
     calls = [Call(torch, launcher, shape, dtype) for _ in range(count)]
     for call in calls[:3]:
         call.check()
-    say(f"n = {vision}: checked, now timed over {count} sets of inputs")
+    say(f"n = {shape.vision}, {shape.query}: checked, now timed over {count} sets of inputs")
     return Times(
-        vision,
+        shape.vision,
         graph_us(torch, [call.launch for call in calls], runs),
         1e6 * floor_bytes(shape, dtype) / bandwidth,
         graph_us(torch, [call.unfused for call in calls], runs),
@@ -292,14 +311,16 @@ def main() -> None:
     import torch
 
     launcher, bandwidth = kernel.launcher(), copy_bandwidth(torch, args.runs)
-    times = [
-        measure_size(torch, launcher, vision, args.dtype, bandwidth, args.runs) for vision in TOKENS
-    ]
+    options = args.dtype, bandwidth, args.runs
+    last, text = (
+        [measure_size(torch, launcher, shape_of(n, query=query), *options) for n in TOKENS]
+        for query in QUERIES
+    )
     gpu = torch.cuda.get_device_name(0)
     facts = gpu, f"CUDA {torch.version.cuda}", args.dtype, f"kernel {kernel.sha256()[:12]}"
-    text = f"# The fused cut\n\n{head(*facts)}\n{report(times, bandwidth)}"
-    args.out.write_text(text, encoding="utf-8")
-    print(text)
+    page = f"# The fused cut\n\n{head(*facts)}\n{report(last, text, bandwidth)}"
+    args.out.write_text(page, encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":
