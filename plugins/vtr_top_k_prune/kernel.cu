@@ -289,7 +289,7 @@ __device__ void score_group(const Params& p, ScoreShared& s) {
 
 template <class T>
 __device__ void score(const Params& p, ScoreShared& s) {
-    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)  // of the second launch
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)  // counters of vtr_prune
         reinterpret_cast<uint2*>(p.workspace)[blockIdx.z] = make_uint2(0, 0);
     constexpr int WIDE = 4 * T::PER_WORD;
     const int group = p.heads / p.kv_heads;

@@ -125,7 +125,7 @@ VTR_BOTH long long vtr_workspace_bytes(const VtrTopKPruneParams& p) {
     return vtr_sums_at(p) + vtr_align(4 * blocks * VTR_ITEM);
 }
 
-// Shared memory of a block of the second launch: each head's maximum and sum, two bitmaps over the
+// Shared memory of a block of the last launch: each head's maximum and sum, two bitmaps over the
 // columns and the bits before each of their words.
 VTR_BOTH int vtr_words(const VtrTopKPruneParams& p) { return (p.length + 31) / 32; }
 VTR_BOTH long long vtr_shared_bytes(const VtrTopKPruneParams& p) {
