@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import pytest
 from cut_graphs import Tracer, serialized
 
 from vtr_export.backends.tensorrt.library import environment
+from vtr_export.builder import build as engines
 from vtr_export.exporter import export
 
 REFUSED = {"TRT_decomposable", "softmax_precision"}  # by ONNX Runtime; by TensorRT
@@ -89,11 +89,12 @@ def test_a_budget_can_stay_an_input(traced: Tracer, tmp_path: Path) -> None:
     assert found["shape_inputs"] == ["keep"]
 
 
-def test_the_samples_decoder_builds(tmp_path: Path) -> None:
+def test_the_sample_builds_with_and_without_the_plugin(tmp_path: Path) -> None:
     sample, artifact = ROOT / "samples" / "digits", tmp_path / "artifact"
     export(sample / "schedule.yaml", sample / "model", artifact, dtype="fp16", verify="none")
-    decoder = tmp_path / "decoder.onnx"
-    onnx.save(onnx.load(artifact / "onnx" / "decoder_model_merged.onnx"), decoder)
-    found = build(decoder, "--vision", "144")
-    assert found["layers"]["ATTENTION_INPUT"] == 8
-    assert found["layers"]["TOPK"] == 2
+    for plugin, layers in (("off", 0), ("on", 2)):
+        options: dict[str, Any] = {"plugin": plugin, "unverified": True}
+        done = engines(artifact, tmp_path / plugin, sms=(86, 89, 120), **options)
+        assert done.sms == (86, 89, 120)
+        assert [engine["plugin_layers"] for engine in done.engines] == [0, layers]
+        assert [engine["unfused_attentions"] for engine in done.engines] == [0, 0]
