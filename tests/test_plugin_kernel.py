@@ -449,6 +449,19 @@ def test_a_row_that_sees_nothing_makes_nothing_a_number(launcher: HostLauncher) 
     check(launcher, inputs)
 
 
+@compiler
+@pytest.mark.parametrize("hidden", [0, 300])
+def test_a_block_takes_many_chunks_of_keys(launcher: HostLauncher, hidden: int) -> None:
+    """Where rows are many, one block reads all keys of a tile, in chunks that may be all hidden."""
+    sizes = Sizes(1, 2, 4, past=0, text=1100, behind=3, image=40)
+    inputs = draw(sizes, 5, keep=9, asks="text")
+    inputs.mask[:, :, :, :hidden] = False
+    assert len(asking(inputs, 0)) > 2
+    assert is_clear(inputs, scores(inputs))
+    check(launcher, inputs)
+    assert launcher.launches[0] == ("vtr_text_softmax_fp32", (1100 // 2, 2, 1))
+
+
 # --- the artifact's truth ---
 
 
