@@ -1,7 +1,8 @@
 // Enough of CUDA to run a kernel's own source on a CPU, for tests: every thread of a block is a
-// fiber, blocks run one after another. Fibers switch at barriers and warp exchanges only, in an
-// order that a test chooses, so that a missing barrier shows. A barrier that some threads never
-// reach ends the process with a message instead of hanging.
+// fiber, blocks run one after another. Fibers switch at barriers and warp exchanges only, and a warp
+// runs as far as it can before the next does, in an order that a test chooses, so that a missing
+// barrier shows. A barrier that some threads never reach ends the process with a message instead of
+// hanging.
 #pragma once
 
 #include <setjmp.h>
@@ -110,6 +111,17 @@ inline void grow(unsigned threads) {
     }
 }
 
+// One turn of some threads that follow each other; whether any got further.
+inline bool run_warp(unsigned begin, unsigned end, unsigned threads) {
+    moved = false;
+    const unsigned before = alive;
+    for (unsigned i = begin; i < end; ++i) {
+        const unsigned thread = is_reversed ? threads - 1 - i : i;
+        if (!fibers[thread].is_done) resume(thread);
+    }
+    return moved || alive < before;
+}
+
 inline void run_block(unsigned threads) {
     block = {};
     warps.assign((threads + WARP - 1) / WARP, {});
@@ -117,13 +129,12 @@ inline void run_block(unsigned threads) {
     alive = threads;
     for (unsigned i = 0; i < threads; ++i) fibers[i].is_done = false;
     while (alive) {
-        moved = false;
-        const unsigned before = alive;
-        for (unsigned i = 0; i < threads; ++i) {
-            const unsigned thread = is_reversed ? threads - 1 - i : i;
-            if (!fibers[thread].is_done) resume(thread);
+        bool stuck = true;
+        for (unsigned i = 0; i < threads; i += WARP) {
+            const unsigned end = i + WARP < threads ? i + WARP : threads;
+            while (run_warp(i, end, threads)) stuck = false;
         }
-        if (!moved && alive == before) {
+        if (stuck) {
             std::fprintf(stderr, "block %u,%u,%u: threads wait at different barriers\n", blockIdx.x,
                          blockIdx.y, blockIdx.z);
             std::abort();
