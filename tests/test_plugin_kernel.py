@@ -450,6 +450,18 @@ def test_a_row_that_sees_nothing_makes_nothing_a_number(launcher: HostLauncher) 
 
 
 @compiler
+def test_one_row_of_mask_holds_for_all_that_ask(launcher: HostLauncher) -> None:
+    """As it broadcasts in the body."""
+    inputs = prompt(["tvvvvvvttt", "___tvvvvtt"], 6, past=3, keep=2)
+    inputs.mask[:, :, :, 1] = False
+    last = inputs.mask[:, :, -1:]
+    expected = scores(replace(inputs, mask=np.repeat(last, inputs.mask.shape[2], 2)))
+    np.testing.assert_allclose(
+        call(launcher, replace(inputs, mask=last)).score, expected, atol=2e-6
+    )
+
+
+@compiler
 @pytest.mark.parametrize("hidden", [0, 300])
 def test_a_block_takes_many_chunks_of_keys(launcher: HostLauncher, hidden: int) -> None:
     """Where rows are many, one block reads all keys of a tile, in chunks that may be all hidden."""
