@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,6 +182,18 @@ def engine_fp16(artifact_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("engine") / "engine"
     build(artifact_fp16, out, sms=(86,), plugin="off")
     return out
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules of ``samples/bench`` by name, and gone again afterwards."""
+    folder = Path(__file__).parents[1] / "samples" / "bench"
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(folder))
+    yield
+    for name in set(sys.modules) - before:
+        if (folder / f"{name}.py").is_file():
+            del sys.modules[name]
 
 
 @pytest.fixture

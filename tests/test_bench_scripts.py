@@ -1,11 +1,9 @@
 """The benchmarks' own parts: checkpoints that load, children that are measured, n x n that is seen."""
 
-import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from importlib import import_module as load
 from pathlib import Path
-from types import ModuleType
 
 import onnxruntime
 import pytest
@@ -21,21 +19,6 @@ SCRIPTS = (
     "gpu_onnxruntime",
     "build_cost",
 )
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The folder's modules by name, and gone again afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield
-    for name in set(sys.modules) - before:
-        if (BENCH / f"{name}.py").is_file():
-            del sys.modules[name]
-
-
-def load(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 def test_checkpoints_load_whole(bench: None, tmp_path: Path) -> None:

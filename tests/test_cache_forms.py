@@ -1,12 +1,9 @@
 """Forms of the cache: the same numbers, what each copies, and queries scaled so that none does."""
 
-import importlib
 import importlib.util
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module as load
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,21 +20,6 @@ NEEDS_WHEEL = pytest.mark.skipif(
     importlib.util.find_spec(WHEEL) is None,
     reason=f"{WHEEL} is not installed: pip install 'vtr-export[rtx]' (x86-64 Linux)",
 )
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The folder's modules by name, and gone again afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield
-    for name in set(sys.modules) - before:
-        if (BENCH / f"{name}.py").is_file():
-            del sys.modules[name]
-
-
-def load(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 # --- the same numbers in a cache of fixed length ---
