@@ -253,6 +253,27 @@ def test_each_image_keeps_its_own_best(
 
 
 @compiler
+@pytest.mark.parametrize("asks", ["last", "text"])
+@pytest.mark.parametrize(
+    ("kv_heads", "group"), [(3, 1), (2, 2), (2, 3), (2, 4), (1, 7), (2, 9), (1, 17)]
+)
+def test_every_grouping_of_heads(
+    launcher: HostLauncher, asks: Any, kv_heads: int, group: int
+) -> None:
+    """Up to eight heads are multiplied in one pass, of as many rows as fit."""
+    for head_dim, dtype, heads in (
+        (20, "fp32", "mean"),
+        (64, "fp16", "max"),
+        (136, "bf16", "mean"),
+    ):
+        sizes = Sizes(2, kv_heads, group, head_dim, text=11, behind=7, image=140)
+        options: Any = {"dtype": dtype, "heads": heads, "asks": asks}
+        inputs = draw(sizes, group, padded=False, keep=50, **options)
+        assert is_clear(inputs, scores(inputs))
+        check(launcher, inputs)
+
+
+@compiler
 @pytest.mark.parametrize("keep", [1, 15, 50, 99])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_go_to_the_lower_index(launcher: HostLauncher, dtype: Any, keep: int) -> None:
