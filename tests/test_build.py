@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 from command import vtr
+from safetensors.numpy import load_file
 
 from vtr_export import builder
 from vtr_export.backends.tensorrt import build as parent
-from vtr_export.backends.tensorrt import library, plugin
+from vtr_export.backends.tensorrt import child, library, plugin
 from vtr_export.backends.tensorrt.build import build_plan
 from vtr_export.backends.tensorrt.child import Job
 from vtr_export.builder import build
@@ -157,6 +159,35 @@ class Halve(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
+def network_weights(graph: Path, weights: dict[str, Path]) -> dict[str, np.ndarray[Any, Any]]:
+    """The matrices TensorRT holds after parsing ``graph``, by name."""
+    found = library.load("tensorrt-rtx")
+    trt, log = found.trt, child._log(found, lambda message: None)
+    builder = trt.Builder(log)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    job = Job("tensorrt-rtx", graph, weights, graph, [], (86,))
+    matrices = {}
+    with ExitStack() as mapped:
+        child._parse(parser, network, job, mapped, log)
+        for layer in (network.get_layer(number) for number in range(network.num_layers)):
+            if layer.type == trt.LayerType.CONSTANT and len(layer.get_output(0).shape) == 2:
+                layer.__class__ = trt.IConstantLayer
+                matrices[layer.name] = np.array(layer.weights)
+    return matrices
+
+
+def test_tensorrt_is_given_the_artifacts_weights(artifact_fp16: Path) -> None:
+    graph = artifact_fp16 / "onnx" / "decoder_model_merged.onnx"
+    given = network_weights(graph, {f"{graph.name}.data": graph.with_name(f"{graph.name}.data")})
+    stored = [each for each in onnx.load(graph).graph.initializer if len(each.dims) == 2]
+    assert len(stored) == 3 * 7 + 1
+    for weight in stored:
+        expected = onnx.numpy_helper.to_array(weight).ravel()
+        (found,) = (value for name, value in given.items() if weight.name in name)
+        np.testing.assert_array_equal(found.ravel(), expected)
+
+
 def test_linked_weights_are_read_where_they_lie(
     checkpoint_fp16: Path, artifact_fp16: Path, shared_traces: None, tmp_path: Path
 ) -> None:
@@ -168,10 +199,23 @@ def test_linked_weights_are_read_where_they_lie(
     assert done.code == 0, done.err
     assert len(done.json["build"]["engines"]) == 2
     made = EngineManifest.load(out / "tensorrt-rtx")
+    shards = Manifest.load(out).linked_shards()
+    given = network_weights(out / "onnx" / "decoder_model_merged.onnx", shards)
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
+        expected = hub_weight(shards, f"language_model.{name}.weight")
+        (found,) = (
+            value for key, value in given.items() if f"{name.partition('.')[2]}.weight" in key
+        )
+        np.testing.assert_array_equal(found.ravel(), expected.ravel())
     np.testing.assert_array_equal(
         np.load(out / "tensorrt-rtx" / made.embeddings),
         np.load(_table_of_copy(artifact_fp16, tmp_path)),
     )
+
+
+def hub_weight(shards: dict[str, Path], name: str) -> np.ndarray[Any, Any]:
+    (found,) = (load_file(file)[name] for file in shards.values() if name in load_file(file))
+    return found
 
 
 def _table_of_copy(artifact: Path, folder: Path) -> Path:
