@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from simulated_tensorrt import HostCuda, Simulation
 
+from vtr_export import published
 from vtr_export.backends.tensorrt import plugin
 from vtr_export.engine_manifest import EngineManifest
 from vtr_export.errors import ArtifactError, EngineError, InputError, UnavailableError, VtrError
@@ -453,7 +454,14 @@ def flipped(file: Path, place: int, bit: int) -> Iterator[None]:
                 yield
 
 
-def test_no_flipped_bit_and_no_lost_end_is_opened(copy: Path, reached: list[str]) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_no_flipped_bit_and_no_lost_end_is_opened(
+    large: bool, copy: Path, reached: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large files are hashed where they are opened, small ones with the manifest."""
+    if large:
+        for module in (published, engine):
+            monkeypatch.setattr(module, "SMALL_BYTES", 0)
     chance, files = random.Random(0), sorted(f for f in copy.rglob("*") if f.is_file())
     manifest, plans = copy / "manifest.json", sorted(copy.glob("*.plan"))
     for number in range(220):
