@@ -254,9 +254,7 @@ def test_each_image_keeps_its_own_best(
 
 @compiler
 @pytest.mark.parametrize("asks", ["last", "text"])
-@pytest.mark.parametrize(
-    ("kv_heads", "group"), [(3, 1), (2, 2), (2, 3), (2, 4), (1, 7), (2, 9), (1, 17)]
-)
+@pytest.mark.parametrize(("kv_heads", "group"), [(3, 1), (2, 2), (1, 3), (2, 4), (1, 7), (2, 9)])
 def test_every_grouping_of_heads(
     launcher: HostLauncher, asks: Any, kv_heads: int, group: int
 ) -> None:
@@ -266,7 +264,7 @@ def test_every_grouping_of_heads(
         (64, "fp16", "max"),
         (136, "bf16", "mean"),
     ):
-        sizes = Sizes(2, kv_heads, group, head_dim, text=11, behind=7, image=140)
+        sizes = Sizes(1, kv_heads, group, head_dim, text=11, behind=7, image=140)
         options: Any = {"dtype": dtype, "heads": heads, "asks": asks}
         inputs = draw(sizes, group, padded=False, keep=50, **options)
         assert is_clear(inputs, scores(inputs))
