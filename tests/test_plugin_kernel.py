@@ -524,10 +524,9 @@ def model(inputs: Inputs) -> onnxruntime.InferenceSession:
 
 
 @compiler
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(("asks", "dtype"), [("last", "fp32"), ("last", "fp16"), ("text", "fp16")])
 @pytest.mark.parametrize("heads", ["mean", "max"])
 @pytest.mark.parametrize("rank", ["joint", "per_image"])
-@pytest.mark.parametrize("asks", ["last", "text"])
 def test_kernel_is_what_onnx_runtime_makes_of_the_functions_body(
     launcher: HostLauncher, dtype: Any, heads: Any, rank: Any, asks: Any
 ) -> None:
