@@ -18,7 +18,8 @@ from vtr_export.errors import EngineError, UnavailableError
 
 NAME: Final = "vtr_top_k_prune"
 LIBRARY: Final = "libvtr_plugins.so"
-KERNEL, PARAMS = "kernel.cu", "params.h"
+KERNEL = "kernel.cu"
+HEADERS: Final = ("params.h", "*.cuh")
 DTYPES: Final = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of an element
 PARTS: Final = ("score", "text_softmax", "text_score")  # before the last launch, for each type
 SCORE_THREADS, PRUNE_THREADS = 128, 1024
@@ -191,10 +192,12 @@ def _compile(architecture: str) -> bytes:
     """Raises UnavailableError without NVRTC or for an architecture that it does not know."""
     nvrtc = _binding("nvrtc")
     folder = sources()
-    texts = [(folder / name).read_bytes() for name in (KERNEL, PARAMS)]
+    headers = [path for pattern in HEADERS for path in sorted(folder.glob(pattern))]
+    texts, names = [p.read_bytes() for p in headers], [p.name.encode() for p in headers]
+    kernel = (folder / KERNEL).read_bytes()
     try:
         program = _nvrtc(
-            nvrtc.nvrtcCreateProgram(texts[0], KERNEL.encode(), 1, [texts[1]], [PARAMS.encode()])
+            nvrtc.nvrtcCreateProgram(kernel, KERNEL.encode(), len(names), texts, names)
         )
     except RuntimeError as error:  # cuda-bindings looks for the library at the first call
         raise UnavailableError(
