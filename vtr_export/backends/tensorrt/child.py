@@ -79,7 +79,7 @@ def build(job: Job, say: Say) -> dict[str, Any]:
             raise EngineError(
                 f"{job.target} {library.version} builds no engine: {log.why()}",
                 where=log.last,
-                hint="vtr build --verbose shows the builder's own words",
+                hint="vtr plan --target says what is known not to build; report the rest",
             )
         facts = _describe(network)
         job.plan.write_bytes(memoryview(plan))
