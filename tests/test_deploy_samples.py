@@ -195,7 +195,7 @@ def test_the_cpp_sample_is_short() -> None:
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample on ``stand_in``'s toy engines, watched by the compiler's own checks."""
     if not shutil.which("g++"):
-        pytest.skip("g++ is not installed")
+        pytest.skip("no g++ here: apt-get install g++")
     out = tmp_path_factory.mktemp("cpp") / "deploy_tensorrt"
     stand_in = Path(__file__).with_name("stand_in")
     options = ["-std=c++17", "-Wall", "-Wextra", "-g", f"-I{stand_in}"]

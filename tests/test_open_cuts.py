@@ -46,6 +46,9 @@ def test_an_open_cut_changes_nothing_but_the_work(name: str, traced: Tracer) -> 
     assert operators(closed).count("VtrTopKPrune") == 2
     assert operators(opened).count("VtrTopKPrune") == 1
     assert len(operators(opened)) < len(operators(closed))
+    whole = {node.outputs[0] for node in opened.graph if node.op_type == "VtrColumns"}
+    assert len(whole) == 1
+    assert not any(set(node.inputs) & whole for node in opened.graph)  # nobody gathers all of it
     for ports in ("inputs", "outputs"):
         names = [[v.name for v in getattr(m.graph, ports)] for m in (opened, closed)]
         assert names[0] == names[1]

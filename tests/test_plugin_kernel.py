@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 from cut_oracle import Array, Call, ranked, scored, selected, visible
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -31,11 +32,13 @@ from kernel_on_host import (
 
 from vtr_export import ops
 from vtr_export.backends.tensorrt import kernel
+from vtr_export.backends.tensorrt.library import device_sm
 from vtr_export.errors import EngineError, UnavailableError
 from vtr_export.ops.prune import INPUTS, OUTPUTS
 
 compiler = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler here"
+    shutil.which("g++") is None and shutil.which("c++") is None,
+    reason="no C++ compiler here: apt-get install g++",
 )
 nvrtc = pytest.mark.skipif(
     not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings"),
@@ -655,9 +658,8 @@ def test_cuda_python_launches_what_nvrtc_compiled(tmp_path: Path) -> None:
 
 
 @nvrtc
+@pytest.mark.skipif(device_sm() is not None, reason="a GPU is here: only a machine without refuses")
 def test_a_missing_driver_is_named() -> None:
-    if importlib.util.find_spec("torch") and importlib.import_module("torch").cuda.is_available():
-        pytest.skip("there is a driver")
     with pytest.raises(UnavailableError, match="no CUDA driver"):
         kernel.launcher()
 
@@ -680,7 +682,6 @@ def test_the_benchmark_finds_faults_and_only_faults(
     bench: Any, launcher: HostLauncher, query: Any
 ) -> None:
     """The kernel and the unfused sequence pass, both on the CPU; every damage is named."""
-    torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     shape = bench.shape_of(96, text=9, query=query)
     drawn = bench.draw(torch, shape, torch.float16, "cpu")
@@ -741,7 +742,7 @@ def test_the_benchmarks_table_says_what_was_met(bench: Any) -> None:
 
 def test_without_a_gpu_the_benchmark_says_so(bench: Any) -> None:
     if (why := bench.missing()) is None:
-        pytest.skip("there is a GPU: run samples/bench/gpu_kernel.py")
+        pytest.skip("a GPU is here: samples/bench/gpu_kernel.py would run on it")
     done = subprocess.run([sys.executable, bench.__file__], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [f"gpu_kernel.py needs a GPU: {why}"]

@@ -317,7 +317,7 @@ def of_type(trt: Any, data: Any) -> tuple[list[Any], list[Any]]:
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory: pytest.TempPathFactory) -> HostLauncher:
     if shutil.which("g++") is None and shutil.which("c++") is None:
-        pytest.skip("no C++ compiler here")
+        pytest.skip("no C++ compiler here: apt-get install g++")
     return HostLauncher(compile_for_host(tmp_path_factory.mktemp("kernels")))
 
 
