@@ -24,7 +24,6 @@ _REFUSALS = (  # what transformers' own code was seen to trip over; it has no co
     LookupError,  # an activation or rope type it does not know; an empty list of dtypes
     TypeError,  # a rotary base that is no number
     AttributeError,  # a dtype that torch has not
-    NotImplementedError,  # a combination it leaves out
 )
 
 
