@@ -1,8 +1,9 @@
-"""The decoder as it is handed to TensorRT, beside the reference: its golden vectors, replayed."""
+"""Graphs as they are handed to TensorRT, beside the reference: golden vectors, replayed."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import onnx_ir as ir
 
 from vtr_export.manifest import Gate, Manifest
 from vtr_export.verify.compare import compare
@@ -27,15 +28,12 @@ def why_not(manifest: Manifest, weights_bytes: int) -> str:
 
 
 def check_lowered(
-    folder: Path, manifest: Manifest, decoder: Path, weights: Mapping[str, Path]
+    folder: Path, manifest: Manifest, lowering: tuple[ir.passes.PassBase, ...]
 ) -> list[Gate]:
-    """The gates of an export on ``decoder``, whose weights lie in ``weights`` by location.
+    """The gates of an export on the graphs as ``lowering`` leaves them, in ONNX Runtime.
 
-    A typed graph is replayed as its fp32 twin, in ONNX Runtime.
+    Typed graphs are replayed as their fp32 twins.
     """
-    parts = Parts.of(folder, manifest)
-    homes = {part.parent for part in (parts.vision, parts.embedding)}
-    stored = {file.name: file for home in homes for file in home.glob("*.data")}
-    parts = replace(parts, decoder=decoder, shards={**stored, **parts.shards, **weights})
+    parts = replace(Parts.of(folder, manifest), lowering=lowering)
     files = sorted(name for name in manifest.files if name.startswith(f"{FOLDER}/"))
     return compare(parts, [load_golden(folder / name) for name in files], BARS[manifest.dtype])
