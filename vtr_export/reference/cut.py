@@ -1,0 +1,142 @@
+"""One cut, from the definition: score the vision tokens, select, find the survivors."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from vtr_export.schedule import Keep, Resolved
+
+Budget: TypeAlias = tuple[int, list[int]]  # vision columns, real vision tokens of each row
+NAN_SCORE, PAD_SCORE = -1.0, -2.0
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Everything with a token axis that crosses a cut."""
+
+    hidden: Tensor  # [B, S, D]
+    mask: Tensor  # [B, S] 1 = real
+    positions: Tensor  # [B, S] of the rotary embedding
+    vision: Tensor  # [B, V] columns of the vision tokens, ascending; pads come first
+    drafted: int = 0  # last columns that belong to the answer
+
+    def is_real(self) -> Tensor:
+        """``[B, V]``: vision tokens that are no pads."""
+        return self.mask.gather(1, self.vision) != 0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention before its softmax. T = past + new."""
+
+    query: Tensor  # [B, heads, S, head_dim], rotated
+    keys: Tensor  # [B, kv_heads, T, head_dim], rotated
+    values: Tensor  # [B, kv_heads, T, head_dim]
+    visible: Tensor  # [B, S, T] bool
+    scaling: float
+
+    def for_each_head(self, states: Tensor) -> Tensor:
+        """Keys or values with each kv head repeated for the query heads that share it."""
+        return states.repeat_interleave(self.query.shape[1] // states.shape[1], dim=1)
+
+
+def rows_at(states: Tensor, kept: Tensor) -> Tensor:
+    """``states`` ``[B, S, D]`` at the columns ``kept`` ``[B, S']``."""
+    return torch.stack([row[columns] for row, columns in zip(states, kept, strict=True)])
+
+
+def vision_score(attention: Attention, streams: Streams, query: str, heads: str) -> Tensor:
+    """``[B, V]`` fp32: the probability the query rows give each vision token."""
+    past = attention.keys.shape[2] - streams.mask.shape[1]
+    keys = attention.for_each_head(attention.keys).float()
+    score = torch.empty(streams.vision.shape, dtype=torch.float32, device=streams.mask.device)
+    if streams.vision.shape[1] == 0:
+        return score
+    for row, columns in enumerate(streams.vision):
+        prompt = streams.mask.shape[1] - streams.drafted
+        asking = _query_rows(streams.mask[row, :prompt], columns, query)
+        logits = attention.query[row][:, asking].float() @ keys[row].transpose(1, 2)
+        logits = logits * attention.scaling
+        logits = logits.masked_fill(~attention.visible[row][asking], -torch.inf)
+        probabilities = logits.softmax(-1)
+        by_row = probabilities.mean(0) if heads == "mean" else probabilities.amax(0)
+        score[row] = by_row.mean(0)[past + columns]
+    score = torch.where(score.isnan(), NAN_SCORE, score)
+    return torch.where(streams.is_real(), score, PAD_SCORE)
+
+
+def _query_rows(mask: Tensor, vision: Tensor, query: str) -> Tensor:
+    """The columns of one row that ask: the last, or all text after the last vision token."""
+    last = mask.shape[0] - 1
+    if query == "last":
+        return torch.tensor([last], device=mask.device)
+    real_vision = vision[mask[vision] != 0]
+    after = int(real_vision[-1]) + 1 if len(real_vision) else 0
+    is_asking = mask != 0
+    is_asking[:after] = False
+    is_asking[last] = True
+    return is_asking.nonzero()[:, 0]
+
+
+def image_count(schedule: Resolved, columns: int) -> int:
+    """Groups that are ranked apart: one, or one an image with rank: per_image."""
+    if schedule.rank == "joint" or columns == 0:
+        return 1
+    size = schedule.tokens_per_image
+    if size is None or columns % size:
+        raise ValueError(f"rank: per_image needs whole images of {size} tokens, got {columns=}")
+    return columns // size
+
+
+def select(score: Tensor, is_real: Tensor, keep: Keep, budget: Budget, images: int) -> Tensor:
+    """Entries of the vision index that survive ``[B, k]``, ascending.
+
+    A row's budget follows from its own tokens; its leftmost pads fill what is left of k.
+    """
+    columns, tokens_of_row = budget
+    size = score.shape[1] // images
+    k = min(keep.of(columns // images), size)
+    rows = []
+    for row, tokens in enumerate(tokens_of_row):
+        real = int(is_real[row].sum())
+        pads = min(k - min(keep.of(tokens), real, k), size - real) if images == 1 else 0
+        groups = score[row].view(images, size)
+        rows.append(torch.cat([_best(group, k, pads) + i * size for i, group in enumerate(groups)]))
+    return torch.stack(rows)
+
+
+def _best(score: Tensor, k: int, pads: int) -> Tensor:
+    """The first ``pads`` entries and the ``k - pads`` best, ascending; ties go to the lower."""
+    order = score.sort(descending=True, stable=True).indices
+    first = torch.arange(pads, device=score.device)
+    return torch.cat((first, order[: k - pads])).sort().values
+
+
+def survivors(streams: Streams, chosen: Tensor) -> Tensor:
+    """``[B, S']``: all columns but the vision tokens that were not chosen, ascending."""
+    survives = torch.ones_like(streams.mask, dtype=torch.bool)
+    survives.scatter_(1, streams.vision, False)
+    survives.scatter_(1, streams.vision.gather(1, chosen), True)
+    return torch.stack([row.nonzero()[:, 0] for row in survives])
+
+
+def is_among(columns: Tensor, others: Tensor) -> Tensor:
+    """``[B, N]`` bool: which of ``columns`` ``[B, N]`` occur in ``others`` ``[B, M]``."""
+    return (columns[:, :, None] == others[:, None, :]).any(2)
+
+
+def margin_of(score: Tensor, is_kept: Tensor, images: int) -> Tensor:
+    """``[B]``: worst kept minus best dropped real token, the least of all groups."""
+    if score.shape[1] == 0:
+        return score.new_full(score.shape[:1], torch.inf)
+    is_real = score > PAD_SCORE
+    worst = torch.where(is_kept & is_real, score, torch.inf).view(len(score), images, -1).amin(2)
+    best = torch.where(~is_kept & is_real, score, -torch.inf).view(len(score), images, -1).amax(2)
+    return (worst - best).amin(1)
+
+
+def positions_of(padding: Tensor) -> Tensor:
+    """``[B, T]``: how many real tokens stand before each column; pads at the front are 0."""
+    return (padding.cumsum(1) - 1).clamp(min=0)
