@@ -39,6 +39,12 @@ class WeightError(VtrError):
     code = "VTR003"
 
 
+class CalibrationError(VtrError):
+    """Questions cannot be read, or do not serve: no image, no answer, asked twice."""
+
+    code = "VTR004"
+
+
 class AnalysisError(VtrError):
     """A graph holds something the analysis cannot follow."""
 
