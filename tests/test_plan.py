@@ -87,13 +87,30 @@ def test_rows_are_label_unpruned_pruned() -> None:
         plan(Schedule.fastv(), LLAVA),
         plan(Schedule.fastv(), LLAVA, device="h100", memory="80GB"),
     )
-    assert len(short.rows()) == 5
-    assert [row[0] for row in long.rows()[5:]] == [
+    assert len(short.rows()) == 7
+    assert [row[0] for row in long.rows()[7:]] == [
         "fits 74.51 GiB",
         "first token, h100",
         "each next token, h100",
     ]
-    assert short.rows()[1][0] == "prefill, F-A"
+    assert [row[0] for row in short.rows()[1:4]] == [
+        "prefill, F-A",
+        "decode of 128, F-A",
+        "prefill and decode, F-A",
+    ]
+    assert len(plan(Schedule.fastv(), LLAVA, new_tokens=0).rows()) == 5
+
+
+def test_an_answer_is_prefill_and_decode() -> None:
+    report = plan(Schedule.fastv(), LLAVA, new_tokens=128).to_json()
+    answer, whole = (
+        report["total"] + report["decode"],
+        report["unpruned"] + report["decode_unpruned"],
+    )
+    assert report["answer_ratio"] == answer / whole
+    assert report["ratio"] < report["answer_ratio"] < 1  # the prompt gains most
+    silent = plan(Schedule.fastv(), LLAVA, new_tokens=0)
+    assert (silent.decode, silent.answer_ratio) == (0, silent.ratio)
 
 
 def test_a_prompt_beyond_the_context_is_noted() -> None:

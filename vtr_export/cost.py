@@ -1,4 +1,4 @@
-"""What a prefill costs: the four counting rules in use, and what our graph really computes."""
+"""What prefill and decode cost: the four counting rules in use, and what our graph computes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,11 +14,13 @@ from vtr_export.schedule import Resolved
 class Rows:
     """Tokens of one decoder layer: ``entering`` it, and ``leaving`` its attention (o_proj, MLP).
 
-    They differ in the layer before a cut with ``drop_point: inside``.
+    They differ in the layer before a cut with ``drop_point: inside``. ``past`` tokens are in the
+    layer's cache already and are only attended to.
     """
 
     entering: int
     leaving: int
+    past: int = 0
 
 
 def layer_rows(resolved: Resolved, vision_tokens: int, text_tokens: int) -> tuple[Rows, ...]:
@@ -34,11 +36,12 @@ def without_cuts(resolved: Resolved) -> Resolved:
 
 
 def _macs(facts: ModelFacts, rows: Rows, mlp_matrices: int) -> int:
-    """Multiply-adds of one layer: projections, full n x n attention, MLP."""
+    """Multiply-adds of one layer: projections, attention of all rows to all keys, MLP."""
     n, a, d = rows.entering, rows.leaving, facts.hidden
     q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     projections = n * d * (q + 2 * kv) + a * q * d
-    return projections + 2 * n * n * q + mlp_matrices * a * d * facts.intermediate
+    attention = 2 * n * (rows.past + n) * q
+    return projections + attention + mlp_matrices * a * d * facts.intermediate
 
 
 def _f_a(facts: ModelFacts, rows: Rows) -> int:
@@ -56,12 +59,12 @@ def _f_c(facts: ModelFacts, rows: Rows) -> int:
 def _f_d(facts: ModelFacts, rows: Rows) -> int:
     """Knows nothing of key-value heads or the MLP's width: m = 4d, 24nd² + 4n²d."""
     n, a, d = rows.entering, rows.leaving, facts.hidden
-    return 6 * n * d * d + 18 * a * d * d + 4 * n * n * d
+    return 6 * n * d * d + 18 * a * d * d + 4 * n * (rows.past + n) * d
 
 
 @dataclass(frozen=True)
 class Convention:
-    """A way to count a decoder layer's prefill, from its facts and rows."""
+    """A way to count a decoder layer, from its facts and rows; ``formula`` is its prefill's."""
 
     name: str
     unit: str
@@ -85,7 +88,8 @@ _LAYER_RULES: Final = (
     ),
 )
 # n rows, d width, m MLP width. Grouped key-value heads narrow k and v (F-A to F-C, exact), an MLP
-# without gate has two matrices (F-A, F-C, exact). F-A to F-D know no cut, logits or embedding.
+# without gate has two matrices (F-A, F-C, exact). F-A to F-D know no cut, logits or embedding. The
+# papers count prefill alone; a decode step is the same layer with one row and a cache.
 CONVENTIONS: Final[Mapping[str, Convention]] = {rule.name: rule for rule in _LAYER_RULES}
 
 
@@ -107,6 +111,29 @@ def prefill_cost(
         cuts = cut_flops(facts, resolved, vision_tokens, text_tokens)
         total += sum(cuts) + 2 * facts.hidden * facts.vocab
     return total
+
+
+def decode_cost(
+    facts: ModelFacts,
+    resolved: Resolved,
+    vision_tokens: int,
+    text_tokens: int,
+    steps: int,
+    convention: str,
+) -> int:
+    """``steps`` tokens decoded one by one after the prefill, in the convention's unit.
+
+    Each layer's cache begins with the tokens that entered it and grows by one a step; a step cuts
+    nothing. ``exact`` adds the logits of every step.
+    """
+    rule = get_convention(convention)
+    total = 0
+    for row in layer_rows(resolved, vision_tokens, text_tokens):
+        first, last = (
+            rule.layer(facts, Rows(1, 1, past=row.entering + done)) for done in (0, steps - 1)
+        )
+        total += steps * (first + last) // 2  # each step costs as much more as the one before
+    return total + (2 * facts.hidden * facts.vocab * steps if rule.name == "exact" else 0)
 
 
 def ideal_speedup(

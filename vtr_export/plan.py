@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vtr_export.cost import (
+    decode_cost,
     get_convention,
     ideal_speedup,
     prefill_cost,
@@ -42,8 +43,8 @@ from vtr_export.tensorrt_10 import verdict
 class PlanReport:
     """A prediction. Names ending in ``_unpruned`` are the same model without cuts.
 
-    ``total`` and ``unpruned`` are the decoder's prefill of one prompt in the convention's unit;
-    bytes and times are the whole batch's. ``ttft_ms`` (time to first token, vision encoder
+    ``total`` and ``unpruned`` are the decoder's prefill of one prompt in the convention's unit,
+    ``decode`` its ``new_tokens`` steps after it, ``answer_ratio`` that of both together; bytes and times are the whole batch's. ``ttft_ms`` (time to first token, vision encoder
     included) and ``tpot_ms`` (time per output token) are lower bounds by roofline. ``limits`` are
     what the target cannot do and our plugin can; ``parses``, with tensorrt-10, is whether a lowered
     decoder would parse there.
@@ -63,6 +64,9 @@ class PlanReport:
     total: int
     unpruned: int
     ratio: float
+    decode: int
+    decode_unpruned: int
+    answer_ratio: float
     ideal_speedup: float
     vision_flops: int
     weight_bytes: int
@@ -98,7 +102,7 @@ class PlanReport:
         whole = self.vision_tokens * len(self.vision_tokens_per_layer)
         lines = [
             ("vision tokens, over layers", f"{whole:,}", f"{sum(self.vision_tokens_per_layer):,}"),
-            (f"prefill, {self.convention}", f"{self.unpruned:.4g}", f"{self.total:.4g}"),
+            *self._cost_rows(),
             ("weights", _size(self.weight_bytes), _size(self.weight_bytes)),
             ("KV cache", _size(self.kv_bytes_unpruned), _size(self.kv_bytes)),
             ("peak memory", _size(self.peak_bytes_unpruned), _size(self.peak_bytes)),
@@ -112,6 +116,18 @@ class PlanReport:
             times = f"{self.tpot_ms_unpruned:.2f} ms", f"{self.tpot_ms:.2f} ms"
             lines.append((f"each next token, {self.device}", *times))
         return lines
+
+    def _cost_rows(self) -> list[tuple[str, str, str]]:
+        """Prefill and, where tokens are decoded, decode and the sum."""
+        costs = [("prefill", self.unpruned, self.total)]
+        if self.new_tokens:
+            both = self.unpruned + self.decode_unpruned, self.total + self.decode
+            costs.append((f"decode of {self.new_tokens}", self.decode_unpruned, self.decode))
+            costs.append(("prefill and decode", *both))
+        return [
+            (f"{part}, {self.convention}", f"{whole:.4g}", f"{pruned:.4g}")
+            for part, whole, pruned in costs
+        ]
 
 
 def plan(
@@ -258,11 +274,14 @@ def _vision_tokens(facts: ModelFacts, images: int, vision_tokens: int | None) ->
 
 
 def _cost(facts: ModelFacts, resolved: Resolved, work: Workload, convention: str) -> dict[str, Any]:
-    """Prefill of one prompt, in the convention's unit."""
+    """Prefill and decode of one prompt, in the convention's unit."""
     rule, v, text = get_convention(convention), work.vision_tokens, work.text_tokens
-    total, unpruned = (
-        prefill_cost(facts, r, v, text, convention) for r in (resolved, without_cuts(resolved))
+    both = resolved, without_cuts(resolved)
+    total, unpruned = (prefill_cost(facts, r, v, text, convention) for r in both)
+    decode, decode_unpruned = (
+        decode_cost(facts, r, v, text, work.new_tokens, convention) for r in both
     )
+    answer = unpruned + decode_unpruned
     return {
         "convention": rule.name,
         "unit": rule.unit,
@@ -271,6 +290,9 @@ def _cost(facts: ModelFacts, resolved: Resolved, work: Workload, convention: str
         "total": total,
         "unpruned": unpruned,
         "ratio": total / unpruned if unpruned else 1.0,
+        "decode": decode,
+        "decode_unpruned": decode_unpruned,
+        "answer_ratio": (total + decode) / answer if answer else 1.0,
         "ideal_speedup": ideal_speedup(facts, resolved, v, text),
         "vision_flops": vision_flops(facts, work.images),
     }

@@ -49,13 +49,11 @@ def next_token_parts(
     count = get_convention("exact").layer
     rows = layer_rows(resolved, work.vision_tokens, work.text_tokens)
     weights, kv = layer_bytes(facts, kind), kv_row_bytes(facts, kind)
-    width = facts.heads * facts.head_dim
-    projections = count(facts, Rows(1, 1)) - 4 * width
     parts: list[Part] = []
     for row in rows:
-        keys = row.entering + work.new_tokens // 2 + 1
-        flops = work.batch * (projections + 4 * keys * width)
-        parts.append((flops, weights + work.batch * keys * kv))
+        past = row.entering + work.new_tokens // 2
+        flops = work.batch * count(facts, Rows(1, 1, past))
+        parts.append((flops, weights + work.batch * (past + 1) * kv))
     return [*parts, _head(facts, work, kind)]
 
 

@@ -242,7 +242,7 @@ class Reference:
                 score = self._own_score(index, streams, call) if score is None else score
                 kept = self._choose(self.cuts[index], score, streams, call)
                 streams = self._narrow(streams, kept, call)
-            is_asked = index + 1 in self.cuts or index + 1 == last
+            is_asked = index + 1 in self.cuts or index + 1 == last < len(self.decoder.layers)
             streams, score = self._layer(index, streams, call, is_asked)
         if score is None and last < len(self.decoder.layers):
             score = self._own_score(last, streams, call)
