@@ -44,10 +44,11 @@ class PlanReport:
     """A prediction. Names ending in ``_unpruned`` are the same model without cuts.
 
     ``total`` and ``unpruned`` are the decoder's prefill of one prompt in the convention's unit,
-    ``decode`` its ``new_tokens`` steps after it, ``answer_ratio`` that of both together; bytes and times are the whole batch's. ``ttft_ms`` (time to first token, vision encoder
-    included) and ``tpot_ms`` (time per output token) are lower bounds by roofline. ``limits`` are
-    what the target cannot do and our plugin can; ``parses``, with tensorrt-10, is whether a lowered
-    decoder would parse there.
+    ``decode`` its ``new_tokens`` steps after it, ``answer_ratio`` that of both together; bytes and
+    times are the whole batch's. ``ttft_ms`` (time to first token, vision encoder included) and
+    ``tpot_ms`` (time per output token) are lower bounds by roofline. ``limits`` are what the target
+    cannot do and our plugin can; ``parses``, with tensorrt-10, is whether a lowered decoder would
+    parse there.
     """
 
     model_type: str
