@@ -48,7 +48,7 @@ class Outcome:
 
     metric: Floats
     kl: Floats
-    decoder_flops: int  # spent: less than ``full_flops`` where layers were shared
+    decoder_flops: int  # spent, padding included; layers that candidates share count once
 
 
 class Evaluator(Protocol):
@@ -81,8 +81,4 @@ class Evaluator(Protocol):
 
     def evaluate(self, candidate: Candidate, shard: Shard) -> Outcome:
         """Answer a shard under ``candidate``."""
-        ...
-
-    def full_flops(self, candidate: Candidate, shard: Shard) -> int:
-        """Decoder FLOPs of answering the shard from layer 0 on; nothing is computed."""
         ...

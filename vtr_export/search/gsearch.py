@@ -1,0 +1,151 @@
+"""G-Search: the fewest tokens a layer can do with, shallow to deep (arXiv 2412.00556)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+from vtr_export.search.candidate import Candidate, Score, Space
+
+
+class Verdict(Protocol):
+    """What became of a candidate."""
+
+    @property
+    def candidate(self) -> Candidate:
+        """What was asked."""
+        ...
+
+    @property
+    def metric(self) -> float | None:
+        """Over all questions; None where it was abandoned below the floor."""
+        ...
+
+
+class Judge(Protocol):
+    """What answers questions about candidates: a ``Runner``."""
+
+    def judge(self, candidate: Candidate, floor: float, ahead: Sequence[Candidate] = ()) -> Verdict:
+        """Measure ``candidate``, or abandon it below ``floor``; ``ahead`` may be asked next."""
+        ...
+
+    def settle(self, candidate: Candidate, layer: int) -> None:
+        """All that follow agree with ``candidate`` before ``layer``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Try:
+    """One keep tried from ``layer`` on; ``metric`` is None where it was abandoned."""
+
+    layer: int
+    keep: int
+    passed: bool
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Fewer tokens did better: the search's assumption does not hold there."""
+
+    layer: int
+    fewer: Try
+    more: Try
+
+
+@dataclass(frozen=True)
+class Found:
+    """``layer`` is the last that was decided; deeper ones keep what it keeps."""
+
+    candidate: Candidate
+    layer: int
+    tries: tuple[Try, ...]
+
+    def violations(self) -> tuple[Violation, ...]:
+        """Pairs at one layer where the smaller keep passed or scored higher, the larger less."""
+        return tuple(
+            Violation(fewer.layer, fewer, more)
+            for fewer in self.tries
+            for more in self.tries
+            if fewer.layer == more.layer and fewer.keep < more.keep and _is_better(fewer, more)
+        )
+
+
+def _is_better(fewer: Try, more: Try) -> bool:
+    if fewer.metric is None or more.metric is None:
+        return fewer.passed and not more.passed
+    return fewer.metric > more.metric
+
+
+def levels_of(parts: int, step: int) -> tuple[int, ...]:
+    """Keeps to choose from: none, every multiple of ``step``, and all ``parts``."""
+    return tuple(sorted({*range(0, parts, step), parts}))
+
+
+def gsearch(
+    judge: Judge,
+    space: Space,
+    score: Score,
+    *,
+    floor: float,
+    levels: Sequence[int],
+    checks: int = 1,
+    decided: Callable[[Found], None] = lambda found: None,
+) -> Found:
+    """For each layer from the second on, the least of ``levels`` whose metric reaches ``floor``.
+
+    Keeps never grow, and layers not yet decided keep as many as the one under decision: under the
+    assumption that fewer tokens never do better, the result is the first in lexical order of all
+    schedules that pass. Each layer is bisected; ``checks`` smaller keeps that the assumption rules
+    out are tried all the same, for :meth:`Found.violations`. ``decided`` hears of each layer.
+    """
+    found = Found(Candidate((space.parts,) * space.layers, score, space.parts), 0, ())
+    for layer in range(1, space.layers):
+        judge.settle(found.candidate, layer)
+        tries = _bisect(judge, found.candidate, layer, floor, levels)
+        keep = min((one.keep for one in tries if one.passed), default=found.candidate.keeps[layer])
+        extra = _unlikely(levels, keep, tries, checks)
+        tries += [_try(judge, found.candidate, layer, level, floor) for level in extra]
+        found = Found(found.candidate.with_tail(layer, keep), layer, (*found.tries, *tries))
+        decided(found)
+    return found
+
+
+def _bisect(
+    judge: Judge, candidate: Candidate, layer: int, floor: float, levels: Sequence[int]
+) -> list[Try]:
+    """Tries that enclose the least keep that passes; the current one is known to."""
+    lower = [level for level in levels if level < candidate.keeps[layer]]
+    tries, fails, passes = list[Try](), -1, len(lower)
+    while passes - fails > 1:
+        middle = (fails + passes) // 2
+        ahead = [lower[i] for i in _next_middles(fails, middle, passes)]
+        tries.append(_try(judge, candidate, layer, lower[middle], floor, ahead))
+        fails, passes = (fails, middle) if tries[-1].passed else (middle, passes)
+    return tries
+
+
+def _next_middles(fails: int, middle: int, passes: int) -> Iterable[int]:
+    """Where the bisection may go after ``middle``."""
+    return [(a + b) // 2 for a, b in pairwise((fails, middle, passes)) if b - a > 1]
+
+
+def _unlikely(levels: Sequence[int], keep: int, tries: Sequence[Try], number: int) -> list[int]:
+    """``number`` untried levels below ``keep``, evenly spread."""
+    tried = {one.keep for one in tries}
+    left = [level for level in levels if level < keep and level not in tried]
+    return [left[(2 * i + 1) * len(left) // (2 * number)] for i in range(min(number, len(left)))]
+
+
+def _try(
+    judge: Judge,
+    candidate: Candidate,
+    layer: int,
+    keep: int,
+    floor: float,
+    ahead: Iterable[int] = (),
+) -> Try:
+    follow = [candidate.with_tail(layer, level) for level in ahead]
+    verdict = judge.judge(candidate.with_tail(layer, keep), floor, follow)
+    passed = verdict.metric is not None and verdict.metric >= floor - 1e-9  # sums are rounded
+    return Try(layer, keep, passed, verdict.metric)

@@ -1,0 +1,79 @@
+"""Calibration questions as a model takes them, and its answers as a metric takes them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vtr_export.runtime.image import Pixels
+from vtr_export.runtime.processor import Processor
+from vtr_export.search.calibration import Question
+from vtr_export.search.evaluator import Floats
+from vtr_export.search.metrics import Metric
+
+BLOCK, SHARD = 256, 64  # questions
+
+
+def blocks_of(questions: Sequence[Question]) -> tuple[tuple[Question, ...], ...]:
+    """The questions in order, ``BLOCK`` at a time."""
+    starts = range(0, len(questions), BLOCK)
+    return tuple(tuple(questions[start : start + BLOCK]) for start in starts)
+
+
+class Prompts:
+    """A checkpoint's (or an artifact's) chat template, tokenizer and image processor."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.processor = Processor(folder)
+
+    def pixels(self, image: Path) -> Pixels:
+        """``[1, 3, H, W]`` of one image."""
+        return self.processor.pixel_values([image])
+
+    def ids(self, question: Question, image_tokens: Sequence[int]) -> tuple[int, ...]:
+        """The question behind its images, in the chat template unless it places them itself."""
+        processor, text = self.processor, question.text
+        if processor.is_written_out(text):
+            if processor.image_token not in text:
+                text = processor.image_token * len(image_tokens) + "\n" + text
+            return tuple(processor.token_ids(text, image_tokens))
+        rendered = processor.render(processor.messages(text, len(image_tokens)))
+        return tuple(processor.token_ids(rendered, image_tokens, "chat"))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """An answer's text, without what ended it."""
+        return self.processor.tokenizer.decode(list(tokens)).strip()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What the unpruned model answers to one question, greedily."""
+
+    tokens: tuple[int, ...]  # with the end token, if one ended it
+    metric: float
+    margin: float  # least gap between the two best logits on the way
+
+
+def metric_of(metric: Metric, question: Question, text: str, agreed: float, kl: float) -> float:
+    """One question's metric.
+
+    ``agreed``: share of the draft's tokens before the first that differs; ``kl`` in nats.
+    """
+    if metric.text is not None:
+        return metric.text(text, question)
+    return agreed if metric.name == "agreement" else -kl
+
+
+def agreed_share(draft: Sequence[int], said: Sequence[int]) -> float:
+    """Share of the draft's tokens before the first that differs."""
+    for place, (mine, theirs) in enumerate(zip(draft, said, strict=False)):
+        if mine != theirs:
+            return place / len(draft)
+    return min(len(said), len(draft)) / max(len(draft), 1)
+
+
+def divergence(unpruned: Floats, pruned: Floats) -> float:
+    """KL(unpruned ‖ pruned) in nats of log-probabilities ``[tokens, vocab]``, mean over tokens."""
+    terms = np.exp(unpruned) * (unpruned - pruned)
+    return max(0.0, float(terms.sum(-1).mean()))

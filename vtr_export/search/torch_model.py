@@ -1,0 +1,128 @@
+"""A checkpoint in torch as a search needs it: questions in, batches for the reference out."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtr_export.families import read_facts
+from vtr_export.reference import Held, Reference, pad_batch, positions_of, vision_index_of
+from vtr_export.schedule import Resolved
+from vtr_export.search.calibration import Question
+from vtr_export.search.prompts import Prompts
+from vtr_export.search.work import Width
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_HASHED = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")  # a model folder's own files
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions side by side, left-padded, each with its draft behind the prompt."""
+
+    embeds: Tensor  # [B, S, D]
+    mask: Tensor  # [B, S]
+    vision: Tensor  # [B, V]
+    drafted: int  # the last columns; the last token of a draft is not fed
+
+    @property
+    def width(self) -> Width:
+        """Its shape, for counting."""
+        rows, columns = self.mask.shape
+        return Width(rows, columns - self.vision.shape[1], self.vision.shape[1])
+
+
+class TorchModel:
+    """The checkpoint ``folder``, loaded by transformers; image features are held per block."""
+
+    def __init__(self, folder: Path, device: str, dtype: str) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        self.folder, self.device = folder, device
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
+        )
+        self.model = self.model.to(device).eval()
+        self.facts = read_facts(self.model.config.to_dict(), str(folder / "config.json"))
+        self.prompts = Prompts(folder)
+        self.ends = _end_tokens(self.model)
+        self._features: dict[Path, Tensor] = {}  # image → [tokens, D], on the CPU
+
+    @property
+    def embed_tokens(self) -> Any:
+        """The table of text tokens."""
+        return self.model.get_input_embeddings()
+
+    def reference(self, schedule: Resolved) -> Reference:
+        """The decoder under a schedule, with fused attention."""
+        decoder = self.model.model.language_model
+        return Reference(decoder, self.model.lm_head, schedule, attention="sdpa")
+
+    @torch.no_grad()
+    def batch(self, questions: Sequence[Question], drafts: Sequence[Sequence[int]] = ()) -> Batch:
+        """The questions' embeddings, and ``drafts`` without their last tokens behind them."""
+        image_id, pad = self.facts.image_token_id, 0
+        assert image_id is not None, "a family without an image token has no prompts"
+        features = [[self._feature(path) for path in each.images] for each in questions]
+        rows = [
+            self.prompts.ids(question, [len(one) for one in own])
+            for question, own in zip(questions, features, strict=True)
+        ]
+        ids, mask = pad_batch(rows, pad, image_id)
+        is_vision = ids == image_id
+        vision = vision_index_of(is_vision, mask)
+        fed = max((len(draft) - 1 for draft in drafts), default=0)
+        tail = torch.tensor([[*draft[:-1], *[pad] * (fed + 1 - len(draft))] for draft in drafts])
+        if fed:
+            ids, mask = torch.cat((ids, tail), 1), torch.nn.functional.pad(mask, (0, fed), value=1)
+        embeds = self.embed_tokens(ids.to(self.device)).clone()
+        if any(features):
+            flat = torch.cat([one for own in features for one in own])
+            places = torch.nn.functional.pad(is_vision, (0, fed))
+            embeds[places.to(self.device)] = flat.to(embeds)
+        return Batch(embeds, mask.to(self.device), vision.to(self.device), fed)
+
+    def hold(self, batch: Batch) -> Held:
+        """A call before layer 0."""
+        anything = self.reference(Resolved(self.facts.layers, self.facts.tokens_per_image, ()))
+        positions = positions_of(batch.mask)
+        return anything.hold(
+            batch.embeds, batch.mask, positions, batch.vision, drafted=batch.drafted
+        )
+
+    def forget_images(self) -> None:
+        """Features are needed until their block's prompts are held."""
+        self._features.clear()
+
+    @torch.no_grad()
+    def _feature(self, image: Path) -> Tensor:
+        """``[tokens, D]`` of one image, encoded when it is first asked for."""
+        if image not in self._features:
+            pixels = torch.from_numpy(self.prompts.pixels(image))
+            found = self.model.get_image_features(pixels.to(self.device, self.model.dtype))
+            self._features[image] = torch.cat(list(found.pooler_output)).cpu()
+        return self._features[image]
+
+
+def hash_folder(folder: Path) -> str:
+    """Sha256 of a model folder: weights, configuration, tokenizer, chat template, every byte."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in _HASHED for file in folder.glob(pattern)}):
+        with file.open("rb") as content:
+            digest.update(
+                f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
+            )
+    return digest.hexdigest()
+
+
+def _end_tokens(model: Any) -> tuple[int, ...]:
+    """What ends an answer, by the generation config or else the model's."""
+    for config in (model.generation_config, model.config, model.config.get_text_config()):
+        ends = getattr(config, "eos_token_id", None)
+        if ends is not None:
+            return tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)
+    return ()
