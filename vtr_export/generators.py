@@ -1,6 +1,6 @@
 """Methods of the literature as schedules: each function writes the data of one document."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Final
 
@@ -33,8 +33,8 @@ def exact(value: Ratio, name: str, where: str) -> Fraction:
 def fastv(k: int, r: Ratio, tokens: int | None) -> Data:
     """FastV: drop the share ``r`` before layer ``k``, by the last token's mean attention in k-1.
 
-    The method keeps round(N(1-R)); with ``tokens`` = N that integer is written, without it the
-    exact share, rounded down.
+    Its code keeps round(N(1-R)), in floating point; with ``tokens`` = N that integer is written,
+    without it the exact share, rounded down.
     """
     where = "Schedule.fastv"
     _check_count(k, "k", 1, where)
@@ -43,12 +43,23 @@ def fastv(k: int, r: Ratio, tokens: int | None) -> Data:
     keep: int | str = write_keep(1 - drop)
     if tokens is not None:
         _check_count(tokens, "tokens", 1, where)
-        keep = round(tokens * (1 - drop))
+        keep = round(tokens * (1 - float(drop)))
         origin |= {"tokens": tokens, "rounding": "round(N(1-R)), half to even"}
     return _document({"stages": ({"before_layer": k, "keep": keep},)}, origin)
 
 
-def pyramid(ratio: Ratio, layers: int, parts: int, tokens: int | None) -> Data:
+def fastv_rank(k: int, rank: int) -> Data:
+    """FastV as its first code spells it: ``rank`` tokens are left before layer ``k``."""
+    where = "Schedule.fastv"
+    _check_count(k, "k", 1, where)
+    _check_count(rank, "rank", 0, where)
+    stages = ({"before_layer": k, "keep": rank},)
+    return _document({"stages": stages}, {"method": "fastv", "k": k, "rank": rank})
+
+
+def pyramid(
+    ratio: Ratio, layers: int, parts: int, tokens: int | None, positions: str = "original"
+) -> Data:
     """PyramidDrop: ``parts`` equal runs of layers, run i keeping int(N ratio^i) tokens.
 
     Scored by the last row of the layer about to run (``from: next``).
@@ -57,16 +68,77 @@ def pyramid(ratio: Ratio, layers: int, parts: int, tokens: int | None) -> Data:
     share = exact(ratio, "ratio", where)
     _check_count(parts, "parts", 1, where)
     _check_count(layers, "layers", parts, where)
-    keeps: list[int | str] = [write_keep(share**i) for i in range(1, parts)]
+    cuts = [layers * i // parts for i in range(1, parts)]
+    origin: Data = {"method": "pyramid", "lambda": str(write_keep(share)), "layers": layers}
+    return pyramid_list(cuts, [share**i for i in range(1, parts)], tokens, positions, origin)
+
+
+def pyramid_list(
+    layers: Sequence[int],
+    ratios: Sequence[Ratio],
+    tokens: int | None,
+    positions: str = "repacked",
+    origin: Data | None = None,
+) -> Data:
+    """PyramidDrop's two lists: from ``layers[i]`` on, int(N ratios[i]) tokens, in floating point.
+
+    Its code numbers the survivors anew (``positions: repacked``).
+    """
+    where = "Schedule.pyramid"
+    shares = [exact(ratio, f"ratios[{i}]", where) for i, ratio in enumerate(ratios)]
+    if len(layers) != len(shares):
+        raise ScheduleError(
+            f"{len(layers)} layers and {len(shares)} ratios",
+            where=where,
+            hint="one ratio of all tokens for each layer",
+        )
+    keeps: list[int | str] = [write_keep(share) for share in shares]
     if tokens is not None:
         _check_count(tokens, "tokens", 1, where)
-        keeps = [int(tokens * share**i) for i in range(1, parts)]
-    cuts = [layers * i // parts for i in range(1, parts)]
-    stages = tuple(
-        {"before_layer": cut, "keep": keep} for cut, keep in zip(cuts, keeps, strict=True)
-    )
-    origin: Data = {"method": "pyramid", "lambda": str(write_keep(share)), "layers": layers}
-    return _document({"score": {"from": "next"}, "stages": stages}, origin)
+        keeps = [int(tokens * float(share)) for share in shares]
+    stages = _stages(layers, keeps)
+    prefill: Data = {"score": {"from": "next"}, "positions": positions, "stages": stages}
+    return _document(prefill, origin or {"method": "pyramid"})
+
+
+def sparsevlm(tokens: int, plus: bool) -> Data:
+    """A published keep list of SparseVLM, or of SparseVLM+, named after its ``tokens``."""
+    lists = SPARSEVLM_PLUS if plus else SPARSEVLM
+    if tokens not in lists:
+        raise ScheduleError(
+            f"tokens is {tokens!r}",
+            where="Schedule.sparsevlm",
+            hint=f"published: {', '.join(map(str, lists))}",
+        )
+    return sparsevlm_list(SPARSEVLM_LAYERS, lists[tokens], plus, tokens)
+
+
+def sparsevlm_list(
+    layers: Sequence[int], keeps: Sequence[int], plus: bool, tokens: int | None = None
+) -> Data:
+    """SparseVLM: ``keeps[i]`` tokens are left after layer ``layers[i]``, which runs in full.
+
+    Its raters are the text tokens closest to the image; here all text after it ranks. SparseVLM
+    numbers survivors anew and appends a few merged tokens, which this schedule drops; SparseVLM+
+    keeps positions, merges nothing, and ranks by the heads that look at the image most, where
+    this schedule takes their mean.
+    """
+    where = "Schedule.sparsevlm"
+    for i, layer in enumerate(layers):
+        _check_count(layer, f"layers[{i}]", 0, where)
+    if len(layers) != len(keeps):
+        raise ScheduleError(
+            f"{len(layers)} layers and {len(keeps)} keeps",
+            where=where,
+            hint="one number of tokens for each layer",
+        )
+    prefill = {
+        "score": {"query": "text"},
+        "positions": "original" if plus else "repacked",
+        "stages": _stages([layer + 1 for layer in layers], keeps),
+    }
+    origin: Data = {"method": "sparsevlm+" if plus else "sparsevlm"}
+    return _document(prefill, origin | ({} if tokens is None else {"tokens": tokens}))
 
 
 def vtw(k: int) -> Data:
@@ -78,6 +150,19 @@ def vtw(k: int) -> Data:
 def from_keeps(keeps: Sequence[int | str | Fraction], options: Data, origin: Data) -> Data:
     """One keep per decoder layer; ``options`` are the other keys of ``prefill``."""
     return _document({**options, "keep": tuple(keeps)}, origin)
+
+
+def fitprune(reduction: Ratio) -> Data:
+    """A published recipe of FitPrune for LLaVA-1.5-7B, named after the FLOPs it saves."""
+    share = exact(reduction, "reduction", "Schedule.fitprune")
+    if share not in FITPRUNE:
+        raise ScheduleError(
+            f"reduction is {reduction!r}",
+            where="Schedule.fitprune",
+            hint=f"known in full: {', '.join(str(write_keep(known)) for known in FITPRUNE)}",
+        )
+    data = from_deletions(FITPRUNE[share], 576)
+    return data | {"origin": {"method": "fitprune", "reduction": write_keep(share)}}
 
 
 def from_deletions(deletions: Sequence[int], tokens: int) -> Data:
@@ -110,6 +195,11 @@ def _document(prefill: Data, origin: Data) -> Data:
     return {"version": _VERSION, "prefill": prefill, "origin": origin}
 
 
+def _stages(layers: Sequence[int], keeps: Sequence[int | str]) -> tuple[Data, ...]:
+    pairs = zip(layers, keeps, strict=True)
+    return tuple({"before_layer": layer, "keep": keep} for layer, keep in pairs)
+
+
 def _check_count(value: int, name: str, least: int, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ScheduleError(
@@ -118,3 +208,41 @@ def _check_count(value: int, name: str, least: int, where: str) -> None:
 
 
 _VERSION: Final = 1
+
+# Published integers, for images of 576 tokens and decoders of 32 layers.
+SPARSEVLM_LAYERS: Final = (2, 6, 15)
+SPARSEVLM: Final[Mapping[int, tuple[int, ...]]] = {
+    192: (300, 200, 110),
+    128: (303, 110, 36),
+    96: (238, 48, 26),
+    64: (66, 30, 17),
+}
+SPARSEVLM_PLUS: Final[Mapping[int, tuple[int, ...]]] = {
+    192: (300, 200, 118),
+    128: (238, 108, 60),
+    96: (246, 54, 28),
+    64: (66, 34, 20),
+}
+# Eight layers a line:
+# fmt: off
+FITPRUNE: Final[Mapping[Fraction, tuple[int, ...]]] = {
+    Fraction(1, 2): (
+        3, 7, 49, 24, 29, 17, 59, 41,
+        26, 8, 10, 6, 2, 5, 7, 2,
+        30, 3, 13, 27, 5, 23, 2, 1,
+        0, 0, 1, 1, 2, 0, 0, 0,
+    ),
+    Fraction(3, 5): (
+        14, 33, 89, 36, 36, 20, 55, 21,
+        18, 4, 7, 5, 2, 5, 7, 4,
+        26, 5, 11, 24, 4, 18, 2, 1,
+        0, 0, 1, 0, 1, 0, 0, 0,
+    ),
+    Fraction(9, 10): (
+        262, 153, 80, 19, 13, 1, 2, 0,
+        0, 0, 0, 0, 0, 0, 0, 1,
+        1, 2, 1, 2, 0, 1, 0, 0,
+        0, 0, 0, 1, 0, 0, 0, 0,
+    ),
+}
+# fmt: on

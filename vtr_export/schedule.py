@@ -21,7 +21,7 @@ from vtr_export.schedule_document import (
     plain,
     validate,
 )
-from vtr_export.schedule_yaml import MAX_BYTES, Key, Source, read_yaml, scalar
+from vtr_export.schedule_yaml import Key, Source, read_text, read_yaml, scalar
 
 Rounding = Literal["floor", "ceil"]
 
@@ -104,21 +104,7 @@ class Schedule:
     def load(cls, path: str | Path) -> "Schedule":
         """Read a file. Every mistake is a ScheduleError with file, line, value and remedy."""
         path = Path(path)
-        try:
-            with path.open("rb") as file:
-                content = file.read(MAX_BYTES + 1)
-            text = content.decode("utf-8-sig") if len(content) <= MAX_BYTES else " " * len(content)
-        except OSError as error:
-            raise ScheduleError(
-                f"cannot read the schedule: {error.strerror or error}",
-                where=str(path),
-                hint="give the path of a YAML file",
-            ) from None
-        except UnicodeDecodeError:
-            raise ScheduleError(
-                "the schedule is not UTF-8 text", where=str(path), hint="save it as UTF-8"
-            ) from None
-        return cls.parse(text, str(path))
+        return cls.parse(read_text(path), str(path))
 
     @classmethod
     def parse(cls, text: str, where: str = "<text>") -> "Schedule":
@@ -140,12 +126,30 @@ class Schedule:
 
     @classmethod
     def pyramid(
-        cls, ratio: Ratio = "50%", *, layers: int = 32, parts: int = 4, tokens: int | None = None
+        cls,
+        ratio: Ratio = "50%",
+        *,
+        layers: int = 32,
+        parts: int = 4,
+        tokens: int | None = None,
+        positions: str = "original",
     ) -> "Schedule":
-        """PyramidDrop: ``parts`` equal runs of layers, each keeping ``ratio`` of the one before."""
-        return cls.from_data(
-            generators.pyramid(ratio, layers, parts, tokens), Source("Schedule.pyramid")
-        )
+        """PyramidDrop: ``parts`` equal runs of layers, each keeping ``ratio`` of the one before.
+
+        Its code has ``positions="repacked"``, which mRoPE cannot.
+        """
+        data = generators.pyramid(ratio, layers, parts, tokens, positions)
+        return cls.from_data(data, Source("Schedule.pyramid"))
+
+    @classmethod
+    def sparsevlm(cls, tokens: int = 192, *, plus: bool = False) -> "Schedule":
+        """SparseVLM's published keep list for 192, 128, 96 or 64 tokens, or SparseVLM+'s."""
+        return cls.from_data(generators.sparsevlm(tokens, plus), Source("Schedule.sparsevlm"))
+
+    @classmethod
+    def fitprune(cls, reduction: Ratio = "60%") -> "Schedule":
+        """FitPrune's published recipe for LLaVA-1.5-7B: 50%, 60% or 90% fewer FLOPs."""
+        return cls.from_data(generators.fitprune(reduction), Source("Schedule.fitprune"))
 
     @classmethod
     def vtw(cls, k: int = 16) -> "Schedule":

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
@@ -67,6 +68,27 @@ def scalar(text: str) -> str | int | float | bool | None:
     if _FLOAT.fullmatch(text):
         return float(re.sub(r"\.(?=[a-zA-Z])", "", text))
     return text
+
+
+def read_text(path: Path) -> str:
+    """A small file as text; more than 1 MiB comes as that many spaces, which readers refuse.
+
+    Raises ScheduleError for what cannot be read and for what is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        return content.decode("utf-8-sig") if len(content) <= MAX_BYTES else " " * len(content)
+    except OSError as error:
+        raise ScheduleError(
+            f"cannot read the schedule: {error.strerror or error}",
+            where=str(path),
+            hint="give the path of a YAML file",
+        ) from None
+    except UnicodeDecodeError:
+        raise ScheduleError(
+            "the schedule is not UTF-8 text", where=str(path), hint="save it as UTF-8"
+        ) from None
 
 
 def read_yaml(text: str, name: str) -> tuple[object, Source]:
