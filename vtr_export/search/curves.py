@@ -1,0 +1,263 @@
+"""Families of keep-per-layer curves; one parameter of each is solved so that a budget is met."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vtr_export.errors import InputError
+from vtr_export.search.budget import Budget
+from vtr_export.search.candidate import Candidate, Score, Space
+
+Floats = NDArray[np.float64]
+SATURATED: Final = 40.0  # |x| from which a sigmoid is 0 or 1 to double precision's eye
+BISECTIONS: Final = 64
+NOISE: Final = 1e-9  # of a token: a share of 71.9999999999 tokens is 72
+
+
+class Curve(Protocol):
+    """The share of the vision tokens that enters each layer, but for one parameter.
+
+    Costs must not fall as the parameter moves from ``limits(layers)[0]`` to ``[1]``.
+    """
+
+    family: ClassVar[str]
+    solved: ClassVar[str]  # the name of that parameter
+
+    def limits(self, layers: int) -> tuple[float, float]:
+        """The parameter where the curve is lowest, and where it is highest."""
+        ...
+
+    def shares(self, layers: int, value: float) -> Floats:
+        """``[layers]`` in 0 … 1, never growing; layer 0 gets everything whatever stands there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """P-Sigmoid: ``clip(floor + (1 - floor) sigmoid(gamma (c - l)))`` of the tokens enter layer l.
+
+    The form is ours: the paper's own (arXiv 2412.00556) could not be read. ``floor`` is what the
+    deepest layers keep, ``gamma`` the steepness; solved is ``c``, the layer half-way down.
+    """
+
+    floor: float
+    gamma: float
+    family: ClassVar[str] = "sigmoid"
+    solved: ClassVar[str] = "c"
+
+    def limits(self, layers: int) -> tuple[float, float]:
+        """So far left or right that the curve is flat."""
+        return -SATURATED / self.gamma, layers + SATURATED / self.gamma
+
+    def shares(self, layers: int, value: float) -> Floats:
+        """See :class:`Curve`."""
+        x = self.gamma * (value - np.arange(layers))
+        sigmoid = 0.5 * (1 + np.tanh(x / 2))
+        return np.clip(self.floor + (1 - self.floor) * sigmoid, 0, 1)
+
+
+@dataclass(frozen=True)
+class FastV:
+    """One cut, before layer ``k``; solved is the share that it keeps (arXiv 2403.06764)."""
+
+    k: int
+    family: ClassVar[str] = "fastv"
+    solved: ClassVar[str] = "keep"
+
+    def limits(self, layers: int) -> tuple[float, float]:
+        """Nothing to everything."""
+        return 0.0, 1.0
+
+    def shares(self, layers: int, value: float) -> Floats:
+        """See :class:`Curve`."""
+        return np.where(np.arange(layers) < self.k, 1.0, value)
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """PyramidDrop: ``parts`` equal runs of layers, run i keeps λ^i; solved is λ (2410.17247)."""
+
+    parts: int
+    family: ClassVar[str] = "pyramid"
+    solved: ClassVar[str] = "lambda"
+
+    def limits(self, layers: int) -> tuple[float, float]:
+        """Nothing to everything."""
+        return 0.0, 1.0
+
+    def shares(self, layers: int, value: float) -> Floats:
+        """See :class:`Curve`; run i begins with layer ``layers * i // parts``."""
+        firsts = [layers * i // self.parts for i in range(1, self.parts)]
+        runs = np.searchsorted(firsts, np.arange(layers), side="right")
+        powers: Floats = np.power(value, runs)
+        return powers
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``1 - slope l``, never below 0; solved is the slope."""
+
+    family: ClassVar[str] = "linear"
+    solved: ClassVar[str] = "slope"
+
+    def limits(self, layers: int) -> tuple[float, float]:
+        """Nothing after layer 0, or everything."""
+        return 1.0, 0.0
+
+    def shares(self, layers: int, value: float) -> Floats:
+        """See :class:`Curve`."""
+        line: Floats = np.maximum(1 - value * np.arange(layers), 0)
+        return line
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """``ratio^l``; solved is the ratio."""
+
+    family: ClassVar[str] = "exponential"
+    solved: ClassVar[str] = "ratio"
+
+    def limits(self, layers: int) -> tuple[float, float]:
+        """Nothing after layer 0, or everything."""
+        return 0.0, 1.0
+
+    def shares(self, layers: int, value: float) -> Floats:
+        """See :class:`Curve`."""
+        powers: Floats = np.power(value, np.arange(layers))
+        return powers
+
+
+@dataclass(frozen=True)
+class Random:
+    """Shares drawn uniformly, sorted, and scaled; solved is the scale (1 at most is kept)."""
+
+    seed: int
+    family: ClassVar[str] = "random"
+    solved: ClassVar[str] = "scale"
+
+    def limits(self, layers: int) -> tuple[float, float]:
+        """Nothing, or everything."""
+        return 0.0, 1 / float(self._drawn(layers)[-1])
+
+    def shares(self, layers: int, value: float) -> Floats:
+        """See :class:`Curve`."""
+        return np.minimum(value * self._drawn(layers), 1)
+
+    def _drawn(self, layers: int) -> Floats:
+        """In (0, 1], descending."""
+        return np.sort(1 - np.random.default_rng(self.seed).random(layers))[::-1]
+
+
+CURVES: Final[Mapping[str, type[Curve]]] = {
+    kind.family: kind for kind in (Sigmoid, FastV, Pyramid, Linear, Exponential, Random)
+}
+
+
+def describe(curve: Curve) -> dict[str, Any]:
+    """Family and free parameters, as plain values."""
+    return {"family": curve.family, **asdict(curve)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A curve that meets a budget: ``value`` of its solved parameter, its integers, their cost."""
+
+    curve: Curve
+    value: float
+    candidate: Candidate
+    cost: float  # as a fraction of the unpruned model's
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **describe(self.curve),
+            self.curve.solved: self.value,
+            "keeps": list(self.candidate.keeps),
+            "parts": self.candidate.parts,
+            "score": self.candidate.score.to_data(),
+            "cost": self.cost,
+        }
+
+
+def candidate_at(curve: Curve, value: float, space: Space, score: Score) -> Candidate:
+    """The curve's tokens at each layer, rounded down."""
+    shares = curve.shares(space.layers, value)
+    keeps = np.floor(np.minimum.accumulate(shares) * space.parts + NOISE).astype(int).tolist()
+    return Candidate((space.parts, *keeps[1:]), score, space.parts)
+
+
+def solve(curve: Curve, space: Space, score: Score, budget: Budget) -> Solved:
+    """The curve at a budget: never above it, and no layer could keep one more token below it.
+
+    Bisection finds the parameter, rounded down to tokens; then single tokens are given back, where
+    rounding took most first. Raises InputError, with what the family reaches, if the budget is out
+    of reach.
+    """
+    low, high = curve.limits(space.layers)
+    _check_reach(curve, space, score, budget)
+    if budget.cost(candidate_at(curve, high, space, score)) <= budget.target:
+        low = high
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if budget.cost(candidate_at(curve, middle, space, score)) <= budget.target:
+            low = middle
+        else:
+            high = middle
+    wanted = np.minimum.accumulate(curve.shares(space.layers, low)) * space.parts
+    candidate = _top_up(candidate_at(curve, low, space, score), wanted, budget)
+    return Solved(curve, low, candidate, budget.cost(candidate))
+
+
+def reach(curve: Curve, space: Space, score: Score, budget: Budget) -> tuple[float, float]:
+    """Least and greatest cost of a family on this model, as fractions of the unpruned one's."""
+    low, high = (
+        budget.cost(candidate_at(curve, value, space, score))
+        for value in curve.limits(space.layers)
+    )
+    return low, high
+
+
+def _check_reach(curve: Curve, space: Space, score: Score, budget: Budget) -> None:
+    least, most = reach(curve, space, score, budget)
+    if budget.target < least:
+        raise InputError(
+            f"{budget.text} is {budget.target:.4g} of the unpruned model, but a {curve.family} "
+            f"curve costs {least:.4g} to {most:.4g}: layer 0 sees every token, whatever is kept",
+            hint=f"ask for {_up(least):.4g} or more",
+        )
+    if most < min(budget.target, 1.0):
+        raise InputError(
+            f"{budget.text} is {budget.target:.4g} of the unpruned model, more than the "
+            f"{least:.4g} to {most:.4g} that a {curve.family} curve costs",
+            hint=f"ask for {most:.4g} or less",
+        )
+
+
+def _up(cost: float) -> float:
+    """Four digits, rounded up: a budget that can be asked for."""
+    return float(np.ceil(cost * 1e4) / 1e4)
+
+
+def _top_up(candidate: Candidate, wanted: Floats, budget: Budget) -> Candidate:
+    """Give single tokens back until none fits; where most is lacking first, then shallow first."""
+    while True:
+        before = candidate
+        lacking = np.asarray(candidate.keeps) - wanted
+        for layer in np.argsort(lacking[1:], kind="stable") + 1:
+            raised = raise_keep(candidate, int(layer))
+            if raised is not None and budget.cost(raised) <= budget.target:
+                candidate = raised
+        if candidate == before:
+            return candidate
+
+
+def raise_keep(candidate: Candidate, layer: int) -> Candidate | None:
+    """One more token enters ``layer``; None where the layer before has no more."""
+    keeps = list(candidate.keeps)
+    if layer == 0 or keeps[layer] == keeps[layer - 1]:
+        return None
+    keeps[layer] += 1
+    return Candidate(tuple(keeps), candidate.score, candidate.parts)
