@@ -39,10 +39,9 @@ def test_stopping_on_the_way_changes_nothing(
 ) -> None:
     ours = reference(model, CUTS, **score)
     held = ours.hold(*call)
-    for stop in (*stops, LAYERS):
+    for stop in stops:
         held = ours.advance(held, stop)
-    whole = ours(*call)
-    torch.testing.assert_close(ours.logits(held), whole.logits, rtol=0, atol=0)
+    torch.testing.assert_close(ours.finish(held), ours(*call).hidden, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("score", SCORES, ids=str)
@@ -53,8 +52,7 @@ def test_one_held_call_serves_every_schedule_that_agrees_so_far(
     held = shared.advance(shared.hold(*call), 3)
     for keep in (0, 3, 9):
         other = reference(model, {1: 9, 3: keep}, **score)
-        logits = other.logits(other.advance(held, LAYERS))
-        torch.testing.assert_close(logits, other(*call).logits, rtol=0, atol=0)
+        torch.testing.assert_close(other.finish(held), other(*call).hidden, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("score", SCORES, ids=str)
@@ -70,8 +68,8 @@ def test_a_draft_is_judged_as_if_it_had_been_generated(
     held = ours.hold(
         torch.cat((embeds, table(draft)), 1), longer, positions_of(longer), vision, drafted=3
     )
-    logits = ours.logits(ours.advance(held, LAYERS))
-    torch.testing.assert_close(logits, said.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.finish(held), said.hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.lm_head(said.hidden), said.logits)
 
 
 def test_fused_attention_says_the_same(model: Any, call: tuple[torch.Tensor, ...]) -> None:
@@ -82,10 +80,14 @@ def test_fused_attention_says_the_same(model: Any, call: tuple[torch.Tensor, ...
     assert all(torch.equal(a, b) for a, b in zip(ours.kept, theirs.kept, strict=True))
 
 
-def test_what_cannot_be_held_is_refused(model: Any, call: tuple[torch.Tensor, ...]) -> None:
+def test_cuts_inside_layers_cannot_be_held(model: Any, call: tuple[torch.Tensor, ...]) -> None:
     inside = reference(model, CUTS, drop_point="inside")
     with pytest.raises(ValueError, match="inside"):
         inside.advance(inside.hold(*call), 2)
+
+
+def test_some_rows_go_on_as_in_the_whole_batch(model: Any, call: tuple[torch.Tensor, ...]) -> None:
     ours = reference(model, CUTS)
-    with pytest.raises(ValueError, match="not the end"):
-        ours.logits(ours.hold(*call))
+    held = ours.advance(ours.hold(*call), 1)
+    some = ours.finish(held.rows([2, 0]))
+    torch.testing.assert_close(some, ours.finish(held)[[2, 0]], rtol=1e-4, atol=1e-5)

@@ -22,6 +22,12 @@ class Streams:
     vision: Tensor  # [B, V] columns of the vision tokens, ascending; pads come first
     drafted: int = 0  # last columns that belong to the answer
 
+    def rows(self, at: Tensor) -> "Streams":
+        """Some rows of the batch."""
+        return Streams(
+            self.hidden[at], self.mask[at], self.positions[at], self.vision[at], self.drafted
+        )
+
     def is_real(self) -> Tensor:
         """``[B, V]``: vision tokens that are no pads."""
         return self.mask.gather(1, self.vision) != 0

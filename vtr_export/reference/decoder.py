@@ -40,6 +40,7 @@ class Step:
     """One call. The tuples hold one entry a cut: J is between stage J and stage J + 1."""
 
     logits: Tensor  # [B, 1, vocab] fp32; every surviving row with logits="all"
+    hidden: Tensor  # [B, 1, D] or every surviving row: final norm applied, the head's input
     cache: Cache
     kept: tuple[Tensor, ...]  # [B, S_{J+1}] columns of stage J's sequence, ascending
     kept_vision: tuple[Tensor, ...]  # [B, V_{J+1}] columns of stage J + 1's sequence
@@ -53,6 +54,7 @@ class Generation:
 
     tokens: Tensor  # [B, n]
     logits: Tensor  # [B, n, vocab], those each token was chosen from
+    hidden: Tensor  # [B, n, D], final norm applied: what the head made them of
     prefill: Step
     cache: Cache  # knows all tokens but the last
     attention_mask: Tensor  # [B, P + S + n - 1]
@@ -69,6 +71,14 @@ class Held:
     streams: Streams
     score: Tensor | None  # [B, V] fp32: what a cut before ``layer`` ranks by; None before layer 0
     budget: Budget
+
+    def rows(self, chosen: Sequence[int]) -> "Held":
+        """Some rows of the batch, as wide as they are."""
+        at = torch.tensor(list(chosen), device=self.streams.hidden.device)
+        score = None if self.score is None else self.score[at]
+        columns, tokens = self.budget
+        budget = columns, [tokens[row] for row in chosen]
+        return Held(self.layer, self.streams.rows(at), score, budget)
 
 
 @dataclass(frozen=True)
@@ -141,8 +151,10 @@ class Reference:
         call = _Call(cache, held.budget, forced, padding=[attention_mask])
         streams = self._run(held, len(self.decoder.layers), call).streams
         rows = streams.hidden if logits == "all" else streams.hidden[:, -1:]
+        hidden = self.decoder.norm(rows)
         return Step(
-            logits=self.lm_head(self.decoder.norm(rows)).float(),
+            logits=self.lm_head(hidden).float(),
+            hidden=hidden,
             cache=Cache(tuple(call.keys), tuple(call.values), tuple(call.padding)),
             kept=tuple(choice.kept for choice in call.choices),
             kept_vision=tuple(call.kept_vision),
@@ -179,15 +191,13 @@ class Reference:
         return self._run(held, layer, _Call(cache, held.budget, stage=stage))
 
     @torch.no_grad()
-    def logits(self, held: Held) -> Tensor:
-        """``[B, 1 + drafted, vocab]`` fp32 after the last layer: of the prompt's end and the draft.
+    def finish(self, held: Held) -> Tensor:
+        """``[B, 1 + drafted, D]``: the prompt's end and the draft after all layers and the norm.
 
-        Raises ValueError where layers remain.
+        ``lm_head`` makes logits of them.
         """
-        if held.layer != len(self.decoder.layers):
-            raise ValueError(f"{held.layer=} is not the end")
-        rows = held.streams.hidden[:, -1 - held.streams.drafted :]
-        return cast("Tensor", self.lm_head(self.decoder.norm(rows)).float())
+        end = self.advance(held, len(self.decoder.layers)).streams
+        return cast("Tensor", self.decoder.norm(end.hidden[:, -1 - end.drafted :]))
 
     @torch.no_grad()
     def generate(
@@ -206,7 +216,7 @@ class Reference:
         positions = positions_of(attention_mask)[:, -inputs_embeds.shape[1] :]
         prefill = self(inputs_embeds, attention_mask, positions, vision_index, cache, forced=forced)
         ends = torch.tensor(list(eos), dtype=torch.int64, device=inputs_embeds.device)
-        step, tokens, logits = prefill, [prefill.logits.argmax(-1)], [prefill.logits]
+        step, steps, tokens = prefill, [prefill], [prefill.logits.argmax(-1)]
         while len(tokens) < max_new_tokens:
             done = torch.isin(tokens[-1], ends)
             if bool(done.all()):
@@ -220,9 +230,14 @@ class Reference:
                 step.cache,
             )
             tokens.append(torch.where(done, tokens[-1], step.logits.argmax(-1)))
-            logits.append(step.logits)
+            steps.append(step)
         return Generation(
-            torch.cat(tokens, 1), torch.cat(logits, 1), prefill, step.cache, attention_mask
+            tokens=torch.cat(tokens, 1),
+            logits=torch.cat([each.logits for each in steps], 1),
+            hidden=torch.cat([each.hidden for each in steps], 1),
+            prefill=prefill,
+            cache=step.cache,
+            attention_mask=attention_mask,
         )
 
     def _empty_cache(self, like: Tensor) -> Cache:

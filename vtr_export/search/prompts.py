@@ -1,7 +1,6 @@
 """Calibration questions as a model takes them, and its answers as a metric takes them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +43,6 @@ class Prompts:
     def text(self, tokens: Sequence[int]) -> str:
         """An answer's text, without what ended it."""
         return self.processor.tokenizer.decode(list(tokens)).strip()
-
-
-@dataclass(frozen=True)
-class Draft:
-    """What the unpruned model answers to one question, greedily."""
-
-    tokens: tuple[int, ...]  # with the end token, if one ended it
-    metric: float
-    margin: float  # least gap between the two best logits on the way
 
 
 def metric_of(metric: Metric, question: Question, text: str, agreed: float, kl: float) -> float:

@@ -13,14 +13,14 @@ from vtr_export.search.calibration import Question
 from vtr_export.search.candidate import Candidate, Space
 from vtr_export.search.evaluator import Floats, Outcome, Shard, Unpruned
 from vtr_export.search.metrics import Metric
-from vtr_export.search.prompts import SHARD, Draft, agreed_share, metric_of
+from vtr_export.search.prompts import SHARD, agreed_share, metric_of
 from vtr_export.search.torch_model import TorchModel, hash_folder
 from vtr_export.search.work import Width, call_flops, step_flops
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """A shard's call as far as candidates agree: ``prefix`` says up to where."""
+    """A block's call as far as candidates agree: ``prefix`` says up to where."""
 
     call: Held
     prefix: Candidate
@@ -28,11 +28,13 @@ class _Shared:
 
 
 @dataclass(frozen=True)
-class _Expected:
-    """What the unpruned model says to a shard's drafts."""
+class _Draft:
+    """What the unpruned model answers to one question, greedily."""
 
-    tokens: Tensor  # [B, A]; -1 behind the shorter drafts
-    call: Held  # after the last layer, its last A columns alone: logits would be large
+    tokens: tuple[int, ...]  # with the end token, if one ended it
+    metric: float
+    margin: float  # least gap between the two best logits on the way
+    hidden: Tensor  # [tokens, D]: what the head made them of; logits would be large
 
 
 class TorchEvaluator:
@@ -51,10 +53,9 @@ class TorchEvaluator:
         self.model = TorchModel(model, device, dtype)
         self.blocks, self.metric = blocks, metric
         self.dtype, self.max_new_tokens = dtype, max_new_tokens
-        self._drafts: dict[int, list[Draft]] = {}
+        self._drafts: dict[int, list[_Draft]] = {}
         self._settled: tuple[Candidate, int] | None = None
-        self._shared: dict[str, _Shared] = {}
-        self._expected: dict[str, _Expected] = {}
+        self._shared: dict[int, _Shared] = {}  # by block
 
     @property
     def space(self) -> Space:
@@ -74,7 +75,7 @@ class TorchEvaluator:
     def unpruned(self, block: int) -> Unpruned:
         """Answer greedily; the answers become the drafts."""
         questions, flops = self.blocks[block], 0
-        drafts = list[Draft]()
+        drafts = list[_Draft]()
         for start in range(0, len(questions), SHARD):
             asked = questions[start : start + SHARD]
             said, spent = self._generate(self.space.unpruned(), asked)
@@ -88,16 +89,21 @@ class TorchEvaluator:
         """What enters ``layer`` is held from now on, shard by shard as they come."""
         self._settled = candidate, layer
 
+    @torch.no_grad()
     def evaluate(self, candidate: Candidate, shard: Shard) -> Outcome:
         """Check the drafts in one call; where one fails, answer anew."""
-        expected, flops = self._expectation(shard)
-        shared, spent = self._share(candidate, shard)
-        end, last = self._finish(candidate, shared)
-        log_probs = self._log_probs(end)
-        kl = _divergence(expected.tokens, self._log_probs(expected.call), log_probs)
-        said = log_probs.argmax(-1).masked_fill(expected.tokens < 0, -1)
-        metric, again = self._metric(candidate, shard, said.tolist(), kl)
-        return Outcome(metric, kl, flops + spent + last + again)
+        shared, flops = self._share(candidate, shard.block)
+        facts, runs = self.model.facts, self.model.reference(candidate.resolve(self.model.facts))
+        hidden = runs.finish(shared.call.rows(shard.rows))
+        width = replace(shared.width, rows=len(shard))
+        flops += call_flops(
+            facts, candidate, width, shared.call.layer, facts.layers, hidden.shape[1]
+        )
+        drafts = self._drafts_of(shard)
+        log_probs = self._log_probs(hidden)
+        kl = _divergence(drafts, self._log_probs(_stacked(drafts, hidden)), log_probs)
+        metric, again = self._metric(candidate, shard, log_probs.argmax(-1).tolist(), kl)
+        return Outcome(metric, kl, flops + again)
 
     def _metric(
         self, candidate: Candidate, shard: Shard, said: Sequence[Sequence[int]], kl: Floats
@@ -119,56 +125,31 @@ class TorchEvaluator:
             metric[row] = metric_of(self.metric, question, text, agreed[row], float(kl[row]))
         return metric, flops
 
-    def _share(self, candidate: Candidate, shard: Shard) -> tuple[_Shared, int]:
+    def _share(self, candidate: Candidate, block: int) -> tuple[_Shared, int]:
         """The furthest call that ``candidate`` can go on from, once brought to what is settled."""
-        shared, flops = self._shared.get(shard.sha256), 0
+        shared, flops = self._shared.get(block), 0
         if shared is None or not _agree(shared.prefix, candidate, shared.call.layer):
-            shared = self._begin(shard)
+            shared = self._begin(block)
         if self._settled is None or not _agree(self._settled[0], candidate, self._settled[1]):
             return shared, flops
         prefix, layer = self._settled
-        if shared.call.layer < layer:
+        if (first := shared.call.layer) < layer:
             runs = self.model.reference(prefix.resolve(self.model.facts))
-            call = runs.advance(shared.call, layer)
-            first = shared.call.layer
             flops = call_flops(self.model.facts, prefix, shared.width, first, layer, 0)
-            shared = _Shared(call, prefix, shared.width)
-            self._shared[shard.sha256] = shared
+            shared = replace(shared, call=runs.advance(shared.call, layer), prefix=prefix)
+            self._shared[block] = shared
         return shared, flops
 
-    def _begin(self, shard: Shard) -> _Shared:
-        """A shard's call before layer 0."""
-        questions = [self._question(shard, row) for row in range(len(shard))]
-        batch = self.model.batch(questions, [draft.tokens for draft in self._drafts_of(shard)])
+    def _begin(self, block: int) -> _Shared:
+        """A block's call before layer 0."""
+        drafts = [draft.tokens for draft in self._block_drafts(block)]
+        batch = self.model.batch(self.blocks[block], drafts)
         return _Shared(self.model.hold(batch), self.space.unpruned(), batch.width)
 
-    def _finish(self, candidate: Candidate, shared: _Shared) -> tuple[Held, int]:
-        """The call after the layers that remain."""
-        facts = self.model.facts
-        runs = self.model.reference(candidate.resolve(facts))
-        end = runs.advance(shared.call, facts.layers)
-        rows = 1 + end.streams.drafted
-        spent = call_flops(facts, candidate, shared.width, shared.call.layer, facts.layers, rows)
-        return end, spent
-
-    def _expectation(self, shard: Shard) -> tuple[_Expected, int]:
-        """What the unpruned model says to the drafts; computed once."""
-        flops = 0
-        if shard.sha256 not in self._expected:
-            end, flops = self._finish(self.space.unpruned(), self._begin(shard))
-            last = end.streams.hidden[:, -1 - end.streams.drafted :].clone()
-            drafts = [draft.tokens for draft in self._drafts_of(shard)]
-            padded = [[*tokens, *[-1] * (last.shape[1] - len(tokens))] for tokens in drafts]
-            self._expected[shard.sha256] = _Expected(
-                torch.tensor(padded, device=last.device),
-                replace(end, streams=replace(end.streams, hidden=last)),
-            )
-        return self._expected[shard.sha256], flops
-
-    def _log_probs(self, end: Held) -> Tensor:
+    def _log_probs(self, hidden: Tensor) -> Tensor:
         """``[B, A, vocab]`` of the next tokens, fp32."""
-        runs = self.model.reference(self.space.unpruned().resolve(self.model.facts))
-        return runs.logits(end).log_softmax(-1)
+        logits: Tensor = self.model.model.lm_head(hidden)
+        return logits.float().log_softmax(-1)
 
     def _generate(
         self, candidate: Candidate, questions: Sequence[Question]
@@ -187,12 +168,13 @@ class TorchEvaluator:
         flops = call_flops(facts, candidate, batch.width, 0, facts.layers, 1)
         return said, flops + step_flops(facts, candidate, batch.width, steps)
 
-    def _draft(self, question: Question, said: Generation, row: int) -> Draft:
+    def _draft(self, question: Question, said: Generation, row: int) -> _Draft:
         tokens = self._tokens(said, row)
         best = said.logits[row, : len(tokens)].topk(2).values
         text = self.model.prompts.text(tokens)
         metric = metric_of(self.metric, question, text, 1.0, 0.0)
-        return Draft(tokens, metric, float((best[:, 0] - best[:, 1]).min()))
+        margin = float((best[:, 0] - best[:, 1]).min())
+        return _Draft(tokens, metric, margin, said.hidden[row, : len(tokens)].clone())
 
     def _tokens(self, said: Generation, row: int) -> tuple[int, ...]:
         """One answer, with the token that ended it."""
@@ -206,10 +188,14 @@ class TorchEvaluator:
     def _question(self, shard: Shard, row: int) -> Question:
         return self.blocks[shard.block][shard.rows[row]]
 
-    def _drafts_of(self, shard: Shard) -> list[Draft]:
-        if shard.block not in self._drafts:
-            self.unpruned(shard.block)
-        return [self._drafts[shard.block][row] for row in shard.rows]
+    def _drafts_of(self, shard: Shard) -> list[_Draft]:
+        drafts = self._block_drafts(shard.block)
+        return [drafts[row] for row in shard.rows]
+
+    def _block_drafts(self, block: int) -> list[_Draft]:
+        if block not in self._drafts:
+            self.unpruned(block)
+        return self._drafts[block]
 
 
 def _agree(one: Candidate, other: Candidate, layer: int) -> bool:
@@ -219,9 +205,16 @@ def _agree(one: Candidate, other: Candidate, layer: int) -> bool:
     return one.keeps[:layer] == other.keeps[:layer] and one.score == other.score
 
 
-def _divergence(tokens: Tensor, unpruned: Tensor, pruned: Tensor) -> Floats:
+def _stacked(drafts: Sequence[_Draft], like: Tensor) -> Tensor:
+    """The drafts' hidden states ``[B, A, D]``; zeros behind the shorter ones."""
+    rows = torch.zeros_like(like)
+    for row, draft in zip(rows, drafts, strict=True):
+        row[: len(draft.hidden)] = draft.hidden
+    return rows
+
+
+def _divergence(drafts: Sequence[_Draft], unpruned: Tensor, pruned: Tensor) -> Floats:
     """``[B]``: KL(unpruned ‖ pruned) in nats, mean over each draft's tokens."""
-    is_real = tokens >= 0
-    terms = (unpruned.exp() * (unpruned - pruned)).sum(-1).masked_fill(~is_real, 0)
-    mean = terms.sum(1) / is_real.sum(1)
-    return mean.clamp(min=0).double().cpu().numpy()
+    terms = (unpruned.exp() * (unpruned - pruned)).sum(-1)
+    means = [row[: len(draft.tokens)].mean() for row, draft in zip(terms, drafts, strict=True)]
+    return torch.stack(means).clamp(min=0).double().cpu().numpy()
