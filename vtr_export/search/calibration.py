@@ -141,7 +141,8 @@ class _Files:
         """An image's sha256, or what is wrong with it."""
         if name not in self.known:
             problem = _misnamed(name) or _unreadable(self.folder / name)
-            self.known[name] = ("", f"{name}: {problem}") if problem else self._read(name)
+            short = name if len(name) <= 100 else f"{name[:100]}…"
+            self.known[name] = ("", f"{short}: {problem}") if problem else self._read(name)
         return self.known[name]
 
     def _read(self, name: str) -> tuple[str, str]:
