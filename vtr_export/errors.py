@@ -79,3 +79,9 @@ class GateError(VtrError):
     """A parity gate failed: the exported graph does not say what the checkpoint says (exit 1)."""
 
     code = "VTR401"
+
+
+class LedgerError(VtrError):
+    """A search's ledger is not one, is of another search, in use, or cannot be written."""
+
+    code = "VTR501"
