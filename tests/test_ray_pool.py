@@ -1,0 +1,281 @@
+"""The Ray pool on a real cluster of two workers: results, deaths, errors, ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from ray_evaluators import Rigged
+
+from vtr_export.errors import InputError, UnavailableError
+from vtr_export.search import ray_cluster, ray_pool
+from vtr_export.search.candidate import Candidate, Score
+from vtr_export.search.evaluator import Outcome, Shard, Unpruned
+from vtr_export.search.pool import Inline, Pool, Task
+from vtr_export.search.ray_cluster import Node, open_cluster, share_cores
+from vtr_export.search.ray_pool import RayPool
+
+HERE = Path(__file__).parent
+BLOCKS = 4
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Ray on this machine; pools of this process use it."""
+    pytest.importorskip("ray", reason="pip install 'vtr-export[cluster]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)  # workers import the evaluator
+        started = open_cluster(None, 2)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def pool(cluster: Any, tmp_path: Path) -> Iterator[RayPool]:
+    opened = two_workers(tmp_path)
+    yield opened
+    opened.close()
+
+
+def two_workers(folder: Path, **options: Any) -> RayPool:
+    options = {"address": None, "workers": 2, "blocks": BLOCKS} | options
+    return RayPool(partial(Rigged, folder), **options)
+
+
+def candidate(keep: int) -> Candidate:
+    return Candidate((8, keep), Score(), 8)
+
+
+def task(block: int, keep: int | None) -> Task:
+    """A shard of three questions; without ``keep``, unpruned."""
+    shard = Shard.of(block, (2, 0, 1), ("c", "a", "b"))
+    return Task(shard, None if keep is None else candidate(keep))
+
+
+def results(pool: Pool, tasks: list[Task]) -> dict[Task, Outcome | Unpruned]:
+    for one in tasks:
+        pool.submit(one)
+    return dict(pool.collect() for _ in tasks)
+
+
+EVERYTHING = [task(block, keep) for keep in (6, 4, 2) for block in range(BLOCKS)]
+
+
+def assert_as_inline(got: dict[Task, Outcome | Unpruned], folder: Path) -> None:
+    expected = results(Inline(Rigged(folder)), EVERYTHING)
+    assert got.keys() == expected.keys()
+    for one, outcome in expected.items():
+        assert np.array_equal(got[one].metric, outcome.metric)
+
+
+def owners(pool: Pool) -> dict[int, int]:
+    """The process that answers each block."""
+    answered = results(pool, [task(block, None) for block in range(BLOCKS)])
+    return {one.shard.block: result.decoder_flops for one, result in answered.items()}
+
+
+def test_results_are_those_of_one_process_and_blocks_stay_with_their_worker(
+    pool: RayPool, tmp_path: Path
+) -> None:
+    before = owners(pool)
+    assert len(set(before.values())) == pool.workers == 2
+    assert_as_inline(results(pool, EVERYTHING), tmp_path)
+    assert owners(pool) == before
+
+
+def test_a_worker_killed_midway_changes_nothing(pool: RayPool, tmp_path: Path) -> None:
+    before = owners(pool)
+    pool.settle(candidate(6), 1)
+    (tmp_path / "slow").touch()
+    for one in EVERYTHING:
+        pool.submit(one)
+    got = dict([pool.collect()])
+    os.kill(before[0], signal.SIGKILL)
+    pool.settle(candidate(4), 1)
+    (tmp_path / "slow").unlink()
+    got |= dict(pool.collect() for _ in EVERYTHING[1:])
+    assert_as_inline(got, tmp_path)
+    after = owners(pool)
+    assert after[0] == after[2] != before[0]
+    assert after[1] == after[3] == before[1]
+    for block in range(BLOCKS):  # the new worker heard what its predecessor had heard
+        assert results(pool, [task(block, 1)])[task(block, 1)].decoder_flops == 2
+
+
+def test_a_worker_that_dies_again_and_again_ends_the_search(pool: RayPool, tmp_path: Path) -> None:
+    (tmp_path / "crash").touch()
+    pool.submit(task(0, 6))
+    with pytest.raises(UnavailableError, match="the last words") as caught:
+        pool.collect()
+    assert "ledger" in caught.value.hint
+
+
+def test_blocks_of_a_worker_that_finds_no_place_go_to_another(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "PLACEMENT_SECONDS", 2.0)
+    pool = two_workers(tmp_path)
+    before = owners(pool)
+    free = int(cluster.ray.available_resources().get("CPU", 0))
+
+    @cluster.ray.remote(num_cpus=free + 1)
+    class Greedy:
+        def there(self) -> None:
+            pass
+
+    greedy = Greedy.remote()
+    waiting = greedy.there.remote()  # until the first worker's cores are free
+    time.sleep(0.5)
+    os.kill(before[0], signal.SIGKILL)
+    assert_as_inline(results(pool, EVERYTHING), tmp_path)
+    assert set(owners(pool).values()) == {before[1]}
+    assert pool.workers == 1
+    cluster.ray.get(waiting)
+    cluster.ray.kill(greedy)
+    pool.close()
+
+
+def test_cancelled_tasks_do_not_start(pool: RayPool, tmp_path: Path) -> None:
+    (tmp_path / "slow").touch()
+    for keep in (6, 4):
+        for block in range(BLOCKS):
+            pool.submit(task(block, keep))
+    pool.cancel(candidate(4))
+    last = task(0, 2)
+    pool.submit(last)
+    seen = [pool.collect()[0].candidate for _ in range(BLOCKS + 1)]
+    assert candidate(4) not in seen
+    assert candidate(2) in seen
+
+
+@pytest.mark.parametrize(
+    ("mishap", "error", "told"),
+    [("mistake", InputError, "a.jsonl:3(.|\n)*take another"), ("bug", RuntimeError, "in mishap")],
+)
+def test_an_evaluators_error_reaches_the_driver(
+    pool: RayPool, tmp_path: Path, mishap: str, error: type[Exception], told: str
+) -> None:
+    (tmp_path / mishap).touch()
+    pool.submit(task(1, 6))
+    with pytest.raises(error, match=told):
+        pool.collect()
+    (tmp_path / mishap).unlink()
+    assert len(results(pool, EVERYTHING)) == len(EVERYTHING)  # the worker lives
+
+
+def test_workers_must_hold_the_drivers_model(cluster: Any, tmp_path: Path) -> None:
+    other = Rigged(tmp_path / "other").fingerprint()
+    pool = two_workers(tmp_path, fingerprint=other)
+    pool.submit(task(0, None))
+    with pytest.raises(InputError, match="questions"):
+        pool.collect()
+    pool.close()
+
+
+def test_too_many_workers_are_refused(cluster: Any, tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="fit"):
+        two_workers(tmp_path, gpus_per_worker=64.0)
+
+
+def test_a_cluster_is_joined_by_its_address(cluster: Any, tmp_path: Path) -> None:
+    address = cluster.ray.get_runtime_context().gcs_address
+    pool = two_workers(tmp_path, address=address)
+    assert_as_inline(results(pool, EVERYTHING), tmp_path)
+    pool.close()
+
+
+def test_an_address_where_nobody_listens_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(UnavailableError, match="refused"):
+        open_cluster(f"127.0.0.1:{port}", 2)
+
+
+def test_an_address_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "JOIN_SECONDS", 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match="answer"):
+            open_cluster(address, 2)
+
+
+@pytest.mark.parametrize("address", ["cluster", "host:port", "ray://", ""])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(UnavailableError, match="no Ray address"):
+        open_cluster(address, 2)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "gpus", "cores"),
+    [
+        ([Node(8, 0)], 2, 0, 4),
+        ([Node(8, 0), Node(4, 0)], 2, 0, 4),  # six would leave one without a place
+        ([Node(4, 0), Node(16, 2), Node(16, 2)], 4, 1, 8),
+        ([Node(2, 0)], 3, 0, 0),
+        ([Node(64, 1)], 2, 1, 0),
+        ([Node(64, 1)], 2, 0.5, 32),
+    ],
+)
+def test_cores_are_shared_so_that_all_find_room(
+    nodes: list[Node], workers: int, gpus: float, cores: int
+) -> None:
+    assert share_cores(nodes, workers, gpus) == cores
+
+
+SEARCH = """
+import sys
+from functools import partial
+from pathlib import Path
+from ray_evaluators import Rigged
+from test_ray_pool import RayPool, task
+pool = RayPool(partial(Rigged, Path(sys.argv[1])), address=None, workers=2, blocks=2)
+try:
+    pool.submit(task(0, None))
+    pool.collect()
+    print(pool.cluster.folder, flush=True)
+    while True:
+        pool.submit(task(0, 6))
+        pool.collect()
+finally:
+    pool.close()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_of_an_interrupted_search(tmp_path: Path, how: signal.Signals) -> None:
+    pytest.importorskip("ray", reason="pip install 'vtr-export[cluster]'")
+    child = subprocess.Popen(
+        [sys.executable, "-c", SEARCH, tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    folder = child.stdout.readline().strip()
+    family = [
+        process
+        for process in psutil.Process(child.pid).children(recursive=True)
+        if how == signal.SIGINT or "Agent" not in process.name()  # Ray's agents linger a minute
+    ]
+    assert any(folder in word for process in family for word in process.cmdline())
+    if how == signal.SIGINT:
+        os.killpg(child.pid, how)  # as a terminal does
+    else:
+        os.kill(child.pid, how)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == -how
+    assert not out
+    assert how == signal.SIGKILL or err.rstrip().endswith("KeyboardInterrupt")
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    assert how == signal.SIGKILL or not Path(folder).exists()
