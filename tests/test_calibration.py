@@ -184,6 +184,14 @@ def test_a_truncated_image_that_was_not_drawn_is_no_obstacle(tmp_path: Path) -> 
     assert set(drawn) == {"refused", "2.png", "3.png"}
 
 
+@pytest.mark.parametrize("kind", ["checksum", "bomb"])
+def test_what_a_header_tells_is_told_whatever_is_drawn(tmp_path: Path, kind: str) -> None:
+    paint(tmp_path / PNG, 1)
+    damage(tmp_path / PNG, kind)
+    file = write(tmp_path, row(), row(PNG))
+    assert {refusal(file, limit=1, seed=seed).where for seed in range(9)} == {f"{file}:2"}
+
+
 def first_image(file: Path, seed: int) -> str:
     """What is drawn alone; ``refused`` where b.jpg is at fault."""
     try:
@@ -195,11 +203,12 @@ def first_image(file: Path, seed: int) -> str:
 
 def test_all_problems_are_counted_and_the_first_named(tmp_path: Path) -> None:
     bad = [row(f"{number}.png", f"{number}?") for number in range(11, 22)]
-    error = refusal(write(tmp_path, "{", row(), *bad, {"image": "1.png"}))
+    file = write(tmp_path, row(), *bad[:2], "{", *bad[2:], {"image": "1.png"})
+    error = refusal(file)
+    assert error.where == f"{file}:2"
     assert "13 problems" in error.message
-    assert "line 1: " in error.message
-    assert "12.png" in error.message
-    assert "20.png" not in error.message
+    named = [line.split(":")[0].strip() for line in error.message.splitlines()[1:6]]
+    assert named == [f"line {number}" for number in range(2, 7)]
     assert "8 more" in error.message
     assert error.hint
 
@@ -215,7 +224,7 @@ def test_the_same_question_about_the_same_pixels_is_a_duplicate(tmp_path: Path) 
 
 
 def test_without_labels_answers_may_be_missing_or_withheld(tmp_path: Path) -> None:
-    lines = [{"image": "1.png", "question": "how?"}, row("2.png", answers=""), row("3.png")]
+    lines = [{"image": "1.png", "question": "how?"}, row("2.png", answers=" "), row("3.png")]
     file = write(tmp_path, *lines)
     found = CalibrationSet.load(file, labels=False)
     assert sorted(question.answers for question in found.questions) == [(), (), ("3",)]

@@ -33,6 +33,7 @@ def score(name: str, given: str, *answers: str) -> float:
         ("cafe\u0301", "caf\u00e9", True),
         ("...", "...", True),
         ("yes!", "yes", False),
+        ("x\u00b2", "x2", False),
         ("7.0", "7", False),
         ("7 dogs", "7", False),
         ("", "7", False),
@@ -88,6 +89,7 @@ def test_contains_looks_for_whole_words(given: str, answer: str, right: bool) ->
         ("1,000", "1000"),
         ("(red)", "red"),
         ("U.S.", "us"),
+        ("A.", "a"),
         ("red\n", "red"),
     ],
 )
@@ -187,6 +189,8 @@ def test_labels_are_needed_where_texts_are_compared() -> None:
         name for name, metric in METRICS.items() if metric.text is not None
     }
     assert {"agreement", "kl"} <= set(METRICS)
+    unbounded = {name for name, metric in METRICS.items() if metric.reach is None}
+    assert unbounded == {"kl"}
 
 
 def test_scores_do_not_depend_on_the_process() -> None:

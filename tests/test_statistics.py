@@ -174,6 +174,16 @@ def test_always_saying_the_same_is_chance() -> None:
     assert at_chance(np.ones(200), questions, exact) is None
 
 
+def test_the_best_constant_answer_need_not_be_the_commonest() -> None:
+    answers = ["red"] * 30 + ["blue"] * 20 + ["red or blue"] * 5
+    questions = [about((str(i),), (answer,)) for i, answer in enumerate(answers)]
+    scores = np.array([1.0] * 45 + [0.0] * 10)
+    assert at_chance(scores, questions, get_metric("exact")) is None
+    warning = at_chance(scores, questions, get_metric("contains"))
+    assert warning is not None
+    assert "'red or blue'" in warning
+
+
 def test_a_lead_that_could_be_luck_is_chance_too() -> None:
     questions, exact = yes_or_no(100, 100), get_metric("exact")
     lucky = np.tile([1.0, 0.0], 100)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
-from math import inf
+from math import inf, isfinite
 from typing import Final
 
 from vtr_export.errors import InputError
@@ -35,6 +35,11 @@ class Metric:
     text: Callable[[str, Question], float] | None
     best: float = 1.0
     worst: float = 0.0
+
+    @property
+    def reach(self) -> float | None:
+        """The greatest difference between two scores, None where nothing bounds it."""
+        return self.best - self.worst if isfinite(self.worst) else None
 
 
 def get_metric(name: str) -> Metric:

@@ -104,11 +104,13 @@ def at_chance(scores: Floats, questions: Sequence[Question], metric: Metric) -> 
     if metric.text is None:
         return None
     counts = Counter(answer for question in questions for answer in set(question.answers))
-    best, answer = np.full(len(questions), metric.worst), ""
-    for common, _ in counts.most_common(_COMMONEST):
-        blind = np.array([metric.text(common, question) for question in questions])
-        if not answer or blind.mean() > best.mean():
-            best, answer = blind, common
+    best, answer = max(
+        (
+            (np.array([metric.text(common, q) for q in questions]), common)
+            for common, _ in counts.most_common(_COMMONEST)
+        ),
+        key=lambda pair: float(pair[0].mean()),
+    )
     if paired_difference(scores, best, image_groups(questions)).low > 0:
         return None
     return (
