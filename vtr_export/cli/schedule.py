@@ -1,19 +1,16 @@
 """``vtr schedule``: make, show, convert and compare schedules."""
 
-import difflib
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vtr_export.cli.output import PLAIN, Json, report, runs
-from vtr_export.cli.plan import facts_of
-from vtr_export.errors import InputError
+from vtr_export.cli.output import PLAIN
+from vtr_export.cli.schedule_files import Out, convert, diff, show, write
 
 if TYPE_CHECKING:
-    from vtr_export.schedule import Resolved, Schedule
+    from vtr_export.schedule import Schedule
 
 app = typer.Typer(name="schedule", help="Make, show, convert and compare schedules.", **PLAIN)
 
@@ -71,22 +68,10 @@ class Rounding(StrEnum):
     CEIL = "ceil"
 
 
-class Form(StrEnum):
-    """How the keeps are spelled."""
-
-    KEEP = "keep"
-    STAGES = "stages"
-
-
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write it there, not to stdout.")]
 Tokens = Annotated[
     int | None,
     typer.Option(help="Vision tokens of an image: write integers, rounded as published."),
 ]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Folder with a config.json, or cached hub id.")
-]
-File = Annotated[Path, typer.Argument(help="Schedule (YAML).")]
 
 
 @app.command()
@@ -108,12 +93,39 @@ def pyramid(
     layers: Annotated[int, typer.Option(help="Decoder layers of the model.")] = 32,
     parts: Annotated[int, typer.Option(help="Equal runs of layers.")] = 4,
     tokens: Tokens = None,
+    positions: Annotated[
+        Positions, typer.Option(help="Survivors keep their positions; PyramidDrop's code repacks.")
+    ] = Positions.ORIGINAL,
     out: Out = None,
 ) -> None:
     """PyramidDrop: keep a share of what is left, part by part."""
     from vtr_export.schedule import Schedule
 
-    _write(Schedule.pyramid(ratio, layers=layers, parts=parts, tokens=tokens), out)
+    shape: dict[str, Any] = {"layers": layers, "parts": parts, "tokens": tokens}
+    _write(Schedule.pyramid(ratio, **shape, positions=positions.value), out)
+
+
+@app.command()
+def sparsevlm(
+    tokens: Annotated[int, typer.Option(help="The published list: 192, 128, 96 or 64.")] = 192,
+    plus: Annotated[bool, typer.Option("--plus", help="Of SparseVLM+.")] = False,
+    out: Out = None,
+) -> None:
+    """SparseVLM: published keeps after layers 2, 6 and 15, for 576 tokens and 32 layers."""
+    from vtr_export.schedule import Schedule
+
+    _write(Schedule.sparsevlm(tokens, plus=plus), out)
+
+
+@app.command()
+def fitprune(
+    reduction: Annotated[str, typer.Option(help="FLOPs it saves: 50%, 60% or 90%.")] = "60%",
+    out: Out = None,
+) -> None:
+    """FitPrune: a published recipe for LLaVA-1.5-7B, a number for every layer."""
+    from vtr_export.schedule import Schedule
+
+    _write(Schedule.fitprune(reduction), out)
 
 
 @app.command()
@@ -165,104 +177,10 @@ def keeps(
     _write(Schedule.from_keeps(numbers, **options), out)
 
 
-@app.command()
-def show(schedule: File, model: Model = None, as_json: Json = False) -> None:
-    """Every field with its default; with a model, what it resolves to."""
-    from vtr_export.schedule import Schedule
-    from vtr_export.schedule_document import plain
-
-    parsed = Schedule.load(schedule)
-    values: dict[str, Any] = {"schedule": plain(parsed.document)}
-    lines = parsed.dump().splitlines()
-    if model is not None or parsed.model is not None:
-        resolved = parsed.resolve(facts_of(parsed, model))
-        values |= {"layers": resolved.layers, "vision_tokens_per_layer": _tokens(resolved)}
-        values["cuts"] = [
-            {"before_layer": cut.before_layer, "keep": [cut.keep.numerator, cut.keep.denominator]}
-            for cut in resolved.cuts
-        ]
-        lines += ["", *_resolved_lines(resolved)]
-    report(values, lines, as_json)
-
-
-@app.command()
-def convert(
-    schedule: File,
-    to: Annotated[Form, typer.Option(help="One keep per layer, or only where it changes.")],
-    model: Model = None,
-    out: Out = None,
-) -> None:
-    """The same schedule, spelled for one model in the other form."""
-    from vtr_export.schedule import Schedule
-
-    parsed = Schedule.load(schedule)
-    resolved = parsed.resolve(facts_of(parsed, model))
-    n = resolved.tokens_per_image
-    if n is None:
-        raise InputError(
-            "the tokens of an image vary with this model: its keeps are shares, not integers",
-            where=str(schedule),
-            hint="only models with a fixed number of tokens per image can be converted for",
-        )
-    stages = [{"before_layer": cut.before_layer, "keep": cut.keep.of(n)} for cut in resolved.cuts]
-    forms = {Form.KEEP: resolved.keep_per_layer(n), Form.STAGES: tuple(stages)}
-    data = _respelled(parsed, to.value, forms[to])
-    if out is not None and parsed.model is not None:
-        data["model"] = _seen_from(out, parsed)
-    _write(Schedule.from_data(data), out)
-
-
-@app.command()
-def diff(first: File, second: File, as_json: Json = False) -> None:
-    """What differs, defaults written out."""
-    from vtr_export.schedule import Schedule
-
-    before, after = (Schedule.load(path).dump().splitlines() for path in (first, second))
-    lines = list(difflib.unified_diff(before, after, str(first), str(second), lineterm=""))
-    report({"equal": not lines, "diff": lines}, lines, as_json)
-
-
-def _respelled(schedule: "Schedule", form: str, keeps: tuple[Any, ...]) -> dict[str, Any]:
-    """The document's data with its keeps in another form."""
-    from vtr_export.schedule_document import plain
-
-    data = plain(schedule.document) | {"vision": (), "decode": ()}
-    prefill = {k: v for k, v in data["prefill"].items() if k not in set(Form)}
-    return data | {"prefill": {**prefill, form: keeps}}
-
-
-def _seen_from(file: Path, schedule: "Schedule") -> str | None:
-    """``model:`` as it must be written in ``file`` to mean the same folder."""
-    location = schedule.model_location()
-    if location is None or not Path(location).is_dir():
-        return schedule.model  # a hub id
-    return os.path.relpath(location, file.parent)
-
-
-def _tokens(resolved: "Resolved") -> list[int] | None:
-    n = resolved.tokens_per_image
-    return None if n is None else list(resolved.keep_per_layer(n))
-
-
-def _resolved_lines(resolved: "Resolved") -> list[str]:
-    tokens = _tokens(resolved)
-    if tokens is not None:
-        return [f"vision tokens per layer: {runs(tokens)}"]
-    return [
-        f"before layer {cut.before_layer}: {cut.keep.numerator}/{cut.keep.denominator} of them"
-        for cut in resolved.cuts
-    ]
+app.command()(show)
+app.command()(convert)
+app.command()(diff)
 
 
 def _write(schedule: "Schedule", out: Path | None) -> None:
-    """To stdout, or to a file that says where it went."""
-    if out is None:
-        typer.echo(schedule.dump(), nl=False)
-        return
-    try:
-        out.write_text(schedule.dump(), encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"cannot write the schedule: {error.strerror}", where=str(out), hint="check --out"
-        ) from None
-    typer.echo(f"wrote {out}")
+    write(schedule.dump(), out)
