@@ -76,8 +76,8 @@ def test_the_first_layer_is_told_apart() -> None:
     assert [len(row) for row in rows] == [len(head)] * 2
     assert rows[0][:4] == ["0", "-1.00", "-0.83", "-1.00"]
     assert rows[1][:4] == ["1", "0.67", "0.67", "0.67"]
-    assert rows[1][head.index("top 0.25: next")] == "0.00"
-    assert rows[1][head.index("top 0.5: next")] == "1.00"
+    assert rows[1][head.index("top 25 %: next")] == "0.00"
+    assert rows[1][head.index("top 50 %: next")] == "1.00"
 
 
 def test_a_layer_that_scores_all_alike_has_no_tau() -> None:

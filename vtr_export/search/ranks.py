@@ -15,11 +15,14 @@ import numpy as np
 
 from vtr_export.errors import UnavailableError
 from vtr_export.schedule import Cut, Keep, Resolved
+from vtr_export.search.calibration import Question
 from vtr_export.search.candidate import Score
 from vtr_export.search.evaluator import Floats
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from vtr_export.search.torch_model import TorchModel
 
 SHARES = (0.5, 0.25, 0.125, 0.0625)  # of the vision tokens: the keeps overlaps are taken at
 
@@ -74,7 +77,7 @@ class Ranks:
 
     def table(self) -> list[list[str]]:
         """A head, then a row a layer: tau and overlaps with the later layers and the next."""
-        shares = [f"top {overlap.share:.3g}" for overlap in self.overlaps]
+        shares = [f"top {100 * overlap.share:.3g} %" for overlap in self.overlaps]
         head = ["layer", "tau: next layer", "all later", "least", *(f"{s}: next" for s in shares)]
         return [head, *(self._row(layer) for layer in range(self.layers - 1))]
 
@@ -100,7 +103,7 @@ class Ranks:
         least = np.nanmin(later) if np.isfinite(later).any() else np.nan
         numbers = [later[0], _mean(later), least]
         numbers += [overlap.mean[layer, layer + 1] for overlap in self.overlaps]
-        return [str(layer), *(f"{number:.2f}" for number in numbers)]
+        return [str(layer), *(f"{round(number, 2) + 0.0:.2f}" for number in numbers)]  # no -0.00
 
 
 def ranks(scores: Sequence[Floats], score: Score, shares: Sequence[float] = SHARES) -> Ranks:
@@ -117,6 +120,18 @@ def ranks(scores: Sequence[Floats], score: Score, shares: Sequence[float] = SHAR
     mean = np.where(known, taus, 0).sum(0) / count
     spread = np.sqrt(np.where(known, (taus - mean) ** 2, 0).sum(0) / count)
     return Ranks(score.query, score.heads, len(scores), mean, spread, tuple(overlaps))
+
+
+def model_ranks(
+    model: "TorchModel", questions: Sequence[Question], score: Score, rows: int = 16
+) -> Ranks:
+    """How the layers of ``model`` rank the images of ``questions``; ``rows`` in one call."""
+    found: list[Floats] = []
+    for start in range(0, len(questions), rows):
+        batch = model.batch(questions[start : start + rows])
+        inputs = batch.embeds, batch.mask, batch.vision
+        found += layer_scores(model.model.model.language_model, model.model.lm_head, score, inputs)
+    return ranks([each for each in found if each.shape[1] > 1], score)
 
 
 def layer_scores(
@@ -137,7 +152,8 @@ def layer_scores(
     cuts = tuple(Cut(layer, Keep(1, 1)) for layer in range(layers))
     watched = Resolved(layers, None, cuts, source="next", query=score.query, heads=score.heads)
     embeds, mask, vision = inputs
-    step = Reference(decoder, lm_head, watched)(embeds, mask, positions_of(mask), vision)
+    runs = Reference(decoder, lm_head, watched, attention="sdpa")
+    step = runs(embeds, mask, positions_of(mask), vision)
     rows = np.stack([each.double().cpu().numpy() for each in step.scores], axis=1)
     is_real = (mask.gather(1, vision) != 0).cpu().numpy()
     return [row[:, real] for row, real in zip(rows, is_real, strict=True)]
