@@ -1,9 +1,12 @@
 """The command line: exit statuses, streams, and what needs no artifact."""
 
+import io
 import json
+import os
 import resource
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from vtr_export.exporter import Report
 from vtr_export.schedule import Schedule
 
 COMMANDS = ["export", "plan", "run", "verify", "bench", "inspect", "doctor", "schedule"]
-MAKERS = ["fastv", "pyramid", "vtw", "keeps", "show", "convert", "diff"]
+MAKERS = ["fastv", "pyramid", "sparsevlm", "fitprune", "vtw", "keeps", "show", "convert", "diff"]
 
 
 def write(path: Path, text: str) -> Path:
@@ -201,6 +204,13 @@ def test_plan_warns_on_stderr(schedule: Path) -> None:
         (["fastv", "--k", 2, "--r", "0.5"], Schedule.fastv(2, 0.5)),
         (["fastv", "--k", 3, "--r", "1/3", "--tokens", 576], Schedule.fastv(3, "1/3", tokens=576)),
         (["pyramid", "--ratio", "50%", "--layers", 8], Schedule.pyramid("50%", layers=8)),
+        (
+            ["pyramid", "--positions", "repacked"],
+            Schedule.pyramid(positions="repacked"),
+        ),
+        (["sparsevlm", "--tokens", 64], Schedule.sparsevlm(64)),
+        (["sparsevlm", "--plus"], Schedule.sparsevlm(192, plus=True)),
+        (["fitprune", "--reduction", "0.5"], Schedule.fitprune("50%")),
         (["vtw", "--k", 5], Schedule.vtw(5)),
         (["keeps", 4, 4, "50%"], Schedule.from_keeps([4, 4, "50%"])),
         (
@@ -218,7 +228,15 @@ def test_schedules_are_made(tmp_path: Path, arguments: list[object], expected: S
 
 
 @pytest.mark.parametrize(
-    "arguments", [["fastv", "--r", "2"], ["vtw", "--k", 0], ["keeps", "2", "4"], ["keeps", "x"]]
+    "arguments",
+    [
+        ["fastv", "--r", "2"],
+        ["vtw", "--k", 0],
+        ["keeps", "2", "4"],
+        ["keeps", "x"],
+        ["sparsevlm", "--tokens", 100],
+        ["fitprune", "--reduction", "70%"],
+    ],
 )
 def test_an_impossible_schedule_is_refused(arguments: list[object]) -> None:
     done = vtr("schedule", *arguments)
@@ -251,6 +269,78 @@ def test_diff_shows_what_differs(tmp_path: Path, schedule: Path) -> None:
     other = write(tmp_path / "other.yaml", Schedule.fastv(2, 0.5).dump())
     assert vtr("schedule", "diff", schedule, same, "--json").json == {"equal": True, "diff": []}
     assert "+  - {before_layer: 2, keep: 50%}" in vtr("schedule", "diff", schedule, other).out
+
+
+def test_show_draws_without_a_model(tmp_path: Path) -> None:
+    file = write(tmp_path / "pyramid.yaml", Schedule.pyramid().dump())
+    shown = vtr("schedule", "show", file)
+    last = shown.out.splitlines()[-1].split()
+    assert (shown.code, last[:2]) == (0, ["24-", "12.5%"])
+    known = vtr("schedule", "show", file, "--layers", 32, "--tokens", 576, "--json").json
+    assert known["vision_tokens_per_layer"] == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
+    assert known["mean_share"] == (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4
+    assert vtr("schedule", "show", file, "--layers", 8, "--tokens", 576).code == 2
+
+
+def test_show_goes_on_where_the_named_model_is_out_of_reach(tmp_path: Path) -> None:
+    text = "version: 1\nmodel: nobody/has-this\nprefill: {keep: [9, 4]}\n"
+    file = write(tmp_path / "s.yaml", text)
+    shown = vtr("schedule", "show", file, "--json")
+    assert shown.json["vision_tokens_per_layer"] == [9, 4]
+    assert "nobody/has-this" in shown.err
+    assert vtr("schedule", "show", file, "--model", "nobody/has-this").code == 2
+
+
+def test_show_and_diff_draw_several_schedules(tmp_path: Path, schedule: Path, model: Path) -> None:
+    other = write(tmp_path / "other.yaml", Schedule.from_keeps([4, 4, 1]).dump())
+    picture = tmp_path / "both.svg"
+    shown = vtr("schedule", "show", schedule, other, "--picture", picture, "--json")
+    kept = [each["vision_tokens_per_layer"] for each in shown.json["schedules"]]
+    assert kept == [[4, 2, 2], [4, 4, 1]]
+    assert picture.read_text(encoding="utf-8").startswith("<?xml")
+    apart = vtr("schedule", "diff", schedule, other, "--model", model, "--picture", picture)
+    rows = [line.split() for line in apart.out.splitlines()[-3:]]
+    assert [(row[-4], row[-2]) for row in rows] == [("4", "4"), ("2", "4"), ("2", "1")]
+    assert vtr("schedule", "show", other, "--picture", tmp_path / "x.gif").code == 2
+
+
+def test_a_terminal_without_blocks_gets_hashes(schedule: Path) -> None:
+    command = [sys.executable, "-c", "from vtr_export.cli import main; main()"]
+    for encoding, mark in (("ascii", "#"), ("utf-8", "█")):
+        done = subprocess.run(
+            [*command, "schedule", "show", schedule],
+            capture_output=True,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            check=True,
+        )
+        assert done.stdout.rstrip().endswith(mark)
+
+
+def test_convert_reads_and_writes_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "--layer_list '[8,16,24]' --image_token_ratio_list '[0.5,0.25,0.125]'"
+    recipe = write(tmp_path / "eval.sh", f"python -m eval {line} --temperature 0")
+    file = tmp_path / "pyramid.yaml"
+    assert vtr("schedule", "convert", recipe, "--tokens", 577, "--out", file).code == 0
+    kept = [stage.keep for stage in Schedule.load(file).prefill.stages or ()]
+    assert kept == [288, 144, 72]
+    back = vtr("schedule", "convert", recipe, "--to", "pyramiddrop")
+    assert back.out == f"{line}\n"
+    refused = vtr("schedule", "convert", file, "--to", "fastv")
+    assert (refused.code, refused.out) == (2, "")
+    assert "drops once" in refused.err
+    lost = vtr("schedule", "convert", recipe, "--to", "keep")
+    assert "--layers" in lost.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("K: 2\nR: 0.5\n"))
+    given = ["--from", "fastv", "--to", "keep", "--layers", 3, "--tokens", 9]
+    piped = vtr("schedule", "convert", "-", *given)
+    assert Schedule.parse(piped.out).prefill.keep == (9, 9, 4)
+
+
+def test_convert_keeps_shares_where_tokens_vary(tmp_path: Path) -> None:
+    file = write(tmp_path / "s.yaml", Schedule.fastv(1).dump())
+    said = vtr("schedule", "convert", file, "--to", "keep", "--layers", 3)
+    assert Schedule.parse(said.out).prefill.keep == (1, Fraction(1, 2), Fraction(1, 2))
 
 
 def test_commands_have_one_line_of_help() -> None:
