@@ -1,6 +1,7 @@
 """Costs against published rows, hand counts and real tiny models."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from vtr_export.schedule import Resolved, Schedule
 LLAVA = read_facts(LLAVA_7B, "config.json")
 TINY = read_facts(tiny(), "config.json")
 NO_TEXT = 0
+SAMPLES = Path(__file__).parents[1] / "samples" / "schedules"
 FITPRUNE = {
     50: [
         3,
@@ -177,6 +179,21 @@ def test_the_published_fitprune_recipes(
     assert schedule.resolve(LLAVA).keep_per_layer(576)[-1] == final
     assert teras(schedule) == pytest.approx(published, rel=0.005)
     assert 1 - teras(schedule) / teras(Schedule.unpruned()) == pytest.approx(reduction, abs=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("fastv", 2.01),
+        ("pyramid", 1.78),
+        ("fitprune_50", 1.922),
+        ("fitprune_60", 1.538),
+        ("fitprune_90", 0.394),
+    ],
+)
+def test_a_sample_costs_what_is_published(name: str, published: float) -> None:
+    schedule = Schedule.load(SAMPLES / f"{name}.yaml")
+    assert teras(schedule) == pytest.approx(published, rel=0.005)
 
 
 @pytest.mark.parametrize(("drop_point", "share"), [("inside", 0.403), ("between", 0.421)])
