@@ -19,14 +19,17 @@ from tiny_models import save_checkpoint, tiny_llava
 
 from vtr_export.errors import InputError, UnavailableError
 from vtr_export.runtime.show_kept import DARK, Grid
+from vtr_export.search.budget import Budget
 from vtr_export.search.candidate import Candidate, Score
+from vtr_export.search.comparison import Row
+from vtr_export.search.curves import Sigmoid, Solved
 from vtr_export.search.examples import examples
 from vtr_export.search.gsearch import Try, Violation
+from vtr_export.search.psigmoid import Ranges, Trial, Tuned
 from vtr_export.search.ranks import ranks
 from vtr_export.search.report import (
     Compared,
     Curve,
-    CurveTrial,
     Effort,
     KeptImage,
     Point,
@@ -38,12 +41,26 @@ from vtr_export.search.report import (
 )
 from vtr_export.search.report_plots import pareto_front
 from vtr_export.search.statistics import Difference
+from vtr_export.search.trial_store import Result as TrialResult
 
 HOSTILE = '</td></pre><script src="http://e.vil/x.js">alert(1)</script> $\\frac{'
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 RNG = np.random.default_rng(0)
 WORSE = Difference(-0.0156, -0.0461, 0.0153, 128, 64, 0, 2, 0.5)
 PICTURE = Image.new("RGB", (28, 28), (200, 100, 50))
+
+
+def tuned() -> Tuned:
+    """Two trials; the second is better."""
+    budget = Budget(HOSTILE, 0.4, lambda candidate: candidate.mean_keep)
+    solved = Solved(Sigmoid(0.05, 1.5), 1.25, Candidate((16, 2, 1), Score(), 16), 0.39)
+    trials = (
+        Trial(0, "given", solved, TrialResult(0.9, 0.02, 128)),
+        Trial(1, "sampled", replace(solved, value=2.75), TrialResult(0.95, None, 128)),
+    )
+    return Tuned(trials, Ranges((0.0, 1.0), (0.1, 10.0)), budget)
+
+
 SECTIONS: dict[str, dict[str, Any]] = {
     "result": {"result": Result(0.98437, 1.0, 2128, WORSE, 0.172, 0.2337, HOSTILE)},
     "keeps": {"curves": (Curve("ours", (16, 4, 4), "result"), Curve(HOSTILE, (16, 8, 2)))},
@@ -62,8 +79,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
         )
     },
     "compared": {
-        "compared": (Compared(HOSTILE, 0.97, WORSE, 0.4, 0.3), Compared("other", 0.5)),
+        "compared": (Compared(HOSTILE, 0.97, HOSTILE, WORSE, 0.4, 0.3), Compared("none", None)),
         "budget": HOSTILE,
+        "compared_to": HOSTILE,
     },
     "tries": {
         "tries": (Try(1, 8, True, 0.99), Try(1, 4, False, 0.5), Try(2, 2, False, None)),
@@ -71,10 +89,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "violations": (Violation(2, Try(2, 2, True, 0.992), Try(2, 4, False, None)),),
     },
     "scores": {"scores": (ScoreTrial(HOSTILE, 0.98, 0.0183, True), ScoreTrial("other", 0.5))},
-    "curve-trials": {
-        "curve_trials": (CurveTrial(0, {"floor": 0.05, HOSTILE: 1.0}, 0.9, 0.4, 0.3, True),),
-        "budget": HOSTILE,
-    },
+    "tuned": {"tuned": tuned()},
     "ranks": {"ranks": ranks([RNG.random((3, 16)) for _ in range(2)], Score())},
     "schedule": {"schedule": f"version: 1\n# {HOSTILE}\n"},
     "provenance": {"provenance": {HOSTILE: HOSTILE}},
@@ -103,6 +118,7 @@ class Outline(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        self.text += " " if tag in {"b", "td", "th", "dt"} else ""
 
     def handle_data(self, data: str) -> None:
         self.text += "" if self.open and self.open[-1] == "style" else data
@@ -160,25 +176,38 @@ def test_a_section_appears_with_its_data_alone(name: str) -> None:
 def test_numbers_carry_their_units(full: str) -> None:
     text = " ".join(Outline(full).text.split())
     for said in (
-        "98.44 %exact on 2,128 questions",
+        "98.44 % exact on 2,128 questions",
         "\N{MINUS SIGN}1.56 points",
         "95 % interval \N{MINUS SIGN}4.61 to +1.53 points",
-        "17.2 %of the vision tokens, mean over the decoder layers",
-        "23.4 %of the unpruned decoder's prefill FLOPs",
-        "57candidates evaluated, 3 of them answered by the ledger, in 37.2 s; resumed",
-        "781 GFLOPsspent in the decoder: 25.0 % of naive evaluation, 3.12 TFLOPs",
+        "17.2 % of the vision tokens, mean over the decoder layers",
+        "23.4 % of the unpruned decoder's prefill FLOPs",
+        "57 candidates evaluated, 3 of them answered by the ledger, in 37.2 s; resumed",
+        "781 GFLOPs spent in the decoder: 25.0 % of naive evaluation, 3.12 TFLOPs",
         "0.0183 nats",
         "exact must be at least 98.00 %",
         "8 99.00 %4 50.00 % failed",
         "2 abandoned",
+        "1 sampled, chosen 0.05 1.5 2.75 95.00 % 39.0 % 39.6 %",
     ):
         assert said in text, said
+
+
+def test_a_comparison_says_what_was_not_measured() -> None:
+    candidate = Candidate((16, 8, 0), Score(), 16)
+    rows = (
+        Row("FastV", "K = 1: the published cannot cost so little", candidate, 0.4, 0.9, 0.1),
+        Row("PyramidDrop", "not measured: it cannot cost so little"),
+    )
+    compared = tuple(Compared.of(row) for row in rows)
+    text = " ".join(Outline(page(report_of(compared=compared))).text.split())
+    assert "FastV (K = 1: the published cannot cost so little) 90.00 % 40.0 % 50.0 %" in text
+    assert text.endswith("PyramidDrop (not measured: it cannot cost so little)")
 
 
 def test_a_divergence_is_told_in_nats() -> None:
     by_kl = report_of(metric="kl", result=Result(-0.01234, 0.0, 10))
     text = " ".join(Outline(page(by_kl)).text.split())
-    assert "\N{MINUS SIGN}0.0123 nats\N{MINUS SIGN}KL on 10 questions" in text
+    assert "\N{MINUS SIGN}0.0123 nats \N{MINUS SIGN}KL on 10 questions" in text
     assert "unpruned 0.0000 nats" in text
 
 

@@ -15,7 +15,9 @@ from PIL import Image
 
 from vtr_export.errors import InputError
 from vtr_export.runtime.show_kept import Grid, darken
+from vtr_export.search.comparison import Row
 from vtr_export.search.gsearch import Try, Violation
+from vtr_export.search.psigmoid import Tuned
 from vtr_export.search.ranks import Ranks
 from vtr_export.search.report_plots import plots, verdict
 from vtr_export.search.statistics import Difference
@@ -54,7 +56,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Curve:
-    """Keeps of every decoder layer, in the report's parts."""
+    """Keeps of every decoder layer, in the report's parts; a candidate's ``keeps``."""
 
     name: str
     keeps: tuple[int, ...]
@@ -83,27 +85,24 @@ class ScoreTrial:
 
 
 @dataclass(frozen=True)
-class CurveTrial:
-    """A trial of P-Sigmoid: its parameters, the solved one among them."""
-
-    number: int
-    parameters: Mapping[str, float]
-    metric: float
-    flops: float | None = None
-    tokens: float | None = None
-    chosen: bool = False
-
-
-@dataclass(frozen=True)
 class Compared:
-    """A schedule at the same budget."""
+    """A schedule at the same budget; without a metric, ``note`` says why it is missing."""
 
     name: str
-    metric: float
-    difference: Difference | None = None  # to the unpruned model
-    flops: float | None = None
+    metric: float | None
+    note: str = ""
+    difference: Difference | None = None  # to ``SearchReport.compared_to``
+    cost: float | None = None  # what the budget bounds, of the unpruned model's
     tokens: float | None = None
     role: Role = "comparison"
+
+    @classmethod
+    def of(
+        cls, row: Row, difference: Difference | None = None, role: Role = "comparison"
+    ) -> "Compared":
+        """As it was measured."""
+        tokens = row.candidate.mean_keep if row.candidate else None
+        return cls(row.name, row.metric, row.note, difference, row.cost, tokens, role)
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,10 @@ class SearchReport:
     floor: float | None = None  # least metric that passes
     violations: tuple[Violation, ...] = ()
     scores: tuple[ScoreTrial, ...] = ()
-    curve_trials: tuple[CurveTrial, ...] = ()
+    tuned: Tuned | None = None
     budget: str = ""  # as the user spelt it
     compared: tuple[Compared, ...] = ()
+    compared_to: str = "the unpruned model"
     ranks: Ranks | None = None
     kept: tuple[KeptImage, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
