@@ -52,7 +52,7 @@ def exhaustive(metric: Callable[[Sequence[int]], float], floor: float) -> tuple[
 
 
 def search(judge: Judge, floor: float, checks: int = 1) -> Found:
-    return gsearch(judge, SPACE, SCORE, floor=floor, levels=LEVELS, checks=checks)
+    return gsearch(judge, SPACE, SCORE, floor=lambda layer: floor, levels=LEVELS, checks=checks)
 
 
 gains = st.lists(st.integers(0, 5), min_size=len(LEVELS), max_size=len(LEVELS))

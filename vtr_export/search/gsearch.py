@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from vtr_export.search.candidate import Candidate, Score, Space
+
+
+Spend: TypeAlias = Literal["even", "first"]
 
 
 class Verdict(Protocol):
@@ -77,6 +80,20 @@ def _is_better(fewer: Try, more: Try) -> bool:
     return fewer.metric > more.metric
 
 
+def floors(unpruned: float, tolerance: float, layers: int, spend: Spend) -> Callable[[int], float]:
+    """What the metric may fall to at each layer, together never more than ``tolerance``.
+
+    ``first``: to all of it from layer 1 on; the first cut will use it up. ``even``: an equal part
+    is added with every layer, so that each cut has something to spend.
+    """
+
+    def floor(layer: int) -> float:
+        share = layer / (layers - 1) if spend == "even" else 1.0
+        return unpruned - tolerance * share
+
+    return floor
+
+
 def levels_of(parts: int, step: int) -> tuple[int, ...]:
     """Keeps to choose from: none, every multiple of ``step``, and all ``parts``."""
     return tuple(sorted({*range(0, parts, step), parts}))
@@ -87,25 +104,27 @@ def gsearch(
     space: Space,
     score: Score,
     *,
-    floor: float,
+    floor: Callable[[int], float],
     levels: Sequence[int],
     checks: int = 1,
     decided: Callable[[Found], None] = lambda found: None,
 ) -> Found:
-    """For each layer from the second on, the least of ``levels`` whose metric reaches ``floor``.
+    """For each layer from the second on, the least of ``levels`` with which the metric passes.
 
-    Keeps never grow, and layers not yet decided keep as many as the one under decision: under the
-    assumption that fewer tokens never do better, the result is the first in lexical order of all
+    At layer l it must reach ``floor(l)``, which must not rise with l. Keeps never grow, and layers
+    not yet decided keep as many as the one under decision. Under the assumption that fewer tokens
+    never do better, and with one floor for all, the result is the first in lexical order of all
     schedules that pass. Each layer is bisected; ``checks`` smaller keeps that the assumption rules
     out are tried all the same, for :meth:`Found.violations`. ``decided`` hears of each layer.
     """
     found = Found(Candidate((space.parts,) * space.layers, score, space.parts), 0, ())
     for layer in range(1, space.layers):
         judge.settle(found.candidate, layer)
-        tries = _bisect(judge, found.candidate, layer, floor, levels)
+        least = floor(layer)
+        tries = _bisect(judge, found.candidate, layer, least, levels)
         keep = min((one.keep for one in tries if one.passed), default=found.candidate.keeps[layer])
         extra = _unlikely(levels, keep, tries, checks)
-        tries += [_try(judge, found.candidate, layer, level, floor) for level in extra]
+        tries += [_try(judge, found.candidate, layer, level, least) for level in extra]
         found = Found(found.candidate.with_tail(layer, keep), layer, (*found.tries, *tries))
         decided(found)
     return found

@@ -1,7 +1,7 @@
 """Where evaluations run: here, or on workers that each hold the model."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from vtr_export.search.candidate import Candidate
@@ -80,3 +80,38 @@ def run(evaluator: Evaluator, task: Task) -> Outcome | Unpruned:
     if task.candidate is None:
         return evaluator.unpruned(task.shard.block)
     return evaluator.evaluate(task.candidate, task.shard)
+
+
+class Part:
+    """A pool's blocks from ``first`` on, counted from 0: one model serves two sets."""
+
+    def __init__(self, pool: Pool, first: int) -> None:
+        self.pool, self.first = pool, first
+
+    @property
+    def workers(self) -> int:
+        """Tasks that run at once."""
+        return self.pool.workers
+
+    def submit(self, task: Task) -> None:
+        """Queue a task."""
+        self.pool.submit(self._moved(task, self.first))
+
+    def collect(self) -> tuple[Task, Outcome | Unpruned]:
+        """Wait for a submitted task to finish."""
+        task, result = self.pool.collect()
+        return self._moved(task, -self.first), result
+
+    def cancel(self, candidate: Candidate) -> None:
+        """Forget the candidate's tasks that did not start."""
+        self.pool.cancel(candidate)
+
+    def settle(self, candidate: Candidate, layer: int) -> None:
+        """See :meth:`Evaluator.settle`."""
+        self.pool.settle(candidate, layer)
+
+    def close(self) -> None:
+        """Whoever opened the pool closes it."""
+
+    def _moved(self, task: Task, by: int) -> Task:
+        return replace(task, shard=replace(task.shard, block=task.shard.block + by))

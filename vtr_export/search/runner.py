@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain
 from math import fsum
 from typing import Final, Protocol
 
@@ -12,11 +12,10 @@ import numpy as np
 from vtr_export.search.candidate import Candidate, Space
 from vtr_export.search.evaluator import Floats, Outcome, Shard, Unpruned
 from vtr_export.search.ledger import Ledger, key_of
+from vtr_export.search.order import Order
 from vtr_export.search.pool import Pool, Task
 
-SHARD_QUESTIONS: Final = 64
 NOISE: Final = 1e-9  # a mean that is less than this below the floor reaches it
-_MARGIN_DECIMALS: Final = 2  # what the noise of another machine leaves alone
 
 
 class Bounded(Protocol):
@@ -66,9 +65,13 @@ class _Answers:
     shards: Sequence[Shard]  # in the order they are asked in
     results: dict[Shard, Outcome | Unpruned] = field(default_factory=dict)
 
-    @property
-    def missing(self) -> list[Shard]:
-        return [shard for shard in self.shards if shard not in self.results]
+    def missing(self, blocks: int | None = None) -> list[Shard]:
+        """Shards, of the first ``blocks``, without a result."""
+        return [
+            shard
+            for shard in self.shards
+            if shard not in self.results and (blocks is None or shard.block < blocks)
+        ]
 
     @property
     def scores(self) -> list[float]:
@@ -84,7 +87,7 @@ class Runner:
 
     A result in the ledger is not computed again, and a new one is there before the next is waited
     for. Neither the order of questions, nor the number of workers, nor early stopping changes a
-    verdict. ``full_flops`` is :meth:`Evaluator.full_flops`.
+    verdict. ``full_flops`` prices a shard from layer 0 on (:class:`vtr_export.search.work.Naive`).
 
     Counts: ``evaluations``, candidates asked about; ``computed`` and ``reused``, results (of a
     shard, or of a block unpruned) made here and found in the ledger. ``decoder_flops_spent`` is
@@ -110,7 +113,9 @@ class Runner:
         self._full_flops, self._best, self._progress = full_flops, metric.best, progress
         self._blocks = [tuple(block) for block in blocks]
         self._questions = sum(map(len, blocks))
-        self._shards: list[Shard] = []
+        self._set = Shard.of(0, (), tuple(chain(*blocks))).sha256[:16]
+        self._order: Order | None = None
+        self._learned = set[tuple[Candidate, Shard]]()
         self._answers: dict[Candidate | None, _Answers] = {}
         self._asked = set[Candidate]()
         self._flying = set[Task]()
@@ -132,23 +137,25 @@ class Runner:
         answers = self._ask(candidate)
         self._forget_all_but({candidate, *ahead})
         self._report([answers])
-        while not (hopeless := self._is_hopeless(answers, floor)) and answers.missing:
+        while not (hopeless := self._is_hopeless(answers, floor)) and answers.missing():
             self._submit(answers, 2 * self.pool.workers)
             for other in ahead:
                 if len(self._flying) < self.pool.workers:
                     self._submit(self._answers_of(other), self.pool.workers)
             self._collect()
             self._report([answers])
+        self._learn([answers])
         if hopeless:
             self._forget_all_but(ahead)
             return Measured(candidate, None, None, None, answers.seen)
         return self._measured(answers)
 
-    def measure(self, candidates: Iterable[Candidate]) -> list[Measured]:
-        """All of them whole, several at once where there are workers."""
-        asked = [self._ask(candidate) for candidate in candidates]
+    def measure(self, candidates: Iterable[Candidate], blocks: int | None = None) -> list[Measured]:
+        """All of them, several at once where there are workers; ``blocks``: on the first alone."""
+        asked = [self._ask(candidate, blocks) for candidate in candidates]
         self._forget_all_but([answers.candidate for answers in asked])
-        self._complete(asked)
+        self._complete(asked, blocks)
+        self._learn(asked)
         return [self._measured(answers) for answers in asked]
 
     def settle(self, candidate: Candidate, layer: int) -> None:
@@ -157,7 +164,7 @@ class Runner:
 
     def _prepare(self) -> None:
         """Answer every block unpruned, and cut it into shards, hardest questions first."""
-        if self._shards:
+        if self._order is not None:
             return
         blocks = [
             Shard.of(i, tuple(range(len(hashes))), hashes) for i, hashes in enumerate(self._blocks)
@@ -165,35 +172,47 @@ class Runner:
         answers = self._answers[None] = self._known(None, blocks)
         self._complete([answers])
         results = [answers.results[block] for block in blocks]
-        cut = [_cut(i, self._blocks[i], result) for i, result in enumerate(results)]
-        self._shards = [shard for wave in zip_longest(*cut) for shard in wave if shard is not None]
+        self._order = Order(self._blocks, results)  # type: ignore[arg-type]  # blocks' are Unpruned
         unpruned = self.space.unpruned()
         self.decoder_flops_naive += sum(self._full_flops(unpruned, block) for block in blocks)
-        self._answers[unpruned] = _Answers(
-            unpruned,
-            self._shards,
-            {
-                shard: Outcome(
-                    results[shard.block].metric[list(shard.rows)], np.zeros(len(shard)), 0
-                )
-                for shard in self._shards
-            },
-        )
+        whole = {
+            block: Outcome(result.metric, np.zeros(len(block)), 0)
+            for block, result in zip(blocks, results, strict=True)
+        }
+        self._answers[unpruned] = _Answers(unpruned, blocks, dict(whole))
         self._seconds, self._answered = 0.0, 0  # pruned answers come faster
 
-    def _ask(self, candidate: Candidate) -> _Answers:
+    def _ask(self, candidate: Candidate, blocks: int | None = None) -> _Answers:
         self._prepare()
+        answers = self._answers_of(candidate)
         if candidate not in self._asked:
             self._asked.add(candidate)
             self.evaluations += 1
-            naive = (self._full_flops(candidate, shard) for shard in self._shards)
-            self.decoder_flops_naive += sum(naive)
-        return self._answers_of(candidate)
+            shards = [each for each in answers.shards if blocks is None or each.block < blocks]
+            self.decoder_flops_naive += sum(self._full_flops(candidate, each) for each in shards)
+        return answers
 
     def _answers_of(self, candidate: Candidate) -> _Answers:
+        """In the order that was best when it was first asked about."""
         if candidate not in self._answers:
-            self._answers[candidate] = self._known(candidate, self._shards)
+            assert self._order is not None, "prepared"
+            name = f"lost before {candidate.key()} on {self._set}"
+            noted = self.ledger.noted(name)
+            if noted is None:
+                self.ledger.note(name, noted := [list(item) for item in self._order.lost.items()])
+            shards = self._order.shards(dict(noted))
+            self._answers[candidate] = self._known(candidate, shards)
         return self._answers[candidate]
+
+    def _learn(self, asked: Sequence[_Answers]) -> None:
+        """Which questions were lost; later candidates are asked these first."""
+        assert self._order is not None, "prepared"
+        for answers in asked:
+            for shard, result in answers.results.items():
+                known = answers.candidate, shard
+                if answers.candidate is not None and known not in self._learned:
+                    self._learned.add((answers.candidate, shard))
+                    self._order.learn(shard, result.metric)
 
     def _known(self, candidate: Candidate | None, shards: Sequence[Shard]) -> _Answers:
         """With what the ledger has."""
@@ -207,17 +226,17 @@ class Runner:
                 self.decoder_flops_spent += result.decoder_flops
         return answers
 
-    def _complete(self, asked: Sequence[_Answers]) -> None:
+    def _complete(self, asked: Sequence[_Answers], blocks: int | None = None) -> None:
         self._report(asked)
-        while waiting := [answers for answers in asked if answers.missing]:
+        while waiting := [answers for answers in asked if answers.missing(blocks)]:
             for answers in waiting:
-                self._submit(answers, 2 * self.pool.workers)
+                self._submit(answers, 2 * self.pool.workers, blocks)
             self._collect()
             self._report(asked)
 
-    def _submit(self, answers: _Answers, limit: int) -> None:
+    def _submit(self, answers: _Answers, limit: int, blocks: int | None = None) -> None:
         """Queue what is missing until ``limit`` tasks fly: one may wait behind each that runs."""
-        for shard in answers.missing:
+        for shard in answers.missing(blocks):
             task = Task(shard, answers.candidate)
             if len(self._flying) >= limit:
                 return
@@ -271,19 +290,21 @@ class Runner:
     def _measured(self, answers: _Answers) -> Measured:
         candidate = answers.candidate
         assert candidate is not None
-        questions, kl = np.empty(self._questions), np.empty(self._questions)
+        questions, kl = np.full((2, self._questions), np.nan)
         starts = np.cumsum([0, *map(len, self._blocks)])
         for shard, result in answers.results.items():
             assert isinstance(result, Outcome)
             places = starts[shard.block] + np.array(shard.rows)
             questions[places], kl[places] = result.metric, result.kl
+        asked = ~np.isnan(questions)
+        questions, kl = questions[asked], kl[asked]
         mean, mean_kl = fsum(questions) / len(questions), fsum(kl) / len(kl)
         return Measured(candidate, mean, mean_kl, questions, answers.seen)
 
     def _report(self, asked: Sequence[_Answers]) -> None:
         if not asked:
             return
-        current = next((answers for answers in asked if answers.missing), asked[-1])
+        current = next((answers for answers in asked if answers.missing()), asked[-1])
         done = sum(answers.seen for answers in asked)
         total = self._questions * len(asked)
         metric = fsum(current.scores) / current.seen if current.seen else None
@@ -297,11 +318,3 @@ class Runner:
         seen = [self._answers[candidate].seen for candidate in self._asked]
         questions += round(self.expected * sum(seen) / max(1, len(seen)))
         return questions * self._seconds / self._answered
-
-
-def _cut(block: int, hashes: Sequence[str], result: Outcome | Unpruned) -> list[Shard]:
-    """The block's questions by their margin, in shards; the stored margin gives the same ones."""
-    assert isinstance(result, Unpruned)
-    order = np.argsort(np.round(result.margin, _MARGIN_DECIMALS), kind="stable").tolist()
-    rows = [tuple(order[i : i + SHARD_QUESTIONS]) for i in range(0, len(order), SHARD_QUESTIONS)]
-    return [Shard.of(block, some, tuple(hashes[row] for row in some)) for some in rows]

@@ -14,7 +14,7 @@ from vtr_export.search.candidate import Candidate, Space
 from vtr_export.search.evaluator import Floats, Outcome, Shard, Unpruned
 from vtr_export.search.metrics import Metric
 from vtr_export.search.prompts import SHARD, agreed_share, metric_of
-from vtr_export.search.torch_model import TorchModel, hash_folder
+from vtr_export.search.torch_model import TorchModel, describe
 from vtr_export.search.work import Width, call_flops, step_flops
 
 
@@ -64,13 +64,8 @@ class TorchEvaluator:
 
     def fingerprint(self) -> Mapping[str, str]:
         """Model, precision, and how long answers may be."""
-        return {
-            "evaluator": "reference",
-            "model": hash_folder(self.model.folder),
-            "dtype": self.dtype,
-            "device": self.model.device.partition(":")[0],
-            "max_new_tokens": str(self.max_new_tokens),
-        }
+        model = self.model
+        return describe(model.folder, model.device, self.dtype, self.max_new_tokens)
 
     def unpruned(self, block: int) -> Unpruned:
         """Answer greedily; the answers become the drafts."""

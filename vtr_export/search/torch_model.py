@@ -108,6 +108,17 @@ class TorchModel:
         return self._features[image]
 
 
+def describe(folder: Path, device: str, dtype: str, max_new_tokens: int) -> dict[str, str]:
+    """What answers depend on: the model, the precision, and how long an answer may be."""
+    return {
+        "evaluator": "reference",
+        "model": hash_folder(folder),
+        "dtype": dtype,
+        "device": device.partition(":")[0],
+        "max_new_tokens": str(max_new_tokens),
+    }
+
+
 def hash_folder(folder: Path) -> str:
     """Sha256 of a model folder: weights, configuration, tokenizer, chat template, every byte."""
     digest = hashlib.sha256()

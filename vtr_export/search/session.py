@@ -1,0 +1,185 @@
+"""A search set up: questions, a model and where it runs, and what is already known."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vtr_export import __version__
+from vtr_export.checkpoint import find_folder, read_config
+from vtr_export.errors import InputError
+from vtr_export.families import ModelFacts, read_facts
+from vtr_export.search.budget import Workload
+from vtr_export.search.calibration import CalibrationSet, Question, refuse_overlap
+from vtr_export.search.candidate import Space
+from vtr_export.search.evaluator import Evaluator
+from vtr_export.search.ledger import Ledger
+from vtr_export.search.metrics import Metric, get_metric
+from vtr_export.search.pool import Inline, Part, Pool
+from vtr_export.search.prompts import Prompts, blocks_of
+from vtr_export.search.runner import Progress, Runner
+from vtr_export.search.statistics import at_chance
+from vtr_export.search.work import Naive
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a search is given; see the options of ``vtr search``."""
+
+    model: str
+    calibration: Path
+    ledger: Path
+    metric: str = "exact"
+    limit: int | None = None
+    seed: int = 0
+    evaluation: Path | None = None
+    device: str = "cpu"
+    dtype: str = "fp32"
+    max_new_tokens: int = 16
+    on_ray: bool = False
+    address: str | None = None  # of a Ray cluster; None starts one
+    workers: int | None = None
+
+
+class Session:
+    """Opened with ``with``: reads the questions, loads the model, opens the ledger."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        say: Say = lambda text: None,
+        progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.setup, self.metric = setup, get_metric(setup.metric)
+        self.folder = find_folder(setup.model)
+        self.facts = _facts(self.folder)
+        self.space = Space(self.facts)
+        self.calibration, self.evaluation = _sets(setup, self.metric)
+        self._say, self._progress, self._exit = say, progress, ExitStack()
+        self.warnings: list[str] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self._open()
+        except BaseException:
+            self._exit.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._exit.close()
+
+    @property
+    def workload(self) -> Workload:
+        """The set's mean prompt."""
+        images = [len(question.images) for question in self.calibration.questions]
+        vision = round(sum(images) / len(images) * (self.facts.tokens_per_image or 0))
+        return Workload(vision, round(self.naive.mean_text))
+
+    def identity(self) -> Mapping[str, str]:
+        """What results depend on."""
+        return self.ledger.fingerprint
+
+    def _open(self) -> None:
+        questions = blocks_of(self.calibration.questions)
+        others = blocks_of(self.evaluation.questions) if self.evaluation is not None else ()
+        self.prompts = Prompts(self.folder)
+        self.naive = Naive(self.facts, self.prompts, [*questions, *others])
+        self._say("hashing the model")
+        fingerprint = self._fingerprint()
+        self.ledger = self._exit.enter_context(Ledger.open(self.setup.ledger, fingerprint))
+        self.warnings += self.ledger.warnings
+        self._say("loading the model")
+        pool = self._pool((*questions, *others), fingerprint)
+        self._exit.callback(pool.close)
+        self.runner = self._runner(pool, questions)
+        self.held_out = self._runner(Part(pool, len(questions)), others) if others else None
+        self._say(f"answering {len(self.calibration)} questions unpruned")
+        self.unpruned = self.runner.unpruned()
+        assert self.unpruned.questions is not None, "whole"
+        chance = at_chance(self.unpruned.questions, self.calibration.questions, self.metric)
+        self.warnings += [chance] if chance else []
+
+    def _runner(self, pool: Pool, blocks: Sequence[Sequence[Question]]) -> Runner:
+        naive = self.naive.part(pool.first) if isinstance(pool, Part) else self.naive
+        hashes = [[question.sha256 for question in block] for block in blocks]
+        return Runner(
+            pool, self.space, naive, hashes, self.metric, self.ledger, progress=self._progress
+        )
+
+    def _fingerprint(self) -> dict[str, str]:
+        from vtr_export.search.torch_model import describe
+
+        setup = self.setup
+        return {
+            **describe(self.folder, setup.device, setup.dtype, setup.max_new_tokens),
+            "metric": f"{self.metric.name} {self.metric.version}",
+            "calibration": self.calibration.sha256,
+            "vtr-export": __version__,
+        }
+
+    def _pool(self, blocks: Sequence[Sequence[Question]], fingerprint: Mapping[str, str]) -> Pool:
+        from vtr_export.search.torch_evaluator import TorchEvaluator
+
+        setup = self.setup
+        make: Callable[[], Evaluator] = partial(
+            TorchEvaluator,
+            self.folder,
+            blocks,
+            self.metric,
+            device=setup.device,
+            dtype=setup.dtype,
+            max_new_tokens=setup.max_new_tokens,
+        )
+        if not setup.on_ray:
+            return Inline(make())
+        from vtr_export.search.ray_pool import RayPool
+
+        gpus = 1.0 if setup.device.startswith("cuda") else 0.0
+        return RayPool(
+            make,
+            address=setup.address,
+            workers=setup.workers,
+            blocks=len(blocks),
+            gpus_per_worker=gpus,
+        )
+
+
+def _facts(folder: Path) -> ModelFacts:
+    return read_facts(read_config(folder)[0], str(folder / "config.json"))
+
+
+def _sets(setup: Setup, metric: Metric) -> tuple[CalibrationSet, CalibrationSet | None]:
+    calibration = CalibrationSet.load(
+        setup.calibration, limit=setup.limit, seed=setup.seed, labels=metric.needs_answers
+    )
+    if setup.evaluation is None:
+        return calibration, None
+    evaluation = CalibrationSet.load(setup.evaluation, labels=metric.needs_answers)
+    refuse_overlap(calibration, evaluation)
+    return calibration, evaluation
+
+
+def check_tolerance(tolerance: float, questions: int, metric: Metric) -> None:
+    """InputError for what no number of questions, or not this number, can tell."""
+    finest = 1 / questions
+    if not 0 < tolerance < 1:
+        raise InputError(
+            f"--tolerance {tolerance:g} is no share", hint="0.002 allows a loss of 0.2 points"
+        )
+    if metric.text is not None and tolerance < finest * (1 - 1e-9):
+        raise InputError(
+            f"--tolerance {tolerance:g} is finer than one of {questions} questions",
+            hint=f"give {finest:.2g} or more, or at least {round(1 / tolerance)} questions",
+        )
