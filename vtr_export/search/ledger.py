@@ -120,7 +120,8 @@ class Ledger:
     def close(self) -> None:
         """Another search may open it."""
         with suppress(sqlite3.Error):  # the journal's empty file goes; all else is on the disk
-            self._connection.execute("PRAGMA journal_mode=DELETE").fetchall()
+            for setting in ("locking_mode=NORMAL", "journal_mode=DELETE"):
+                self._connection.execute(f"PRAGMA {setting}").fetchall()
         self._connection.close()
         self._lock.release()
 

@@ -20,8 +20,13 @@ APPLICATION: Final = int.from_bytes(b"vtrS")
 SCHEMA: Final = 1
 OUTCOME: Final = "outcome:"  # how names of evaluations begin
 INSERT: Final = "INSERT INTO record (name, body) VALUES (?, ?)"
-_TABLE: Final = (
-    "CREATE TABLE record (id INTEGER PRIMARY KEY, name TEXT NOT NULL, body BLOB NOT NULL)"
+_ROW: Final = "(id INTEGER PRIMARY KEY, name TEXT NOT NULL, body BLOB NOT NULL)"
+_TABLES: Final = (
+    f"CREATE TABLE head {_ROW}",  # the first record: on a page before all others
+    f"CREATE TABLE record {_ROW}",
+)
+_SELECTS: Final = tuple(
+    f"SELECT CAST(body AS BLOB) FROM {table} ORDER BY id" for table in ("head", "record")
 )
 _SQLITE: Final = b"SQLite format 3\0"
 _SIDECARS: Final = ("-journal", "-wal", "-shm")
@@ -58,7 +63,8 @@ def open_file(path: Path, first: Record, check: Callable[[Sequence[Record]], Non
     for debris in path.parent.glob(f"{escape(path.name)}.tmp-*"):
         debris.unlink()
     if _is_new(path):
-        _set_aside(path)
+        if _sidecars(path):
+            _set_aside(path)
         _put(_stage(path, [first]), path)
     _refuse_foreign(path)
     before = _all_bytes(path) if _sidecars(path) else []  # SQLite is about to undo a transaction
@@ -143,6 +149,8 @@ def _refuse_foreign(path: Path) -> None:
 
 def _read(path: Path) -> Opened:
     """A transaction that was cut short is undone, every page and checksum looked at."""
+    if path.stat().st_size < PAGE_BYTES:
+        raise _DamageError  # SQLite would begin a new database over it
     connection = sqlite3.connect(path, timeout=1, isolation_level=None)
     try:
         for setting in ("locking_mode=EXCLUSIVE", "journal_mode=TRUNCATE", "synchronous=FULL"):
@@ -150,8 +158,7 @@ def _read(path: Path) -> Opened:
         connection.execute("BEGIN EXCLUSIVE")
         connection.execute("COMMIT")  # the lock stays
         health = connection.execute("PRAGMA integrity_check(1)").fetchone()
-        rows = connection.execute("SELECT CAST(body AS BLOB) FROM record ORDER BY id").fetchall()
-        bodies = [body for (body,) in rows]
+        bodies = [body for select in _SELECTS for (body,) in connection.execute(select)]
         if health != ("ok",) or not all(map(is_frame, bodies)):
             raise _DamageError
     except sqlite3.Error as error:
@@ -171,9 +178,8 @@ def _salvage(
     """Records of the damaged file, in one that is whole; killed anywhere, it starts again."""
     records = recover([*before, *_all_bytes(path)])
     check(records)
-    if first.name not in {record.name for record in records}:
-        records.insert(0, first)
-    staging = _stage(path, records)
+    stored = next((record for record in records if record.name == first.name), first)
+    staging = _stage(path, [stored, *(record for record in records if record != stored)])
     kept = _set_aside(path)
     _put(staging, path)
     opened = _read(path)
@@ -192,8 +198,11 @@ def _stage(path: Path, records: Sequence[Record]) -> Path:
             for setting in (*settings, *marks):
                 connection.execute(f"PRAGMA {setting}").fetchall()
             connection.execute("BEGIN")
-            connection.execute(_TABLE)
-            connection.executemany(INSERT, (row for record in records for row in rows_of(record)))
+            for table in _TABLES:
+                connection.execute(table)
+            connection.executemany(INSERT.replace("record", "head"), rows_of(records[0]))
+            for record in records[1:]:
+                connection.executemany(INSERT, rows_of(record))
             connection.execute("COMMIT")
         _sync(staging)
     except BaseException:
