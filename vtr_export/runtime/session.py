@@ -94,7 +94,7 @@ class OnnxRuntime:
         that this ONNX Runtime does not take, InputError for an option that makes no sense.
         """
         _check(device, threads)
-        self._ort = _import(device)
+        self._ort = import_runtime(device)
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         mapped = [_Mapped(path) for path in (shards or {}).values()]
@@ -194,7 +194,8 @@ class _Mapped:
         self._map.close()
 
 
-def _import(device: Device) -> Any:
+def import_runtime(device: Device) -> Any:
+    """The onnxruntime module; UnavailableError where it is missing or lacks the provider."""
     hint = f"pip install '{PACKAGES[device]}'"
     try:
         import onnxruntime

@@ -16,12 +16,12 @@ from vtr_export.errors import InputError
 from vtr_export.families import read_facts
 from vtr_export.runtime.artifact import Artifact
 from vtr_export.runtime.decoder import Decoder
-from vtr_export.runtime.session import Array
+from vtr_export.runtime.session import Array, Device, import_runtime
 from vtr_export.schedule import Schedule
 from vtr_export.search.budget import Workload
 from vtr_export.search.candidate import Candidate, Score, Space
 
-DEVICES: Final[Mapping[str, str]] = {"onnxruntime-cpu": "cpu", "onnxruntime-cuda": "cuda"}
+DEVICES: Final[Mapping[str, Device]] = {"onnxruntime-cpu": "cpu", "onnxruntime-cuda": "cuda"}
 POINTS: Final = 8  # uniform keeps that are timed, none and all among them
 REPEATS: Final = 9
 Progress = Callable[[str], None]
@@ -156,7 +156,7 @@ def measure(
     layer_ms, cut_ms = fit(times, space.layers)
     return LatencyTable(
         backend=backend,
-        runtime=_runtime(),
+        runtime=f"onnxruntime {import_runtime(timer.device).__version__}",
         dtype=dtype,
         threads=threads,
         score=str(score),
@@ -210,7 +210,7 @@ class _Timer(AbstractContextManager["_Timer"]):
 
     model: str | Path
     workload: Workload
-    device: str
+    device: Device
     dtype: str
     threads: int | None
     say: Progress
@@ -293,18 +293,14 @@ def _space(model: str | Path) -> Space:
     return Space(read_facts(read_config(folder)[0], str(folder / "config.json")))
 
 
-def _device(backend: str) -> str:
+def _device(backend: str) -> Device:
+    """Where it runs, if it is here."""
     if backend not in DEVICES:
         raise InputError(
             f"no backend {backend!r} to time on", hint=f"choose one of: {', '.join(DEVICES)}"
         )
+    import_runtime(DEVICES[backend])
     return DEVICES[backend]
-
-
-def _runtime() -> str:
-    import onnxruntime
-
-    return f"onnxruntime {onnxruntime.__version__}"
 
 
 def _silent(_: str) -> None:
