@@ -41,6 +41,11 @@ def test_a_line_for_each_run_with_its_tokens_and_a_bar_as_long() -> None:
     assert len(whole) == WIDTH
 
 
+def test_the_last_token_can_be_seen() -> None:
+    lines = text([curve("few", Schedule.from_keeps([9999, 1, 0]))], "#")
+    assert [len(line.split()) - 2 for line in lines] == [2, 1, 0]
+
+
 def test_runs_meet_and_end_with_the_last_layer() -> None:
     labels = [line.removeprefix("layers").split()[0] for line in text([FITPRUNE], "#")]
     runs = [tuple(map(int, label.split("-"))) for label in labels]

@@ -109,6 +109,8 @@ def test_an_answer_is_prefill_and_decode() -> None:
     )
     assert report["answer_ratio"] == answer / whole
     assert report["ratio"] < report["answer_ratio"] < 1  # the prompt gains most
+    shown = {what: values for what, *values in plan(Schedule.fastv(), LLAVA).rows()}
+    assert shown["prefill and decode, F-A"] == [f"{whole:.4g}", f"{answer:.4g}"]
     silent = plan(Schedule.fastv(), LLAVA, new_tokens=0)
     assert (silent.decode, silent.answer_ratio) == (0, silent.ratio)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vtr_export import generators, recipes
@@ -260,6 +260,7 @@ def test_any_single_cut_is_a_fastv(drawn: tuple[int, list[int], list[int]]) -> N
 
 @settings(deadline=None)
 @given(layers_and_keeps)
+@example((100, [1], [29]))  # int(100 * 0.29) is 28
 def test_any_cuts_are_a_pyramid(drawn: tuple[int, list[int], list[int]]) -> None:
     tokens, layers, amounts = drawn
     prefill = {"score": {"from": "next"}, "positions": "repacked"}
