@@ -145,8 +145,9 @@ def _reach(address: str) -> None:
             text=True,
             timeout=JOIN_SECONDS,
         )
-    except subprocess.TimeoutExpired:
-        raise _unreachable(address, f"no answer within {JOIN_SECONDS} s") from None
+    except subprocess.TimeoutExpired as late:
+        said = (late.stderr or b"").decode(errors="replace").strip().rpartition("] ")[2]
+        raise _unreachable(address, f"no answer within {JOIN_SECONDS} s. {said}".strip()) from None
     if tried.returncode:
         raise _unreachable(address, tried.stdout.strip() or tried.stderr.strip()[-500:])
 

@@ -150,8 +150,11 @@ class RayPool:
     def submit(self, task: Task) -> None:
         """Queue a task for the worker that owns its block."""
         slot = self._owner(task.shard.block % len(self.slots))
-        slot.queue.append(task)
-        self._assign(slot)
+        if slot.task == task:
+            slot.wanted = True
+        elif task not in slot.queue:  # one answer serves all who ask
+            slot.queue.append(task)
+            self._assign(slot)
 
     def collect(self) -> tuple[Task, Outcome | Unpruned]:
         """Wait for a task to finish.
