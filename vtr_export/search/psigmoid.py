@@ -19,7 +19,7 @@ from vtr_export.errors import InputError
 from vtr_export.search.budget import Budget
 from vtr_export.search.candidate import Candidate, Score, Space
 from vtr_export.search.curves import FastV, Floats, Sigmoid, Solved, reach, solve
-from vtr_export.search.trial_store import Asked, Params, Question, Result, TrialStore
+from vtr_export.search.trial_store import Asked, Params, Result, StudyPlan, TrialStore
 
 STEEPEST: Final = 10.0
 STEPS: Final = (1, 2, 3)  # FastV's K among the first trials
@@ -169,9 +169,9 @@ def psigmoid(
         "ranges": repr(ranges),
         "warm": " ".join(candidate.key() for candidate in warm),
         "run": f"{trials} trials by {batch}, seed {seed}",
-        **(identity or {}),
+        "identity": repr(sorted((identity or {}).items())),
     }
-    store = TrialStore(Question(ranges.to_data(), starts, seed), _name(plan), storage)
+    store = TrialStore(StudyPlan(ranges.to_data(), starts, seed), _name(plan), storage)
     run = _Run(runner, store, space, budget, score, len(starts))
     while len(done := run.so_far()) < trials:
         run.next_batch(min(trials, (len(done) // batch + 1) * batch))

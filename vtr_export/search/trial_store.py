@@ -11,6 +11,7 @@ from vtr_export.errors import InputError, UnavailableError
 
 Params = Mapping[str, float]
 URLS: Final = "sqlite:///study.db or postgresql://user:password@host/database"
+DRIVERS: Final = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Question:
+class StudyPlan:
     """What a study asks: ``ranges`` of its parameters as (least, most, logarithmic).
 
     ``starts`` are asked first, then what Optuna's GPSampler proposes.
@@ -57,16 +58,16 @@ class TrialStore:
     without a result is handed out again.
     """
 
-    def __init__(self, question: Question, name: str, url: str | None = None) -> None:
+    def __init__(self, plan: StudyPlan, name: str, url: str | None = None) -> None:
         """Begin the study ``name`` or go on with it; without ``url`` (an RDB's), in memory.
 
         InputError for a database that does not answer, UnavailableError for what is not installed.
         """
         self._optuna = optuna = _import()
-        self._question, self._url = question, url
+        self._plan, self._url = plan, url
         self._distributions = {
             key: optuna.distributions.FloatDistribution(least, most, log=log)
-            for key, (least, most, log) in question.ranges.items()
+            for key, (least, most, log) in plan.ranges.items()
         }
         with self._database():
             self._storage = _storage(optuna, url)
@@ -112,7 +113,7 @@ class TrialStore:
         ]
 
     def _ask(self, number: int) -> None:
-        starts, optuna = self._question.starts, self._optuna
+        starts, optuna = self._plan.starts, self._optuna
         if number < len(starts):
             start = optuna.create_trial(
                 state=optuna.trial.TrialState.RUNNING,
@@ -121,7 +122,7 @@ class TrialStore:
             )
             self._study.add_trial(start)
             return
-        seed = np.random.SeedSequence((self._question.seed, number)).generate_state(1)[0]
+        seed = np.random.SeedSequence((self._plan.seed, number)).generate_state(1)[0]
         self._study.sampler = optuna.samplers.GPSampler(
             seed=int(seed), n_startup_trials=len(starts), warn_independent_sampling=False
         )
@@ -148,14 +149,16 @@ class TrialStore:
         try:
             yield
         except ImportError as error:
-            message = f"the database of --storage needs a driver: {error.__cause__ or error}"
-            raise UnavailableError(message, hint="pip install psycopg2-binary") from error
+            cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+            package = DRIVERS.get(cause.name or "", f"SQLAlchemy's driver {cause.name or ''}")
+            message = f"the database of --storage needs a driver: {cause}"
+            raise UnavailableError(message, hint=f"pip install '{package}'") from error
         except (SQLAlchemyError, self._optuna.exceptions.StorageInternalError) as error:
-            said = str(getattr(error, "orig", None) or error).splitlines()[0]
+            said = getattr(error.__cause__ or error, "orig", None) or error
             raise InputError(
-                f"the database of --storage does not answer: {said}",
+                f"the database of --storage does not answer: {str(said).splitlines()[0]}",
                 where=_without_password(self._url),
-                hint=f"give a URL such as {URLS}",
+                hint=f"give a URL such as {URLS}; a study that began goes on from its trials",
             ) from error
 
 
