@@ -1,5 +1,6 @@
 """The Ray pool on a real cluster of two workers: results, deaths, errors, ends."""
 
+import json
 import os
 import signal
 import socket
@@ -14,15 +15,21 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from ray_evaluators import Rigged
 
 from vtr_export.errors import InputError, UnavailableError
 from vtr_export.search import ray_cluster, ray_pool
+from vtr_export.search.calibration import CalibrationSet
 from vtr_export.search.candidate import Candidate, Score
 from vtr_export.search.evaluator import Outcome, Shard, Unpruned
+from vtr_export.search.gsearch import Found, floors, gsearch, levels_of
+from vtr_export.search.ledger import Ledger
+from vtr_export.search.metrics import get_metric
 from vtr_export.search.pool import Inline, Pool, Task
 from vtr_export.search.ray_cluster import Node, open_cluster, share_cores
 from vtr_export.search.ray_pool import RayPool
+from vtr_export.search.runner import Progress, Runner
 
 HERE = Path(__file__).parent
 BLOCKS = 4
@@ -229,6 +236,63 @@ def test_cores_are_shared_so_that_all_find_room(
     nodes: list[Node], workers: int, gpus: float, cores: int
 ) -> None:
     assert share_cores(nodes, workers, gpus) == cores
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> CalibrationSet:
+    """Twelve questions about pictures of noise."""
+    random = np.random.default_rng(0)
+    lines = []
+    for number in range(12):
+        noise = random.integers(0, 256, (28, 28, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "question": "which digit is red ?"}))
+    (tmp_path / "q.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return CalibrationSet.load(tmp_path / "q.jsonl", labels=False)
+
+
+def test_gsearch_ends_as_in_one_process_though_a_worker_is_killed(
+    cluster: Any, checkpoint: Path, questions: CalibrationSet, tmp_path: Path
+) -> None:
+    from vtr_export.search.torch_evaluator import TorchEvaluator
+
+    metric = get_metric("agreement")
+    blocks = [questions.questions[start : start + 4] for start in range(0, 12, 4)]
+    make = partial(TorchEvaluator, checkpoint, blocks, metric, max_new_tokens=6)
+    local = make()
+
+    def search(pool: Pool, ledger: str, progress: Any = lambda progress: None) -> Found:
+        hashes = [[question.sha256 for question in block] for block in blocks]
+        with Ledger.open(tmp_path / ledger, {}) as kept:
+            runner = Runner(pool, local.space, flops, hashes, metric, kept, progress)
+            unpruned = runner.unpruned().metric
+            assert unpruned is not None
+            floor = floors(unpruned, 0.2, local.space.layers, "even")
+            levels = levels_of(local.space.parts, 4)
+            return gsearch(runner, local.space, Score(query="text"), floor=floor, levels=levels)
+
+    expected = search(Inline(local), "inline.db")
+    assert local.space.parts > expected.candidate.keeps[-1] > 0  # something was decided
+    pool = RayPool(make, address=None, workers=2, blocks=len(blocks))
+    killed = []
+
+    def kill_once(progress: Progress) -> None:
+        if not killed and not progress.candidate.is_unpruned and progress.done:
+            killed.append(pool.slots[0].present.pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    found = search(pool, "ray.db", kill_once)
+    assert found.candidate == expected.candidate
+    assert [(one.keep, one.passed) for one in found.tries] == [
+        (one.keep, one.passed) for one in expected.tries
+    ]
+    assert pool.slots[0].present is not None
+    assert [pool.slots[0].present.pid] != killed != []
+    pool.close()
+
+
+def flops(candidate: Candidate, shard: Shard) -> int:
+    return sum(candidate.keeps) * len(shard)
 
 
 SEARCH = """
