@@ -81,7 +81,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "compared": {
         "compared": (Compared(HOSTILE, 0.97, HOSTILE, WORSE, 0.4, 0.3), Compared("none", None)),
         "budget": HOSTILE,
-        "compared_to": HOSTILE,
+        "compared_as": HOSTILE,
     },
     "tries": {
         "tries": (Try(1, 8, True, 0.99), Try(1, 4, False, 0.5), Try(2, 2, False, None)),

@@ -91,7 +91,7 @@ class Compared:
     name: str
     metric: float | None
     note: str = ""
-    difference: Difference | None = None  # to ``SearchReport.compared_to``
+    difference: Difference | None = None  # as ``SearchReport.compared_as`` says
     cost: float | None = None  # what the budget bounds, of the unpruned model's
     tokens: float | None = None
     role: Role = "comparison"
@@ -144,7 +144,7 @@ class SearchReport:
     tuned: Tuned | None = None
     budget: str = ""  # as the user spelt it
     compared: tuple[Compared, ...] = ()
-    compared_to: str = "the unpruned model"
+    compared_as: str = "less unpruned"  # heads the differences
     ranks: Ranks | None = None
     kept: tuple[KeptImage, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -211,7 +211,8 @@ def page(report: SearchReport) -> str:
         "tau": partial(_signed, digits=2),
         "flops": _flops,
         "duration": _duration,
-        "figure": "{:.3g}".format,
+        "kl": lambda value: f"{_signed(value, 4)}{SPACE}nats",
+        "figure": _figure,
         "picture": _picture,
         "verdict": verdict,
     }
@@ -240,6 +241,12 @@ def _signed(value: float, digits: int, *, plus: bool = False) -> str:
         return text
     sign = "\N{MINUS SIGN}" if value < 0 else "+" if plus else ""
     return sign + text
+
+
+def _figure(value: float) -> str:
+    """A parameter, to three digits; less than 0.0001 is none."""
+    text = f"{round(abs(value), 4):.3g}"
+    return ("\N{MINUS SIGN}" if value < 0 and float(text) else "") + text
 
 
 def _share(value: float) -> str:

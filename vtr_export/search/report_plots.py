@@ -46,13 +46,14 @@ Draw = Callable[["Figure", bool], None]
 
 def plots(report: "SearchReport") -> dict[str, Markup]:
     """A picture for each part of the report that has data: for a wide page, and for a phone."""
-    drawn: dict[str, tuple[Draw, float, float]] = {}  # and inches of height, wide and narrow
+    # inches of height beside the legend's, wide and narrow
+    drawn: dict[str, tuple[Draw, float, float]] = {}
     if report.curves:
-        drawn["curves"] = (lambda f, narrow: _curves(f, report, narrow), 3.1, 3.8)
+        drawn["curves"] = (lambda f, narrow: _curves(f, report, narrow), 2.7, 2.9)
     if report.points:
-        drawn["points"] = (lambda f, narrow: _points(f, report, narrow), 3.3, 4.1)
+        drawn["points"] = (lambda f, narrow: _points(f, report, narrow), 2.7, 4.6)
     if report.tries:
-        drawn["tries"] = (lambda f, narrow: _tries(f, report, narrow), 4.2, 4.6)
+        drawn["tries"] = (lambda f, narrow: _tries(f, report, narrow), 4.0, 4.3)
     if report.ranks:
         drawn["ranks"] = (lambda f, narrow: _ranks(f, report, narrow), 3.3, 6.0)
     return {name: _both(name, *each) for name, each in drawn.items()}
@@ -86,7 +87,8 @@ def _svg(name: str, draw: Draw, inches: tuple[float, float], narrow: bool) -> Ma
 
 
 def _curves(figure: "Figure", report: "SearchReport", narrow: bool) -> None:
-    axes = _axes(figure, f"{report.unit} entering each decoder layer")
+    axes = figure.subplots()
+    _plain(axes, f"{report.unit} entering each decoder layer")
     for curve, style in zip(report.curves, _styles(report.curves), strict=True):
         edges = range(len(curve.keeps) + 1)
         if curve.role == "result":
@@ -94,19 +96,43 @@ def _curves(figure: "Figure", report: "SearchReport", narrow: bool) -> None:
         axes.stairs(curve.keeps, edges, baseline=None, label=curve.name, **style)
     layers = max(len(curve.keeps) for curve in report.curves)
     axes.set_xlim(0, layers)
-    axes.set_ylim(0, 1.04 * report.parts)
+    axes.set_yscale("function", functions=(lambda keep: np.sqrt(np.maximum(keep, 0)), np.square))
+    axes.set_ylim(0, 1.06 * report.parts)
+    ticks = sorted({0, *(report.parts // share for share in (16, 4, 2, 1))})
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
     _layer_axis(axes, layers, narrow, offset=0.5)
     _legend(figure, [axes], narrow)
 
 
 def _points(figure: "Figure", report: "SearchReport", narrow: bool) -> None:
-    axes = _axes(figure, f"{report.label}, {_unit(report)}")
+    """All; and around the Pareto front where that is a small part."""
+    front = pareto_front(report.points)
+    focus = [one.metric for one in (*front, *report.points) if one.role == "result" or one in front]
+    low, high = min(focus), max(focus)
+    lowest = min(point.metric for point in report.points)
+    if high - low > 0.5 * (high - lowest):
+        panels = [figure.subplots()]
+    else:
+        panels = list(figure.subplots(2, 1) if narrow else figure.subplots(1, 2))
+    for axes in panels:
+        _plain(axes, f"{report.label}, {_unit(report)}")
+        _scatter(axes, report, front)
+        axes.set_xlabel("decoder FLOPs, % of the unpruned model")
+    if len(panels) > 1:
+        _plain(panels[1], "the same around the Pareto front")
+        scale, slack = 100 if report.is_share else 1, 0.15 * (high - low) or 0.05 * (high - lowest)
+        panels[1].set_ylim(scale * (low - slack), scale * (high + slack))
+        left, right = 100 * front[0].flops, 100 * max(each.flops for each in front)
+        panels[1].set_xlim(left - 2, max(right, left + 5) + 2)
+    _legend(figure, panels[:1], narrow)
+
+
+def _scatter(axes: "Axes", report: "SearchReport", front: "list[Point]") -> None:
     scale = 100 if report.is_share else 1
     measured = [point for point in report.points if point.role == "measured"]
     if measured:
         x, y = [100 * each.flops for each in measured], [scale * each.metric for each in measured]
         axes.scatter(x, y, s=13, color=SOFT, alpha=0.55, linewidths=0, label="measured")
-    front = pareto_front(report.points)
     axes.step(
         [100 * each.flops for each in front], [scale * each.metric for each in front],
         where="post", color=SOFT, linewidth=0.9, linestyle=":", label="Pareto front",
@@ -118,14 +144,12 @@ def _points(figure: "Figure", report: "SearchReport", narrow: bool) -> None:
             low, high = point.interval
             axes.vlines(share, scale * low, scale * high, color=colour, linewidth=1)
         axes.plot(
-            [share], [scale * point.metric], linestyle="none", zorder=3, label=point.name,
-            marker="*" if is_result else MARKERS[i % len(MARKERS)],
-            markersize=12 if is_result else 6.5, color=colour,
+            [share], [scale * point.metric], linestyle="none", label=point.name,
+            marker="*" if is_result else MARKERS[i % len(MARKERS)], color=colour,
+            markersize=12 if is_result else 6.5, zorder=4 if is_result else 3,
             markeredgecolor=CARD, markeredgewidth=0.6,
         )  # fmt: skip
-    axes.set_xlabel("decoder FLOPs of prefill, % of the unpruned model")
     axes.margins(x=0.04, y=0.08)
-    _legend(figure, [axes], narrow)
 
 
 def pareto_front(points: "Sequence[Point]") -> "list[Point]":
@@ -279,12 +303,6 @@ def _styles(items: "list[Point] | tuple[Curve, ...]") -> list[dict[str, Any]]:
     return styles
 
 
-def _axes(figure: "Figure", title: str) -> "Axes":
-    axes = figure.subplots()
-    _plain(axes, title)
-    return axes
-
-
 def _plain(axes: "Axes", title: str) -> None:
     axes.set_title(title, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -303,9 +321,12 @@ def _layer_axis(axes: "Axes", layers: int, narrow: bool, offset: float = 0.0) ->
 def _legend(figure: "Figure", panels: "list[Axes]", narrow: bool) -> None:
     found = [panel.get_legend_handles_labels() for panel in panels]
     handles = [handle for own, _ in found for handle in own]
-    names = [_short(name, 24 if narrow else 36) for _, own in found for name in own]
+    names = [_short(name, 22 if narrow else 36) for _, own in found for name in own]
     if len(names) > 1:
-        columns = 2 if narrow else 4
+        fits = (56 if narrow else 110) // (max(map(len, names)) + 6)  # characters of a line
+        columns = max(1, min(fits, 4))
+        rows = -(-len(names) // columns)
+        figure.set_figheight(figure.get_figheight() + 0.17 * rows)
         figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
 
 
