@@ -18,6 +18,7 @@ from vtr_export.cli import (
     plan,
     run,
     schedule,
+    search,
     verify,
 )
 from vtr_export.cli.output import PLAIN
@@ -42,6 +43,7 @@ app.command()(artifacts.bench)
 app.command()(artifacts.inspect)
 app.command()(machine.doctor)
 app.add_typer(schedule.app)
+app.add_typer(search.app)
 
 export_app = typer.Typer(name="vtr-export", **PLAIN)
 export_app.command()(export.export)
@@ -63,6 +65,7 @@ def _root(
 
 def main() -> None:
     """``vtr``: a user's mistake prints plainly and exits 2, a failed gate exits 1."""
+    sys.argv = search.spell_out(sys.argv)
     guarded(app)
 
 

@@ -7,7 +7,6 @@ from typing import Literal, Protocol, TypeAlias
 
 from vtr_export.search.candidate import Candidate, Score, Space
 
-
 Spend: TypeAlias = Literal["even", "first"]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from vtr_export import __version__
 from vtr_export.checkpoint import find_folder, read_config
@@ -23,6 +23,9 @@ from vtr_export.search.prompts import Prompts, blocks_of
 from vtr_export.search.runner import Progress, Runner
 from vtr_export.search.statistics import at_chance
 from vtr_export.search.work import Naive
+
+if TYPE_CHECKING:
+    from vtr_export.search.torch_model import TorchModel
 
 Say = Callable[[str], None]
 
@@ -86,6 +89,16 @@ class Session:
         images = [len(question.images) for question in self.calibration.questions]
         vision = round(sum(images) / len(images) * (self.facts.tokens_per_image or 0))
         return Workload(vision, round(self.naive.mean_text))
+
+    def model(self) -> "TorchModel":
+        """The checkpoint in this process: the evaluator's own, else loaded now."""
+        from vtr_export.search.torch_evaluator import TorchEvaluator
+        from vtr_export.search.torch_model import TorchModel
+
+        pool = self.runner.pool
+        if isinstance(pool, Inline) and isinstance(pool.evaluator, TorchEvaluator):
+            return pool.evaluator.model
+        return TorchModel(self.folder, self.setup.device, self.setup.dtype)
 
     def identity(self) -> Mapping[str, str]:
         """What results depend on."""
