@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_search import SCORE, SPACE, blocks_of, whole
+from synthetic_search import SCORE, SPACE, blocks_of, quick_folder, whole
 
 from vtr_export.errors import LedgerError
 from vtr_export.search.candidate import Candidate
@@ -23,6 +23,12 @@ from vtr_export.search.records import FRAME_BYTES, Record, recover
 
 FINGERPRINT = {"model": "sha256:12", "dtype": "fp32", "metric": "exact/1"}
 QUESTIONS = 16
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield folder
 
 
 def outcome(number: int) -> Outcome:

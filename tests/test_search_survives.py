@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import synthetic_search
-from synthetic_search import SCORE, SPACE, Synthetic, blocks_of, search_on, whole
+from synthetic_search import SCORE, SPACE, Synthetic, blocks_of, quick_folder, search_on, whole
 
 from vtr_export.search.ledger import Ledger, key_of
 
@@ -83,14 +82,9 @@ Undisturbed = tuple[dict[str, Any], int, bytes]
 
 
 @pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a place: a kill is not a power cut, and disks are slow."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        yield Path(folder)
+def tmp_path() -> Iterator[Path]:
+    with quick_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")

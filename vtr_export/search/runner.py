@@ -146,7 +146,7 @@ class Runner:
             self._report([answers])
         self._learn([answers])
         if hopeless:
-            self._forget_all_but(ahead)
+            self._forget_all_but({*ahead} - {candidate})
             return Measured(candidate, None, None, None, answers.seen)
         return self._measured(answers)
 
@@ -156,7 +156,16 @@ class Runner:
         self._forget_all_but([answers.candidate for answers in asked])
         self._complete(asked, blocks)
         self._learn(asked)
-        return [self._measured(answers) for answers in asked]
+        return [self._measured(answers, blocks) for answers in asked]
+
+    def known(self) -> list[Measured]:
+        """Every candidate that was measured whole."""
+        whole = [
+            answers
+            for candidate, answers in self._answers.items()
+            if candidate is not None and not answers.missing()
+        ]
+        return [self._measured(answers) for answers in whole]
 
     def settle(self, candidate: Candidate, layer: int) -> None:
         """See :meth:`Evaluator.settle`; the pool hears of it when it is next given work."""
@@ -254,7 +263,7 @@ class Runner:
         try:
             task, result = self.pool.collect()
         except BaseException:
-            self._flying.clear()  # what became of them is not known
+            self._forget_all_but(())  # what became of them is not known
             raise
         self._seconds += time.monotonic() - start
         self._answered += len(task.shard)
@@ -287,19 +296,20 @@ class Runner:
         rest = self._best * (self._questions - len(scores))
         return fsum([*scores, rest]) < (floor - NOISE) * self._questions
 
-    def _measured(self, answers: _Answers) -> Measured:
-        candidate = answers.candidate
+    def _measured(self, answers: _Answers, blocks: int | None = None) -> Measured:
+        """Of all blocks or the first ``blocks``, whatever else is known."""
+        candidate, results = answers.candidate, answers.results.items()
         assert candidate is not None
-        questions, kl = np.full((2, self._questions), np.nan)
-        starts = np.cumsum([0, *map(len, self._blocks)])
-        for shard, result in answers.results.items():
-            assert isinstance(result, Outcome)
-            places = starts[shard.block] + np.array(shard.rows)
-            questions[places], kl[places] = result.metric, result.kl
-        asked = ~np.isnan(questions)
-        questions, kl = questions[asked], kl[asked]
-        mean, mean_kl = fsum(questions) / len(questions), fsum(kl) / len(kl)
-        return Measured(candidate, mean, mean_kl, questions, answers.seen)
+        questions, kl = np.empty((2, self._questions))
+        starts, seen = np.cumsum([0, *map(len, self._blocks)]), list[int]()
+        for shard, result in results:
+            if isinstance(result, Outcome) and (blocks is None or shard.block < blocks):
+                places = (starts[shard.block] + np.array(shard.rows)).tolist()
+                questions[places], kl[places] = result.metric, result.kl
+                seen += places
+        seen.sort()
+        mean, mean_kl = fsum(questions[seen]) / len(seen), fsum(kl[seen]) / len(seen)
+        return Measured(candidate, mean, mean_kl, questions[seen], len(seen))
 
     def _report(self, asked: Sequence[_Answers]) -> None:
         if not asked:
