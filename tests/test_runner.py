@@ -29,8 +29,8 @@ from synthetic_search import (
 from vtr_export.search.candidate import Candidate
 from vtr_export.search.evaluator import Outcome, Shard
 from vtr_export.search.ledger import Ledger
-from vtr_export.search.pool import Task
-from vtr_export.search.runner import Measured, Progress
+from vtr_export.search.pool import Part, Task
+from vtr_export.search.runner import Measured, Progress, Runner
 
 
 def candidate(*keeps: int) -> Candidate:
@@ -233,6 +233,27 @@ def test_workers_that_would_be_idle_begin_with_what_may_come_next(
     assert is_whole(evaluator, measured)
     assert not any(task.candidate == others[0] for queue in pool.queues for task in queue)
     assert ledger.evaluations == runner.computed - 3 == len(evaluator.tasks) - 3
+
+
+def test_two_runners_on_one_pool_keep_their_results_apart(
+    evaluator: Synthetic, ledger: Ledger
+) -> None:
+    """What one has abandoned may finish when the other waits."""
+    ours, theirs = evaluator.blocks[:2], evaluator.blocks[2:]
+    pool = Shuffled(evaluator, 3, 4)
+    one, other = (
+        Runner(part, SPACE, full_flops, blocks, evaluator, ledger)
+        for part, blocks in ((pool, ours), (Part(pool, 2), theirs))
+    )
+    for keep in range(8, 20):
+        asked = candidate(keep, 5, 5)
+        one.judge(asked, 1.0)
+        measured, before = other.measure([asked])[0], one.judge(candidate(keep, 4, 4), 0.0)
+        for found, blocks in ((measured, theirs), (before, ours)):
+            expected = [evaluator.score(found.candidate, q) for block in blocks for q in block]
+            assert found.questions is not None
+            assert found.questions.tolist() == expected
+    assert ledger.evaluations + 3 == len(set(evaluator.tasks)) > one.computed + other.computed
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])

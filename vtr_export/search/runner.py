@@ -268,14 +268,15 @@ class Runner:
         self._seconds += time.monotonic() - start
         self._answered += len(task.shard)
         self._flying.discard(task)
-        answers = self._answers.get(task.candidate)
-        if answers is None or task.shard in answers.results:  # asked twice
-            return
         self._check(task, result)
         self.ledger.put(key_of(self.ledger.fingerprint, task.candidate, task.shard), result)
-        answers.results[task.shard] = result
-        self.computed += 1
-        self.decoder_flops_spent += result.decoder_flops
+        answers = self._answers.get(task.candidate)
+        if (
+            answers is not None and task.shard in answers.missing()
+        ):  # else another runner's, or late
+            answers.results[task.shard] = result
+            self.computed += 1
+            self.decoder_flops_spent += result.decoder_flops
 
     def _check(self, task: Task, result: Outcome | Unpruned) -> None:
         """An early verdict is only as good as the metric's bound."""
