@@ -105,6 +105,14 @@ def test_a_solved_curve_leaves_no_room_for_one_more_token(
     assert all(budget.cost(more) > budget.target for more in one_more(solved.candidate))
 
 
+def test_a_token_that_makes_room_for_one_before_it_is_followed_up() -> None:
+    """Layers are topped up where most is lacking first: a shallower one may be open only then."""
+    model = facts(8, 10, hidden=8, intermediate=90)
+    budget = parse_budget("flops=0.948").bind(model, Workload(10, 40))
+    solved = solve(Exponential(), Space(model), Score("previous", "text", "max"), budget)
+    assert all(budget.cost(more) > budget.target for more in one_more(solved.candidate))
+
+
 @settings(max_examples=60)
 @given(OTHERS, budgets())
 def test_no_layer_is_more_than_a_token_above_its_family(

@@ -6,9 +6,12 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,24 +153,42 @@ def after(calls: int) -> Callable[[], None]:
     return maybe
 
 
-def life(url: str, commits: int) -> bool:
-    """A process that tunes, and is killed instead of its ``commits``-th transaction or the next."""
+def is_killed(body: Callable[[], object]) -> bool:
+    """Run ``body`` in a process of its own; did it end by SIGKILL?"""
     if not (child := os.fork()):
-        from sqlalchemy import event
-        from sqlalchemy.engine import Engine
-
-        left = iter(range(commits))
-
-        @event.listens_for(Engine, "commit")
-        def die(_: object) -> None:
-            if next(left, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-
         try:
-            tune(Formula(), url)
+            body()
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tune_until_commit(url: str, commits: int) -> None:
+    """Killed instead of the next transaction after so many."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    left = iter(range(commits))
+    event.listen(Engine, "commit", lambda _: None if next(left, None) is not None else die())
+    tune(Formula(), url)
+
+
+def tune_until_proposal(url: str, proposals: int) -> None:
+    """Killed when a proposal was made, after so many, and its parameters are not yet written."""
+    propose, left = optuna.samplers.GPSampler.sample_relative, iter(range(proposals))
+
+    def watched(*given: Any) -> dict[str, Any]:
+        proposal = propose(*given)
+        if proposal and next(left, None) is None:
+            die()
+        return proposal
+
+    optuna.samplers.GPSampler.sample_relative = watched  # in the child, which dies
+    tune(Formula(), url)
 
 
 def tune(runner: Formula, storage: str | None = None) -> Tuned:
@@ -179,12 +200,21 @@ def test_a_study_in_a_database_goes_on_where_it_was_killed(tmp_path: Path) -> No
     expected = tune(whole)
     url = f"sqlite:///{tmp_path / 'study.db'}"
     lives = 0
-    while life(url, 5 + 3 * lives):  # each gets a little further than the one before
+    while is_killed(
+        partial(tune_until_commit, url, 10 + 15 * lives)
+    ):  # each gets a little further than the one before
         lives += 1
-    assert lives > 5
+    assert lives > 1
     idle = Formula()
     assert tune(idle, url) == expected
     assert idle.asked == []
+
+
+@pytest.mark.parametrize("proposals", [0, 1])
+def test_a_proposal_that_was_half_written_is_made_again(tmp_path: Path, proposals: int) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    assert is_killed(partial(tune_until_proposal, url, proposals))
+    assert tune(Formula(), url) == tune(Formula())
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
