@@ -1,7 +1,8 @@
 """Calibration questions as a model takes them, and its answers as a metric takes them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -43,6 +44,44 @@ class Prompts:
     def text(self, tokens: Sequence[int]) -> str:
         """An answer's text, without what ended it."""
         return self.processor.tokenizer.decode(list(tokens)).strip()
+
+
+class Draft(Protocol):
+    """What the unpruned model answered to one question."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """With the end token, if one ended it."""
+        ...
+
+    @property
+    def metric(self) -> float:
+        """The answer's."""
+        ...
+
+
+def metrics_by_drafts(
+    metric: Metric,
+    questions: Sequence[Question],
+    drafts: Sequence[Draft],
+    said: Sequence[Sequence[int]],
+    kl: Floats,
+    answer: Callable[[Sequence[int]], Sequence[str]],
+) -> Floats:
+    """Each question's metric under a candidate that was fed the drafts.
+
+    ``said``: its best token at every place of each draft. Where all agree, the draft is what it
+    answers; ``answer`` gives the texts of the rows where they do not, and is not asked without one.
+    """
+    agreed = [agreed_share(draft.tokens, row) for draft, row in zip(drafts, said, strict=True)]
+    if metric.text is None:
+        rows = zip(questions, agreed, kl.tolist(), strict=True)
+        return np.array([metric_of(metric, question, "", *row) for question, *row in rows])
+    metrics = np.array([draft.metric for draft in drafts])
+    unlike = [row for row, share in enumerate(agreed) if share < 1]
+    for row, text in zip(unlike, answer(unlike) if unlike else (), strict=True):
+        metrics[row] = metric.text(text, questions[row])
+    return metrics
 
 
 def metric_of(metric: Metric, question: Question, text: str, agreed: float, kl: float) -> float:

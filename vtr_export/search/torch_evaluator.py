@@ -13,7 +13,7 @@ from vtr_export.search.calibration import Question
 from vtr_export.search.candidate import Candidate, Space
 from vtr_export.search.evaluator import Floats, Outcome, Shard, Unpruned
 from vtr_export.search.metrics import Metric
-from vtr_export.search.prompts import SHARD, agreed_share, metric_of
+from vtr_export.search.prompts import SHARD, metric_of, metrics_by_drafts
 from vtr_export.search.torch_model import TorchModel, describe
 from vtr_export.search.work import Width, call_flops, step_flops
 
@@ -100,25 +100,28 @@ class TorchEvaluator:
         metric, again = self._metric(candidate, shard, log_probs.argmax(-1).tolist(), kl)
         return Outcome(metric, kl, flops + again)
 
+    def answer(
+        self, candidate: Candidate, questions: Sequence[Question]
+    ) -> tuple[list[float], int]:
+        """Answer any questions greedily, sharing nothing: the metric of each, and the FLOPs."""
+        said, flops = self._generate(candidate, questions)
+        drafts = [self._draft(question, said, row) for row, question in enumerate(questions)]
+        return [draft.metric for draft in drafts], flops
+
     def _metric(
         self, candidate: Candidate, shard: Shard, said: Sequence[Sequence[int]], kl: Floats
     ) -> tuple[Floats, int]:
         """Each question's metric: its draft's where that holds; and what answering anew cost."""
+        questions = [self.blocks[shard.block][row] for row in shard.rows]
+        spent = [0]
+
+        def answer(rows: Sequence[int]) -> list[str]:
+            answers, flops = self._generate(candidate, [questions[row] for row in rows])
+            spent.append(flops)
+            return [self._text(answers, i) for i in range(len(rows))]
+
         drafts = self._drafts_of(shard)
-        agreed = [agreed_share(d.tokens, tokens) for d, tokens in zip(drafts, said, strict=True)]
-        metric = np.array([draft.metric for draft in drafts])
-        unlike = [row for row, share in enumerate(agreed) if share < 1]
-        texts, flops = dict[int, str](), 0
-        if self.metric.text is None:
-            unlike = list(range(len(drafts)))
-        elif unlike:
-            asked = [self._question(shard, row) for row in unlike]
-            answers, flops = self._generate(candidate, asked)
-            texts = {row: self._text(answers, i) for i, row in enumerate(unlike)}
-        for row in unlike:
-            question, text = self._question(shard, row), texts.get(row, "")
-            metric[row] = metric_of(self.metric, question, text, agreed[row], float(kl[row]))
-        return metric, flops
+        return metrics_by_drafts(self.metric, questions, drafts, said, kl, answer), sum(spent)
 
     def _share(self, candidate: Candidate, block: int) -> tuple[_Shared, int]:
         """The furthest call that ``candidate`` can go on from, once brought to what is settled."""
@@ -179,9 +182,6 @@ class TorchEvaluator:
 
     def _text(self, said: Generation, row: int) -> str:
         return self.model.prompts.text(self._tokens(said, row))
-
-    def _question(self, shard: Shard, row: int) -> Question:
-        return self.blocks[shard.block][shard.rows[row]]
 
     def _drafts_of(self, shard: Shard) -> list[_Draft]:
         drafts = self._block_drafts(shard.block)
