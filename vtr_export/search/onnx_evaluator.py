@@ -17,6 +17,7 @@ from vtr_export.runtime.artifact import Artifact
 from vtr_export.runtime.batch import Ints
 from vtr_export.runtime.decoder import Decoder
 from vtr_export.runtime.model import Model
+from vtr_export.runtime.processor import Processor
 from vtr_export.runtime.session import Array
 from vtr_export.search.calibration import Question
 from vtr_export.search.candidate import Candidate, Score, Space
@@ -70,17 +71,17 @@ class OnnxEvaluator:
         threads: int | None = None,
         max_new_tokens: int = 16,
     ) -> None:
+        self.space = space_of(artifact)  # refused before anything is loaded
         threads = threads or _threads(artifact)
         self.artifact = Artifact.load(artifact, device=device, threads=threads)
-        self.facts, self.prompts = self.artifact.processor.facts, Prompts(artifact)
-        self.space = _space(self.artifact)
+        self.facts, self.prompts = self.space.facts, Prompts(artifact)
         self.blocks, self.metric, self.max_new_tokens = blocks, metric, max_new_tokens
         self._drafts: dict[int, list[_Draft]] = {}
         self._features: dict[Path, Array] = {}  # image → [1, tokens, D]
 
     def fingerprint(self) -> Mapping[str, str]:
         """Artifact, device, and how long answers may be."""
-        return describe(self.artifact.manifest, self.artifact.device, self.max_new_tokens)
+        return describe(self.artifact.folder, self.artifact.device, self.max_new_tokens)
 
     def unpruned(self, block: int) -> Unpruned:
         """Answer greedily; the answers become the drafts."""
@@ -188,8 +189,9 @@ class OnnxEvaluator:
         return tuple(tokens[: last + 1])
 
 
-def describe(manifest: Manifest, device: str, max_new_tokens: int) -> dict[str, str]:
+def describe(folder: Path, device: str, max_new_tokens: int) -> dict[str, str]:
     """What answers depend on: every byte of the artifact, where it runs, how long an answer is."""
+    manifest = _manifest(folder)
     content = manifest.model_dump(mode="json", include={"files", "source"})
     return {
         "evaluator": "artifact",
@@ -200,9 +202,9 @@ def describe(manifest: Manifest, device: str, max_new_tokens: int) -> dict[str, 
     }
 
 
-def _space(artifact: Artifact) -> Space:
+def space_of(folder: Path) -> Space:
     """The artifact's one score, every layer; ArtifactError for what a search cannot turn."""
-    manifest, facts = artifact.manifest, artifact.processor.facts
+    manifest, facts = _manifest(folder), Processor(folder).facts
     schedule, stages = manifest.schedule, manifest.model.stages[1:]
     score = Score(schedule.score_from, schedule.query, schedule.heads)
     space = Space(facts, (score,))
@@ -214,7 +216,7 @@ def _space(artifact: Artifact) -> Space:
         problem = f"it has no cut before layers {', '.join(map(str, missing))}"
     elif any(s.keep is None or s.keep.denominator != space.parts for s in stages):
         problem = f"its keeps do not count in {space.parts} parts of an image"
-    elif stages[0].first_layer == 0:
+    elif any(stage.first_layer == 0 for stage in stages):
         problem = "it has a cut before layer 0, which a search leaves alone"
     elif given != _AS_SEARCHED:
         problem = f"it has {given}, a search finds schedules with {_AS_SEARCHED}"
@@ -223,10 +225,19 @@ def _space(artifact: Artifact) -> Space:
     tokens = f" --tokens {space.parts}" if facts.tokens_per_image else ""
     raise ArtifactError(
         f"the artifact cannot be searched on: {problem}",
-        where=str(artifact.folder),
+        where=str(folder),
         hint=f"vtr schedule pyramid --ratio 1 --layers {space.layers} --parts {space.layers}"
         f"{tokens} --out open.yaml; choose its score; then vtr export --tunable -s open.yaml",
     )
+
+
+def _manifest(folder: Path) -> Manifest:
+    """Of an engine: that of the artifact it was built from."""
+    if kind_of(folder) != "engine":
+        return Manifest.load(folder)
+    from vtr_export.engine_manifest import EngineManifest
+
+    return EngineManifest.load(folder).artifact
 
 
 def _threads(artifact: Path) -> int | None:
