@@ -88,6 +88,13 @@ def test_a_layer_that_scores_all_alike_has_no_tau() -> None:
     assert data["questions"] == 1
 
 
+def test_a_question_without_a_tau_is_left_out() -> None:
+    alike, swapped = np.array([[1.0, 1, 1], [1, 2, 3]]), np.array([[1.0, 2, 3], [1, 3, 2]])
+    found = ranks([alike, swapped], Score())
+    assert found.tau[0, 1] == pytest.approx(1 / 3)
+    assert found.spread[0, 1] == pytest.approx(0)
+
+
 @pytest.mark.parametrize("scores", [[], [np.ones((1, 5))], [np.ones((3, 1))]])
 def test_nothing_to_compare_is_refused(scores: list[np.ndarray]) -> None:
     with pytest.raises(ValueError, match="at least"):

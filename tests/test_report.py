@@ -43,7 +43,7 @@ from vtr_export.search.report_plots import pareto_front
 from vtr_export.search.statistics import Difference
 from vtr_export.search.trial_store import Result as TrialResult
 
-HOSTILE = '</td></pre><script src="http://e.vil/x.js">alert(1)</script> $\\frac{'
+HOSTILE = '$\\frac{$ </td></pre><script src="http://e.vil/x.js">alert(1)</script>'
 VOID = {"meta", "img", "br", "hr", "input", "link"}
 RNG = np.random.default_rng(0)
 WORSE = Difference(-0.0156, -0.0461, 0.0153, 128, 64, 0, 2, 0.5)
@@ -267,10 +267,12 @@ def little_room() -> Iterator[None]:
 def test_a_report_replaces_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     target.write_text("old")
+    (tmp_path / "open elsewhere").hardlink_to(target)
     report = report_of("schedule")
     write(report, target)
     assert target.read_text(encoding="utf-8") == page(report)
-    assert list(tmp_path.iterdir()) == [target]
+    assert (tmp_path / "open elsewhere").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.usefixtures("little_room")
@@ -327,9 +329,11 @@ def test_examples_show_the_tokens_that_the_scores_chose(tmp_path: Path) -> None:
     questions = CalibrationSet.load(tmp_path / "questions.jsonl").questions
     model, score = TorchModel(folder, "cpu", "fp32"), Score("previous", "last", "mean")
     shown = examples(model, Candidate((16, 7, 3), score, 16), questions, max_new_tokens=3)
-    assert len({question.images for question in questions}) == len(shown) == 2
-    for each in shown:
-        (question,) = (one for one in questions if one.text == each.question)
+    first = {question.images: question for question in reversed(questions)}
+    asked = [question for question in questions if question in first.values()]
+    assert len(asked) == 2
+    for each, question in zip(shown, asked, strict=True):
+        assert each.question == question.text
         assert each.view.size == (28, 28)
         assert (each.grid.rows, each.grid.columns, each.grid.leading) == (4, 4, 0)
         batch = model.batch([question])
