@@ -51,6 +51,7 @@ class TorchModel:
         self.prompts = Prompts(folder)
         self.ends = _end_tokens(self.model)
         self._features: dict[Path, Tensor] = {}  # image → [tokens, D], on the CPU
+        self._ids: dict[str, tuple[int, ...]] = {}  # question → tokens, its image's among them
 
     @property
     def embed_tokens(self) -> Any:
@@ -68,10 +69,7 @@ class TorchModel:
         image_id, pad = self.facts.image_token_id, 0
         assert image_id is not None, "a family without an image token has no prompts"
         features = [[self._feature(path) for path in each.images] for each in questions]
-        rows = [
-            self.prompts.ids(question, [len(one) for one in own])
-            for question, own in zip(questions, features, strict=True)
-        ]
+        rows = [self._tokens(one, own) for one, own in zip(questions, features, strict=True)]
         ids, mask = pad_batch(rows, pad, image_id)
         is_vision = ids == image_id
         vision = vision_index_of(is_vision, mask)
@@ -94,9 +92,11 @@ class TorchModel:
             batch.embeds, batch.mask, positions, batch.vision, drafted=batch.drafted
         )
 
-    def forget_images(self) -> None:
-        """Features are needed until their block's prompts are held."""
-        self._features.clear()
+    def _tokens(self, question: Question, features: Sequence[Tensor]) -> tuple[int, ...]:
+        if question.sha256 not in self._ids:
+            counts = [len(one) for one in features]
+            self._ids[question.sha256] = self.prompts.ids(question, counts)
+        return self._ids[question.sha256]
 
     @torch.no_grad()
     def _feature(self, image: Path) -> Tensor:

@@ -1,0 +1,157 @@
+"""What sharing, early verdicts and hard questions first save a G-Search on the digits sample.
+
+python samples/bench/search_cost.py
+
+The naive search asks about the same candidates by the same bisection, but answers every question
+under each of them from layer 0 on, greedily. Both must find the same schedule. Seconds are of the
+search alone: the model is loaded and the unpruned answers are known. Tolerance one question per
+layer, so that sets of any size find something.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from measure import HERE, head, in_turns, parser, say, table, verdict, work
+
+from vtr_export.search.candidate import Candidate, Score
+from vtr_export.search.gsearch import floors, gsearch, levels_of
+from vtr_export.search.pool import Inline
+from vtr_export.search.prompts import SHARD
+from vtr_export.search.session import Session, Setup
+from vtr_export.search.torch_evaluator import TorchEvaluator
+
+SAMPLE = HERE.parent / "digits"
+SCORE = Score("previous", "text", "mean")
+QUESTIONS, STEP, BAR = 2048, 4, 1 / 3
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to search: what it found and took."""
+
+    keeps: tuple[int, ...]
+    candidates: int
+    seconds: float
+    flops: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a candidate scored."""
+
+    candidate: Candidate
+    metric: float
+
+
+class Naive:
+    """Answers every question under every candidate, from the beginning."""
+
+    def __init__(self, evaluator: TorchEvaluator) -> None:
+        self.evaluator, self.asked, self.flops = evaluator, 0, 0
+
+    def judge(self, candidate: Candidate, floor: float, ahead: Sequence[Candidate] = ()) -> Verdict:
+        """All of them, whatever the floor."""
+        self.asked += 1
+        scores = list[float]()
+        for block in self.evaluator.blocks:
+            for start in range(0, len(block), SHARD):
+                questions = block[start : start + SHARD]
+                metric, flops = self.evaluator.answer(candidate, questions)
+                scores, self.flops = [*scores, *metric], self.flops + flops
+        return Verdict(candidate, sum(scores) / len(scores))
+
+    def settle(self, candidate: Candidate, layer: int) -> None:
+        """Nothing is shared."""
+
+
+def search(session: Session, judge: object) -> tuple[int, ...]:
+    """The schedule that ``judge`` leads to."""
+    tolerance = (session.space.layers - 1) / len(session.calibration)
+    floor = floors(session.unpruned.metric or 0, tolerance, session.space.layers, "even")
+    levels = levels_of(session.space.parts, STEP)
+    found = gsearch(judge, session.space, SCORE, floor=floor, levels=levels, checks=0)  # type: ignore[arg-type]  # both judge
+    return found.candidate.keeps
+
+
+def ours(setup: Setup) -> Side:
+    """A whole search with an empty ledger."""
+    setup.ledger.unlink(missing_ok=True)
+    with Session(setup) as session:
+        runner = session.runner
+        before, start = runner.decoder_flops_spent, time.perf_counter()
+        keeps = search(session, runner)
+        seconds = time.perf_counter() - start
+        return Side(keeps, runner.evaluations, seconds, runner.decoder_flops_spent - before)
+
+
+def naive(setup: Setup) -> Side:
+    """The same without sharing anything."""
+    other = replace(setup, ledger=setup.ledger.with_suffix(".naive"))
+    other.ledger.unlink(missing_ok=True)
+    with Session(other) as session:
+        pool = session.runner.pool
+        assert isinstance(pool, Inline)
+        assert isinstance(pool.evaluator, TorchEvaluator)
+        judge, start = Naive(pool.evaluator), time.perf_counter()
+        keeps = search(session, judge)
+        return Side(keeps, judge.asked, time.perf_counter() - start, judge.flops)
+
+
+def calibration(folder: Path, questions: int) -> Path:
+    """The sample's own set, written."""
+    sys.path.insert(0, str(SAMPLE))
+    from calibration import CALIBRATION, write
+    from questions import KINDS
+
+    out = folder / f"calibration-{questions}"
+    with redirect_stdout(sys.stderr):
+        write(out, questions, CALIBRATION, len(KINDS))
+    return out
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.set_defaults(runs=1)
+    made.add_argument("--questions", type=int, default=QUESTIONS)
+    args = made.parse_args()
+    torch.set_num_threads(args.threads)
+    questions = 96 if args.tiny else args.questions
+    with work(args.work) as folder:
+        setup = Setup(
+            str(SAMPLE / "model"),
+            calibration(folder, questions),
+            folder / "search.ledger",
+            device=args.device,
+            max_new_tokens=4,
+        )
+        sides = {"ours": lambda: ours(setup), "naive": lambda: naive(setup)}
+        found = in_turns(sides, args.runs, warmup=False)
+    first, plain = found["ours"][0], found["naive"][0]
+    if first.keeps != plain.keeps:
+        say(f"unlike: {first.keeps} and {plain.keeps}")
+    flops = first.flops / plain.flops
+    seconds = median(
+        a.seconds / b.seconds for a, b in zip(found["ours"], found["naive"], strict=True)
+    )
+    rows = [("", "candidates", "decoder FLOPs", "seconds")]
+    rows += [
+        (name, str(side.candidates), f"{side.flops:.3g}", f"{side.seconds:.1f}")
+        for name, side in (("naive", plain), ("ours", first))
+    ]
+    rows.append(
+        ("ours of naive", "", f"{flops:.3f} (bar 1/3: {verdict(flops <= BAR)})", f"{seconds:.3f}")
+    )
+    print(head(f"{args.device}, {args.threads} threads", f"{questions} questions, step {STEP}"))
+    print(table(rows))
+    print(f"\nfound {first.keeps}, {SCORE}")
+    raise SystemExit(first.keeps != plain.keeps)
+
+
+if __name__ == "__main__":
+    main()
