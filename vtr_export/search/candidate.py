@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
+from vtr_export import generators
 from vtr_export.families import ModelFacts
 from vtr_export.schedule import Cut, Keep, Resolved, Schedule
 
@@ -114,8 +115,11 @@ class Candidate:
             heads=self.score.heads,
         )
 
-    def schedule(self, facts: ModelFacts, origin: Mapping[str, Any]) -> Schedule:
-        """A document that ``vtr export`` compiles."""
+    def schedule(
+        self, facts: ModelFacts, origin: Mapping[str, Any], model: str | None = None
+    ) -> Schedule:
+        """A document that ``vtr export`` compiles; ``model`` as its own key would spell it."""
         varies = facts.tokens_per_image is None
         keeps = [f"{keep}%" if varies else keep for keep in self.keeps]
-        return Schedule.from_keeps(keeps, score=self.score.to_data(), origin=origin)
+        data = generators.from_keeps(keeps, {"score": self.score.to_data()}, dict(origin))
+        return Schedule.from_data(data if model is None else data | {"model": model})
