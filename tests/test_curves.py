@@ -85,6 +85,16 @@ def one_more(candidate: Candidate) -> list[Candidate]:
     return more
 
 
+def one_cut_less(candidate: Candidate) -> list[Candidate]:
+    """Every schedule that keeps at one cut what the layers before it have."""
+    fewer, keeps = [], candidate.keeps
+    for level in sorted(set(keeps))[:-1]:
+        above = min(keep for keep in keeps if keep > level)
+        raised = tuple(above if keep == level else keep for keep in keeps)
+        fewer.append(Candidate(raised, candidate.score, candidate.parts))
+    return fewer
+
+
 @settings(max_examples=150)
 @given(st.one_of(SIGMOIDS, OTHERS), budgets(), st.sampled_from(SCORES))
 def test_a_solved_curve_leaves_no_room_for_one_more_token(
@@ -103,6 +113,21 @@ def test_a_solved_curve_leaves_no_room_for_one_more_token(
     assert keeps[-1] >= 0
     assert budget.cost(solved.candidate) == solved.cost <= budget.target
     assert all(budget.cost(more) > budget.target for more in one_more(solved.candidate))
+    assert all(budget.cost(more) > budget.target for more in one_cut_less(solved.candidate))
+
+
+def test_a_cut_that_costs_more_than_it_drops_is_left_out() -> None:
+    """Tokens cost 1 a layer, a cut 30: no layer may lie a little below the one before it."""
+
+    def cost(candidate: Candidate) -> float:
+        return (sum(candidate.keeps) + 30 * len(candidate.cut_layers())) / 1000
+
+    space, budget = Space(facts(10, 100)), Budget("made up", 0.5, cost)
+    for curve in (Sigmoid(0.0, 2.0), Linear(), Random(1)):
+        solved = solve(curve, space, Score(), budget)
+        assert all(cost(more) > 0.5 for more in one_cut_less(solved.candidate))
+        assert 0.5 - solved.cost < 0.03
+    assert solve(Sigmoid(0.0, 2.0), space, Score(), budget).candidate.keeps[1] == 100
 
 
 def test_a_token_that_makes_room_for_one_before_it_is_followed_up() -> None:

@@ -193,8 +193,8 @@ def solve(curve: Curve, space: Space, score: Score, budget: Budget) -> Solved:
     """The curve at a budget: never above it, and no layer could keep one more token below it.
 
     Bisection finds the parameter, rounded down to tokens; then single tokens are given back, where
-    rounding took most first. Raises InputError, with what the family reaches, if the budget is out
-    of reach.
+    rounding took most first, and cuts that cost more than they drop are left out. Raises
+    InputError, with what the family reaches, if the budget is out of reach.
     """
     low, high = curve.limits(space.layers)
     _check_reach(curve, space, score, budget)
@@ -242,16 +242,24 @@ def _up(cost: float) -> float:
 
 
 def _top_up(candidate: Candidate, wanted: Floats, budget: Budget) -> Candidate:
-    """Give single tokens back until none fits; where most is lacking first, then shallow first."""
-    while True:
+    """Give tokens back until none fits; where most is lacking first, then shallow first.
+
+    A cut that would cost more than what it drops goes, and its tokens stay.
+    """
+    before = None
+    while candidate != before:
         before = candidate
         lacking = np.asarray(candidate.keeps) - wanted
         for layer in np.argsort(lacking[1:], kind="stable") + 1:
-            raised = raise_keep(candidate, int(layer))
-            if raised is not None and budget.cost(raised) <= budget.target:
-                candidate = raised
-        if candidate == before:
-            return candidate
+            candidate = _within(budget, raise_keep(candidate, int(layer)), candidate)
+        for layer in candidate.cut_layers():
+            candidate = _within(budget, raise_run(candidate, layer), candidate)
+    return candidate
+
+
+def _within(budget: Budget, raised: Candidate | None, candidate: Candidate) -> Candidate:
+    """``raised`` if the budget allows it."""
+    return candidate if raised is None or budget.cost(raised) > budget.target else raised
 
 
 def raise_keep(candidate: Candidate, layer: int) -> Candidate | None:
@@ -261,3 +269,11 @@ def raise_keep(candidate: Candidate, layer: int) -> Candidate | None:
         return None
     keeps[layer] += 1
     return Candidate(tuple(keeps), candidate.score, candidate.parts)
+
+
+def raise_run(candidate: Candidate, layer: int) -> Candidate:
+    """Without the cut before ``layer``: its stage keeps what the one before it keeps."""
+    keeps = candidate.keeps
+    level, before = keeps[layer], keeps[layer - 1]
+    raised = tuple(before if i >= layer and keep == level else keep for i, keep in enumerate(keeps))
+    return Candidate(raised, candidate.score, candidate.parts)
