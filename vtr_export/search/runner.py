@@ -271,9 +271,7 @@ class Runner:
         self._check(task, result)
         self.ledger.put(key_of(self.ledger.fingerprint, task.candidate, task.shard), result)
         answers = self._answers.get(task.candidate)
-        if (
-            answers is not None and task.shard in answers.missing()
-        ):  # else another runner's, or late
+        if answers is not None and task.shard in answers.missing():  # else late, or not ours
             answers.results[task.shard] = result
             self.computed += 1
             self.decoder_flops_spent += result.decoder_flops
