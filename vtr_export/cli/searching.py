@@ -110,7 +110,7 @@ def _scores(text: str, session: "Session") -> "tuple[Score, ...]":
 def _write_schedule(search: "Search", out: Path) -> str:
     """The YAML, written whole or not at all."""
     session = search.session
-    model = _seen_from(out, session.setup.model)
+    model = _seen_from(out, session.setup.model) if session.is_checkpoint else None
     schedule = search.result.candidate.schedule(session.facts, search.origin(), model)
     text = schedule.dump()
     write_text(out, text)
@@ -141,14 +141,16 @@ def _seen_from(out: Path, model: str) -> str:
 def _write_report(search: "Search", schedule: str, page: Path, ranks: bool) -> None:
     from vtr_export.search.examples import examples
     from vtr_export.search.ranks import model_ranks
-    from vtr_export.search.report import write
+    from vtr_export.search.report import KeptImage, write
     from vtr_export.search.summary import to_report
 
-    model = search.session.model()
+    model, ranked = search.session.model(), None
+    kept: tuple[KeptImage, ...] = ()
     questions, candidate = search.session.calibration.questions, search.result.candidate
-    ranked = model_ranks(model, questions[:RANKED], candidate.score) if ranks else None
-    new = search.session.setup.max_new_tokens
-    kept = examples(model, candidate, questions, max_new_tokens=new)
+    if model is not None:
+        ranked = model_ranks(model, questions[:RANKED], candidate.score) if ranks else None
+        new = search.session.setup.max_new_tokens
+        kept = examples(model, candidate, questions, max_new_tokens=new)
     write(to_report(search, schedule, ranked, kept), page)
 
 

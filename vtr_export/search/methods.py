@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vtr_export import __version__
+from vtr_export.errors import InputError
 from vtr_export.search.budget import Budget, BudgetOption
 from vtr_export.search.candidate import Candidate, Score
 from vtr_export.search.comparison import Row, compare
@@ -268,6 +269,12 @@ class Search:
         if option.backend is None:
             return None
         session, name = self.session, f"latency {option.backend} {score}"
+        if not session.is_checkpoint:
+            raise InputError(
+                f"--budget {option.text} times exports of a checkpoint, and this is an artifact",
+                where=str(session.folder),
+                hint="search on the checkpoint, or give a budget in flops or tokens",
+            )
         noted = session.ledger.noted(name)
         if noted is not None:
             return LatencyTable.from_json(noted)

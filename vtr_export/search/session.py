@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vtr_export import __version__
 from vtr_export.checkpoint import find_folder, read_config
 from vtr_export.errors import InputError
-from vtr_export.families import ModelFacts, read_facts
+from vtr_export.families import read_facts
+from vtr_export.published import MANIFEST
+from vtr_export.search import onnx_evaluator
 from vtr_export.search.budget import Workload
 from vtr_export.search.calibration import CalibrationSet, Question, refuse_overlap
 from vtr_export.search.candidate import Space
 from vtr_export.search.evaluator import Evaluator
 from vtr_export.search.ledger import Ledger
 from vtr_export.search.metrics import Metric, get_metric
+from vtr_export.search.onnx_evaluator import space_of
 from vtr_export.search.pool import Inline, Part, Pool
 from vtr_export.search.prompts import Prompts, blocks_of
 from vtr_export.search.runner import Progress, Runner
@@ -61,8 +64,9 @@ class Session:
     ) -> None:
         self.setup, self.metric = setup, get_metric(setup.metric)
         self.folder = find_folder(setup.model)
-        self.facts = _facts(self.folder)
-        self.space = Space(self.facts)
+        self.is_checkpoint = not (self.folder / MANIFEST).exists()
+        self.space = _space(self.folder) if self.is_checkpoint else space_of(self.folder)
+        self.facts = self.space.facts
         self.calibration, self.evaluation = _sets(setup, self.metric)
         self._say, self._progress, self._exit = say, progress, ExitStack()
         self.warnings: list[str] = []
@@ -90,14 +94,16 @@ class Session:
         vision = round(sum(images) / len(images) * (self.facts.tokens_per_image or 0))
         return Workload(vision, round(self.naive.mean_text))
 
-    def model(self) -> "TorchModel":
-        """The checkpoint in this process: the evaluator's own, else loaded now."""
+    def model(self) -> "TorchModel | None":
+        """The checkpoint, the evaluator's own or loaded now; None where an artifact is searched on."""
         from vtr_export.search.torch_evaluator import TorchEvaluator
         from vtr_export.search.torch_model import TorchModel
 
         pool = self.runner.pool
         if isinstance(pool, Inline) and isinstance(pool.evaluator, TorchEvaluator):
             return pool.evaluator.model
+        if not self.is_checkpoint:
+            return None
         return TorchModel(self.folder, self.setup.device, self.setup.dtype)
 
     def identity(self) -> Mapping[str, str]:
@@ -114,7 +120,7 @@ class Session:
         self.ledger = self._exit.enter_context(Ledger.open(self.setup.ledger, fingerprint))
         self.warnings += self.ledger.warnings
         self._say("loading the model")
-        pool = self._pool((*questions, *others), fingerprint)
+        pool = self._pool((*questions, *others))
         self._exit.callback(pool.close)
         self.runner = self._runner(pool, questions)
         self.held_out = self._runner(Part(pool, len(questions)), others) if others else None
@@ -132,29 +138,36 @@ class Session:
         )
 
     def _fingerprint(self) -> dict[str, str]:
-        from vtr_export.search.torch_model import describe
-
-        setup = self.setup
         return {
-            **describe(self.folder, setup.device, setup.dtype, setup.max_new_tokens),
+            **self._described(),
             "metric": f"{self.metric.name} {self.metric.version}",
             "calibration": self.calibration.sha256,
             "vtr-export": __version__,
         }
 
-    def _pool(self, blocks: Sequence[Sequence[Question]], fingerprint: Mapping[str, str]) -> Pool:
+    def _described(self) -> Mapping[str, str]:
+        """What answers depend on; the evaluator says the same once it is loaded."""
+        setup = self.setup
+        if not self.is_checkpoint:
+            return onnx_evaluator.describe(self.folder, setup.device, setup.max_new_tokens)
+        from vtr_export.search.torch_model import describe
+
+        return describe(self.folder, setup.device, setup.dtype, setup.max_new_tokens)
+
+    def _maker(self, blocks: Sequence[Sequence[Question]]) -> Callable[[], Evaluator]:
+        """What loads the model; pickled where it is called elsewhere."""
+        setup = self.setup
+        options: dict[str, Any] = {"device": setup.device, "max_new_tokens": setup.max_new_tokens}
+        if not self.is_checkpoint:
+            kind = onnx_evaluator.OnnxEvaluator
+            return partial(kind, self.folder, blocks, self.metric, **options)
         from vtr_export.search.torch_evaluator import TorchEvaluator
 
-        setup = self.setup
-        make: Callable[[], Evaluator] = partial(
-            TorchEvaluator,
-            self.folder,
-            blocks,
-            self.metric,
-            device=setup.device,
-            dtype=setup.dtype,
-            max_new_tokens=setup.max_new_tokens,
-        )
+        options["dtype"] = setup.dtype
+        return partial(TorchEvaluator, self.folder, blocks, self.metric, **options)
+
+    def _pool(self, blocks: Sequence[Sequence[Question]]) -> Pool:
+        setup, make = self.setup, self._maker(blocks)
         if not setup.on_ray:
             return Inline(make())
         from vtr_export.search.ray_pool import RayPool
@@ -166,11 +179,12 @@ class Session:
             workers=setup.workers,
             blocks=len(blocks),
             gpus_per_worker=gpus,
+            fingerprint=self._described(),
         )
 
 
-def _facts(folder: Path) -> ModelFacts:
-    return read_facts(read_config(folder)[0], str(folder / "config.json"))
+def _space(folder: Path) -> Space:
+    return Space(read_facts(read_config(folder)[0], str(folder / "config.json")))
 
 
 def _sets(setup: Setup, metric: Metric) -> tuple[CalibrationSet, CalibrationSet | None]:
