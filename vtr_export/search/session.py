@@ -95,7 +95,7 @@ class Session:
         return Workload(vision, round(self.naive.mean_text))
 
     def model(self) -> "TorchModel | None":
-        """The checkpoint, the evaluator's own or loaded now; None where an artifact is searched on."""
+        """The checkpoint, the evaluator's own or loaded now; None of an artifact."""
         from vtr_export.search.torch_evaluator import TorchEvaluator
         from vtr_export.search.torch_model import TorchModel
 
