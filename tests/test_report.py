@@ -302,6 +302,14 @@ def test_pictures_without_matplotlib_say_what_to_install(monkeypatch: pytest.Mon
     assert "vtr-export[search]" in caught.value.hint
 
 
+def test_what_passes_may_differ_by_layer() -> None:
+    falling = report_of("tries", floor=lambda layer: 1 - layer / 100)
+    text = " ".join(Outline(page(falling)).text.split())
+    assert "at least 99.00 % at the first layer, falling to 98.00 % at the last" in text
+    assert "1 99.00 % 8 99.00 %4 50.00 % failed" in text
+    assert "2 98.00 % 2 abandoned" in text
+
+
 def test_keeps_may_be_shares() -> None:
     text = Outline(page(replace(report_of("keeps"), parts=100, varies=True))).text
     assert "How many % of the vision tokens enter" in text

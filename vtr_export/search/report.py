@@ -4,7 +4,7 @@ import base64
 import io
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,7 @@ class SearchReport:
     curves: tuple[Curve, ...] = ()
     points: tuple[Point, ...] = ()
     tries: tuple[Try, ...] = ()
-    floor: float | None = None  # least metric that passes
+    floor: float | Callable[[int], float] | None = None  # least metric that passes, at each layer
     violations: tuple[Violation, ...] = ()
     scores: tuple[ScoreTrial, ...] = ()
     tuned: Tuned | None = None
@@ -172,6 +172,14 @@ class SearchReport:
         for one in self.tries:
             layers.setdefault(one.layer, []).append(one)
         return dict(sorted(layers.items()))
+
+    @property
+    def floors(self) -> dict[int, float]:
+        """The least metric that passes at each layer that was tried."""
+        if self.floor is None:
+            return {}
+        floor = self.floor
+        return {one: floor(one) if callable(floor) else floor for one in self.tries_by_layer}
 
 
 def write(report: SearchReport, path: Path) -> None:

@@ -192,9 +192,11 @@ def _tries(figure: "Figure", report: "SearchReport", narrow: bool) -> None:
         if shown:
             above.scatter([x for x, _ in shown], [one.keep for _, one in shown], label=name, **look)
         below.scatter([x for x, _ in whole], [scale * metric for _, metric in whole], **look)
-    if report.floor is not None:
+    if report.floors:
+        ends = [layer - 0.5 for layer in report.floors], [layer + 0.5 for layer in report.floors]
         style = {"color": SOFT, "linewidth": 0.9, "linestyle": "--"}
-        below.axhline(scale * report.floor, label="least that passes", **style)
+        least = [scale * floor for floor in report.floors.values()]
+        below.hlines(least, *ends, label="least that passes", **style)
     below.margins(y=0.15)
     _keep_axis(above, report.parts)
     _layer_axis(below, max(layers) + 1, narrow)

@@ -70,7 +70,6 @@ def to_report(
     """Everything the page shows."""
     session, result = search.session, search.result
     found, tuned = result.found, result.tuned
-    last = session.space.layers - 1
     return pages.SearchReport(
         title=f"{_TITLES[result.method]} on {session.folder.resolve().name}",
         metric=session.metric.name,
@@ -82,7 +81,7 @@ def to_report(
         curves=_curves(search),
         points=_points(search),
         tries=found.tries if found else (),
-        floor=result.floor(last) if result.floor else None,
+        floor=result.floor,
         violations=found.violations() if found else (),
         scores=tuple(
             pages.ScoreTrial(
