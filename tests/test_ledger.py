@@ -86,9 +86,12 @@ def test_what_was_put_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
         for value in (1, None, state):
             ledger.note("state", value)
             assert ledger.noted("state") == value
+        ledger.note(name := "ü" * 5000, "long")
+        ledger.note(f"{name}.", "longer")
     with Ledger.open(path, FINGERPRINT) as ledger:
         assert same(ledger.get(key(0)), outcome(0))
         assert ledger.noted("state") == state
+        assert (ledger.noted(name), ledger.noted(f"{name}.")) == ("long", "longer")
         again = ledger.get_unpruned(key(0))
         assert again is not None
         assert np.array_equal(again.metric, unpruned.metric)
@@ -97,6 +100,8 @@ def test_what_was_put_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
         assert ledger.evaluations == 1
         assert not ledger.warnings
     assert [file.name for file in path.parent.iterdir()] == ["ledger"]
+    data, bodies = path.read_bytes(), sqlite3.connect(path).execute("SELECT body FROM record")
+    assert all(body in data for (body,) in bodies)  # in one piece, or it could not be read back
 
 
 def test_a_key_names_all_that_a_result_depends_on() -> None:

@@ -23,6 +23,7 @@ from vtr_export.search.candidate import Candidate
 from vtr_export.search.evaluator import Floats, Outcome, Shard, Unpruned
 from vtr_export.search.ledger_file import (
     INSERT,
+    NAME,
     OTHER,
     OUTCOME,
     check_place,
@@ -107,7 +108,7 @@ class Ledger:
             self._write(name, _pack(result.metric, second, result.decoder_flops))
 
     def note(self, name: str, value: Any) -> None:
-        """Remember a JSON value by a short name; the latest holds."""
+        """Remember a JSON value by a name; the latest holds."""
         note, text = self._note(name), _json(value)
         if self._values.get(note) != text:
             self._write(note, text)
@@ -138,7 +139,8 @@ class Ledger:
 
     def _note(self, name: str) -> str:
         """Bound to the fingerprint, for it may be the record that a damaged ledger lost."""
-        return f"note:{_sha256(self.fingerprint)[:16]}:{name}"
+        short = name if len(name) <= NAME else _sha256(name)
+        return f"note:{_sha256(self.fingerprint)[:16]}:{short}"
 
     def _write(self, name: str, value: bytes) -> None:
         record, self._next = Record(self._next, name, value), self._next + 1

@@ -28,6 +28,7 @@ _TABLES: Final = (
 _SELECTS: Final = tuple(
     f"SELECT CAST(body AS BLOB) FROM {table} ORDER BY id" for table in ("head", "record")
 )
+NAME: Final = 100  # characters; with a frame they must fit on a page
 _SQLITE: Final = b"SQLite format 3\0"
 _SIDECARS: Final = ("-journal", "-wal", "-shm")
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -212,8 +213,8 @@ def _stage(path: Path, records: Sequence[Record]) -> Path:
 
 
 def rows_of(record: Record) -> list[tuple[str, bytes]]:
-    """As the table takes them; the name is for people."""
-    return [(record.name, frame) for frame in record.frames()]
+    """As the table takes them; what is left of the name is for people."""
+    return [(record.name[:NAME], frame) for frame in record.frames()]
 
 
 def _put(staging: Path, path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 PAGE_BYTES = 4096
-FRAME_BYTES = 3600  # a page less its own bookkeeping and the row's name
+FRAME_BYTES = 3600  # a page, less its own bookkeeping and what the row has for people
 _MARK = b"vtr\xff\x00rec"
 _HEAD = struct.Struct("<8sQHHHH")  # mark, number, part, parts, bytes of the name, of the value
 _CHECK_BYTES = 16
