@@ -182,33 +182,66 @@ class Solved:
         }
 
 
-def candidate_at(curve: Curve, value: float, space: Space, score: Score) -> Candidate:
-    """The curve's tokens at each layer, rounded down."""
-    shares = curve.shares(space.layers, value)
-    keeps = np.floor(np.minimum.accumulate(shares) * space.parts + NOISE).astype(int).tolist()
-    return Candidate((space.parts, *keeps[1:]), score, space.parts)
+def candidate_at(
+    curve: Curve, value: float, space: Space, score: Score, closed: frozenset[int] = frozenset()
+) -> Candidate:
+    """The curve's tokens at each layer, rounded down; there is no cut before ``closed`` layers."""
+    shares = np.minimum.accumulate(curve.shares(space.layers, value))
+    keeps = np.floor(shares * space.parts + NOISE).astype(int).tolist()
+    keeps[0] = space.parts
+    for layer in sorted(closed):
+        keeps[layer] = keeps[layer - 1]
+    return Candidate(tuple(keeps), score, space.parts)
 
 
 def solve(curve: Curve, space: Space, score: Score, budget: Budget) -> Solved:
     """The curve at a budget: never above it, and no layer could keep one more token below it.
 
-    Bisection finds the parameter, rounded down to tokens; then single tokens are given back, where
-    rounding took most first, and cuts that cost more than they drop are left out. Raises
-    InputError, with what the family reaches, if the budget is out of reach.
+    Bisection finds the parameter, rounded down to tokens. Cuts that cost more than they drop are
+    left out, and it is found again without them; then tokens are given back, where rounding took
+    most first. Raises InputError, with what the family reaches, if the budget is out of reach.
     """
-    low, high = curve.limits(space.layers)
     _check_reach(curve, space, score, budget)
-    if budget.cost(candidate_at(curve, high, space, score)) <= budget.target:
-        low = high
+    closed = frozenset[int]()
+    while True:
+        value = _bisect(curve, space, score, budget, closed)
+        candidate = candidate_at(curve, value, space, score, closed)
+        wasteful = _wasteful(candidate, budget)
+        if not wasteful:
+            break
+        closed |= wasteful
+    wanted = np.minimum.accumulate(curve.shares(space.layers, value)) * space.parts
+    candidate = _top_up(candidate, wanted, budget)
+    return Solved(curve, value, candidate, budget.cost(candidate))
+
+
+def _bisect(
+    curve: Curve, space: Space, score: Score, budget: Budget, closed: frozenset[int]
+) -> float:
+    """The parameter nearest to the curve's highest that the budget allows."""
+    low, high = curve.limits(space.layers)
+    if budget.cost(candidate_at(curve, high, space, score, closed)) <= budget.target:
+        return high
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if budget.cost(candidate_at(curve, middle, space, score)) <= budget.target:
+        if budget.cost(candidate_at(curve, middle, space, score, closed)) <= budget.target:
             low = middle
         else:
             high = middle
-    wanted = np.minimum.accumulate(curve.shares(space.layers, low)) * space.parts
-    candidate = _top_up(candidate_at(curve, low, space, score), wanted, budget)
-    return Solved(curve, low, candidate, budget.cost(candidate))
+    return low
+
+
+def _wasteful(candidate: Candidate, budget: Budget) -> frozenset[int]:
+    """Layers of stages whose cut costs more than it drops, never of two stages in a row."""
+    cost, layers, last = budget.cost(candidate), set[int](), candidate.parts
+    for layer in candidate.cut_layers():
+        keeps, level = candidate.keeps, candidate.keeps[layer]
+        if keeps[layer - 1] == last and layer - 1 in layers:
+            continue
+        if budget.cost(without_cut(candidate, layer)) <= cost:
+            layers |= {i for i, keep in enumerate(keeps) if keep == level}
+            last = level
+    return frozenset(layers)
 
 
 def reach(curve: Curve, space: Space, score: Score, budget: Budget) -> tuple[float, float]:
@@ -242,18 +275,17 @@ def _up(cost: float) -> float:
 
 
 def _top_up(candidate: Candidate, wanted: Floats, budget: Budget) -> Candidate:
-    """Give tokens back until none fits; where most is lacking first, then shallow first.
-
-    A cut that would cost more than what it drops goes, and its tokens stay.
-    """
+    """Give tokens back until none fits: to stages, to layers where most is lacking, at cuts."""
     before = None
     while candidate != before:
         before = candidate
+        for layer in before.cut_layers():  # a stage that grows into the one before it stays one
+            candidate = _within(budget, raise_stage(candidate, layer), candidate)
         lacking = np.asarray(candidate.keeps) - wanted
         for layer in np.argsort(lacking[1:], kind="stable") + 1:
             candidate = _within(budget, raise_keep(candidate, int(layer)), candidate)
         for layer in candidate.cut_layers():
-            candidate = _within(budget, raise_run(candidate, layer), candidate)
+            candidate = _within(budget, without_cut(candidate, layer), candidate)
     return candidate
 
 
@@ -271,9 +303,17 @@ def raise_keep(candidate: Candidate, layer: int) -> Candidate | None:
     return Candidate(tuple(keeps), candidate.score, candidate.parts)
 
 
-def raise_run(candidate: Candidate, layer: int) -> Candidate:
-    """Without the cut before ``layer``: its stage keeps what the one before it keeps."""
-    keeps = candidate.keeps
-    level, before = keeps[layer], keeps[layer - 1]
-    raised = tuple(before if i >= layer and keep == level else keep for i, keep in enumerate(keeps))
-    return Candidate(raised, candidate.score, candidate.parts)
+def raise_stage(candidate: Candidate, layer: int) -> Candidate:
+    """One more token in each layer that keeps as many as ``layer``, which begins a stage."""
+    return _with_stage(candidate, layer, candidate.keeps[layer] + 1)
+
+
+def without_cut(candidate: Candidate, layer: int) -> Candidate:
+    """The stage that ``layer`` begins keeps what the one before it keeps."""
+    return _with_stage(candidate, layer, candidate.keeps[layer - 1])
+
+
+def _with_stage(candidate: Candidate, layer: int, keep: int) -> Candidate:
+    level = candidate.keeps[layer]
+    keeps = tuple(keep if old == level else old for old in candidate.keeps)
+    return Candidate(keeps, candidate.score, candidate.parts)
