@@ -129,9 +129,9 @@ def test_a_worker_that_dies_again_and_again_ends_the_search(pool: RayPool, tmp_p
 def test_blocks_of_a_worker_that_finds_no_place_go_to_another(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_pool, "PLACEMENT_SECONDS", 2.0)
     pool = two_workers(tmp_path)
     before = owners(pool)
+    monkeypatch.setattr(ray_pool, "PLACEMENT_SECONDS", 2.0)
     free = int(cluster.ray.available_resources().get("CPU", 0))
 
     @cluster.ray.remote(num_cpus=free + 1)
@@ -193,7 +193,10 @@ def test_too_many_workers_are_refused(cluster: Any, tmp_path: Path) -> None:
         two_workers(tmp_path, gpus_per_worker=64.0)
 
 
-def test_a_cluster_is_joined_by_its_address(cluster: Any, tmp_path: Path) -> None:
+def test_a_cluster_is_joined_by_its_address(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "JOIN_SECONDS", 120)  # whatever else this machine does
     address = cluster.ray.get_runtime_context().gcs_address
     pool = two_workers(tmp_path, address=address)
     assert_as_inline(results(pool, EVERYTHING), tmp_path)

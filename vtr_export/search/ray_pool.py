@@ -19,6 +19,7 @@ from vtr_export.search.ray_cluster import Cluster, open_cluster, share_cores
 
 CORES = 4  # of a worker, unless told how many workers there are
 DEATHS = 3  # in a row, of one worker that finished nothing: it will not get better
+WAIT_SECONDS = 1.0  # then look for workers that are late
 PLACEMENT_SECONDS = 60.0  # until a worker must have found room on the cluster
 
 Settled = tuple[Candidate, int]
@@ -162,12 +163,14 @@ class RayPool:
         A VtrError of an evaluator is raised as it is, any other of its errors as a RuntimeError
         with the worker's traceback; UnavailableError if workers die again and again.
         """
-        self._harvest(wait=False)  # whoever is idle gets its next task first
-        while not self.done:
+        while True:
+            for slot in self.slots:  # not before: who asked may have cancelled what waits
+                self._assign(slot)
+            if self.done:
+                return self.done.popleft()
             if not any(slot.task or slot.queue for slot in self.slots):
                 raise IndexError("nothing was submitted")
-            self._harvest(wait=True)
-        return self.done.popleft()
+            self._harvest()
 
     def cancel(self, candidate: Candidate) -> None:
         """Forget the candidate's tasks that did not start."""
@@ -202,15 +205,13 @@ class RayPool:
             news, slot.heard = tuple(self.settled[slot.heard :]), len(self.settled)
             slot.reference = slot.actor.work.remote(news, slot.task)
 
-    def _harvest(self, wait: bool) -> None:
-        """Take what is finished, and give the next tasks out."""
+    def _harvest(self) -> None:
+        """Wait for something to finish, and take all that is."""
         busy = {slot.reference: slot for slot in self.slots if slot.reference is not None}
-        many, timeout = (1, 1.0) if wait else (len(busy), 0.0)
-        ready = self.ray.wait(list(busy), num_returns=many, timeout=timeout)[0] if busy else []
-        for reference in ready:
+        some = self.ray.wait(list(busy), num_returns=1, timeout=WAIT_SECONDS)[0]
+        for reference in some and self.ray.wait(list(busy), num_returns=len(busy), timeout=0)[0]:
             self._finish(busy[reference])
-        if wait:
-            self._make_room()
+        self._make_room()
 
     def _finish(self, slot: Slot) -> None:
         reference, slot.reference = slot.reference, None
@@ -227,7 +228,6 @@ class RayPool:
         elif task is not None and not isinstance(result, Failure):
             self.done.append((task, result))
             slot.deaths = 0
-        self._assign(slot)
         if isinstance(result, Failure):
             raise result.mistake or RuntimeError(f"a worker failed:\n{result.report}")
 
@@ -269,7 +269,6 @@ class RayPool:
             heir.queue.extend(slot.queue)
             slot.queue.clear()
             self.ray.kill(slot.actor)
-            self._assign(heir)
 
 
 def _default_workers(cluster: Cluster, gpus: float) -> int:
