@@ -15,7 +15,7 @@ from vtr_export.checkpoint import read_config
 from vtr_export.errors import InputError, UnavailableError
 from vtr_export.families import read_facts
 from vtr_export.search import latency
-from vtr_export.search.budget import Workload
+from vtr_export.search.budget import BACKENDS, Workload
 from vtr_export.search.candidate import Candidate, Score, Space
 from vtr_export.search.latency import LatencyTable, Times, fit, measure, race, time_candidate
 
@@ -182,6 +182,10 @@ def test_an_open_schedule_can_be_any_candidate(checkpoint: Path) -> None:
     assert [cut.before_layer for cut in resolved.cuts] == [1, 2]
     assert {cut.keep.denominator for cut in resolved.cuts} == {space.parts}
     assert (resolved.source, resolved.query, resolved.heads) == ("previous", "text", "mean")
+
+
+def test_what_a_budget_may_name_can_be_timed() -> None:
+    assert set(latency.DEVICES) == set(BACKENDS)
 
 
 @pytest.mark.parametrize("backend", ["", "abacus", "torch-cpu"])

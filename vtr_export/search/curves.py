@@ -257,14 +257,14 @@ def _check_reach(curve: Curve, space: Space, score: Score, budget: Budget) -> No
     least, most = reach(curve, space, score, budget)
     if budget.target < least:
         raise InputError(
-            f"{budget.text} is {budget.target:.4g} of the unpruned model, but a {curve.family} "
-            f"curve costs {least:.4g} to {most:.4g}: layer 0 sees every token, whatever is kept",
+            f"{budget.text} is {budget.target:.4g} of the unpruned model, but the "
+            f"{curve.family} family costs {least:.4g} to {most:.4g}: layer 0 sees every token",
             hint=f"ask for {_up(least):.4g} or more",
         )
     if most < min(budget.target, 1.0):
         raise InputError(
             f"{budget.text} is {budget.target:.4g} of the unpruned model, more than the "
-            f"{least:.4g} to {most:.4g} that a {curve.family} curve costs",
+            f"{least:.4g} to {most:.4g} that the {curve.family} family costs",
             hint=f"ask for {most:.4g} or less",
         )
 

@@ -151,10 +151,11 @@ def psigmoid(
 
     The first trials are curves fitted to ``warm`` (G-Search's results) and to what others do; then
     Optuna's Gaussian process proposes ``batch`` at a time, whatever the number of workers, each by
-    a generator of its own, seeded by (``seed``, trial). So a run depends on its arguments and the
-    measurements only: one that was killed and begins again on its ledger, or on ``storage`` (an
-    Optuna RDB URL, one process at a time), ends with the same schedule. ``identity`` is what
-    measurements depend on, so that another model's or calibration set's study is not taken up.
+    a generator of its own, seeded by (``seed``, trial). So on one machine a run depends on its
+    arguments and the measurements only: one that was killed and begins again on its ledger, or on
+    ``storage`` (an Optuna RDB URL, one process at a time), ends with the same schedule.
+    ``identity`` is what measurements depend on, so that another model's or calibration set's study
+    is not taken up.
 
     Trials are compared by their metric; KL decides among equals, scaled to less than the share of
     one question. Raises InputError for numbers out of range, a budget out of reach and a storage
