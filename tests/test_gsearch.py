@@ -51,8 +51,16 @@ def exhaustive(metric: Callable[[Sequence[int]], float], floor: float) -> tuple[
     return min(keeps for keeps in falling if metric(keeps) >= floor)
 
 
-def search(judge: Judge, floor: float, checks: int = 1) -> Found:
-    return gsearch(judge, SPACE, SCORE, floor=lambda layer: floor, levels=LEVELS, checks=checks)
+def search(judge: Judge, floor: float, checks: int = 1, split: float = 0.25) -> Found:
+    return gsearch(
+        judge,
+        SPACE,
+        SCORE,
+        floor=lambda layer: floor,
+        levels=LEVELS,
+        checks=checks,
+        split=split,
+    )
 
 
 gains = st.lists(st.integers(0, 5), min_size=len(LEVELS), max_size=len(LEVELS))
@@ -75,13 +83,13 @@ def monotone(draw: st.DrawFn) -> tuple[Callable[[Sequence[int]], float], float]:
     return metric, whole - draw(st.integers(0, 12))
 
 
-@given(monotone(), st.integers(0, 3))
+@given(monotone(), st.integers(0, 3), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 @settings(max_examples=300)
 def test_where_fewer_tokens_never_do_better_it_is_exhaustive_search(
-    case: tuple[Callable[[Sequence[int]], float], float], checks: int
+    case: tuple[Callable[[Sequence[int]], float], float], checks: int, split: float
 ) -> None:
     metric, floor = case
-    found = search(Judge(metric), floor, checks)
+    found = search(Judge(metric), floor, checks, split)
     assert found.candidate.keeps == exhaustive(metric, floor)
     assert found.violations() == ()
     assert found.layer == SPACE.layers - 1
@@ -104,7 +112,8 @@ def test_whatever_the_metric_the_result_passes_and_never_grows(data: st.DataObje
 
 
 def test_a_smaller_keep_that_passes_is_reported() -> None:
-    found = search(Judge(lambda keeps: float(keeps[1] in (0, 12, PARTS))), 1.0)
+    judge = Judge(lambda keeps: float(keeps[1] in (0, 12, PARTS)))
+    found = search(judge, 1.0, split=0.5)
     assert found.candidate.keeps[1] == 12
     assert [(one.fewer.keep, one.more.keep) for one in found.violations()] == [(0, 3), (0, 8)]
     assert all(one.layer == 1 and one.fewer.passed for one in found.violations())

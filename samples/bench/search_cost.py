@@ -2,8 +2,8 @@
 
 python samples/bench/search_cost.py
 
-The naive search asks about the same candidates by the same bisection, but answers every question
-under each of them from layer 0 on, greedily. Both must find the same schedule. Seconds are of the
+The naive search bisects as well, but answers every question under each candidate, from layer 0 on,
+greedily. Both must find the same schedule. Seconds are of the
 search alone: the model is loaded and the unpruned answers are known. Tolerance one question per
 layer, so that sets of any size find something.
 """
@@ -20,7 +20,7 @@ import torch
 from measure import HERE, head, in_turns, parser, say, table, verdict, work
 
 from vtr_export.search.candidate import Candidate, Score
-from vtr_export.search.gsearch import floors, gsearch, levels_of
+from vtr_export.search.gsearch import SPLIT, floors, gsearch, levels_of
 from vtr_export.search.pool import Inline
 from vtr_export.search.prompts import SHARD
 from vtr_export.search.session import Session, Setup
@@ -70,12 +70,20 @@ class Naive:
         """Nothing is shared."""
 
 
-def search(session: Session, judge: object) -> tuple[int, ...]:
+def search(session: Session, judge: object, split: float) -> tuple[int, ...]:
     """The schedule that ``judge`` leads to."""
     tolerance = (session.space.layers - 1) / len(session.calibration)
     floor = floors(session.unpruned.metric or 0, tolerance, session.space.layers, "even")
     levels = levels_of(session.space.parts, STEP)
-    found = gsearch(judge, session.space, SCORE, floor=floor, levels=levels, checks=0)  # type: ignore[arg-type]  # both judge
+    found = gsearch(
+        judge,  # type: ignore[arg-type]  # both judge
+        session.space,
+        SCORE,
+        floor=floor,
+        levels=levels,
+        checks=0,
+        split=split,
+    )
     return found.candidate.keeps
 
 
@@ -85,7 +93,7 @@ def ours(setup: Setup) -> Side:
     with Session(setup) as session:
         runner = session.runner
         before, start = runner.decoder_flops_spent, time.perf_counter()
-        keeps = search(session, runner)
+        keeps = search(session, runner, SPLIT)
         seconds = time.perf_counter() - start
         return Side(keeps, runner.evaluations, seconds, runner.decoder_flops_spent - before)
 
@@ -99,7 +107,7 @@ def naive(setup: Setup) -> Side:
         assert isinstance(pool, Inline)
         assert isinstance(pool.evaluator, TorchEvaluator)
         judge, start = Naive(pool.evaluator), time.perf_counter()
-        keeps = search(session, judge)
+        keeps = search(session, judge, 0.5)
         return Side(keeps, judge.asked, time.perf_counter() - start, judge.flops)
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 from vtr_export.search.candidate import Candidate, Score, Space
 
 Spend: TypeAlias = Literal["even", "first"]
+SPLIT: Final = 0.25  # a keep that passes is measured on every question, one that fails on few
 
 
 class Verdict(Protocol):
@@ -106,6 +106,7 @@ def gsearch(
     floor: Callable[[int], float],
     levels: Sequence[int],
     checks: int = 1,
+    split: float = SPLIT,
     decided: Callable[[Found], None] = lambda found: None,
 ) -> Found:
     """For each layer from the second on, the least of ``levels`` with which the metric passes.
@@ -113,14 +114,15 @@ def gsearch(
     At layer l it must reach ``floor(l)``, which must not rise with l. Keeps never grow, and layers
     not yet decided keep as many as the one under decision. Under the assumption that fewer tokens
     never do better, and with one floor for all, the result is the first in lexical order of all
-    schedules that pass. Each layer is bisected; ``checks`` smaller keeps that the assumption rules
-    out are tried all the same, for :meth:`Found.violations`. ``decided`` hears of each layer.
+    schedules that pass. The levels left at a layer are cut at ``split``, whichever part remains;
+    ``checks`` smaller keeps that the assumption rules out are tried all the same, for
+    :meth:`Found.violations`. ``decided`` hears of each layer.
     """
     found = Found(Candidate((space.parts,) * space.layers, score, space.parts), 0, ())
     for layer in range(1, space.layers):
         judge.settle(found.candidate, layer)
         least = floor(layer)
-        tries = _bisect(judge, found.candidate, layer, least, levels)
+        tries = _enclose(judge, found.candidate, layer, least, levels, split)
         keep = min((one.keep for one in tries if one.passed), default=found.candidate.keeps[layer])
         extra = _unlikely(levels, keep, tries, checks)
         tries += [_try(judge, found.candidate, layer, level, least) for level in extra]
@@ -129,23 +131,29 @@ def gsearch(
     return found
 
 
-def _bisect(
-    judge: Judge, candidate: Candidate, layer: int, floor: float, levels: Sequence[int]
+def _enclose(
+    judge: Judge,
+    candidate: Candidate,
+    layer: int,
+    floor: float,
+    levels: Sequence[int],
+    split: float,
 ) -> list[Try]:
     """Tries that enclose the least keep that passes; the current one is known to."""
     lower = [level for level in levels if level < candidate.keeps[layer]]
     tries, fails, passes = list[Try](), -1, len(lower)
     while passes - fails > 1:
-        middle = (fails + passes) // 2
-        ahead = [lower[i] for i in _next_middles(fails, middle, passes)]
-        tries.append(_try(judge, candidate, layer, lower[middle], floor, ahead))
-        fails, passes = (fails, middle) if tries[-1].passed else (middle, passes)
+        cut = _cut(fails, passes, split)
+        ends = [(fails, cut), (cut, passes)]
+        ahead = [lower[_cut(a, b, split)] for a, b in ends if b - a > 1]
+        tries.append(_try(judge, candidate, layer, lower[cut], floor, ahead))
+        fails, passes = (fails, cut) if tries[-1].passed else (cut, passes)
     return tries
 
 
-def _next_middles(fails: int, middle: int, passes: int) -> Iterable[int]:
-    """Where the bisection may go after ``middle``."""
-    return [(a + b) // 2 for a, b in pairwise((fails, middle, passes)) if b - a > 1]
+def _cut(fails: int, passes: int, split: float) -> int:
+    """A place strictly between the two."""
+    return min(fails + max(1, round((passes - fails) * split)), passes - 1)
 
 
 def _unlikely(levels: Sequence[int], keep: int, tries: Sequence[Try], number: int) -> list[int]:

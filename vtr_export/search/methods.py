@@ -250,6 +250,7 @@ class Search:
         keep = session.space.parts // PROBE_SHARE
         self._say(f"{len(self.scores)} scores, {keep} tokens from layer {layer} on")
         probes = [session.space.step(layer, keep, score) for score in self.scores]
+        session.runner.settle(session.space.unpruned(), layer - 1)
         measured = session.runner.measure(probes, blocks=PROBE_BLOCKS)
         trials = [ScoreTrial(s, m) for s, m in zip(self.scores, measured, strict=True)]
         trials.sort(key=lambda trial: (-(trial.measured.metric or 0), trial.measured.kl or 0))

@@ -194,10 +194,13 @@ class TorchEvaluator:
 
 
 def _agree(one: Candidate, other: Candidate, layer: int) -> bool:
-    """Whether a call under ``one`` held before ``layer`` serves ``other`` too."""
-    if layer == 0:
-        return True
-    return one.keeps[:layer] == other.keeps[:layer] and one.score == other.score
+    """Whether a call under ``one`` held before ``layer`` serves ``other`` too.
+
+    What was held ranks tokens by ``one``'s score, which is of no matter to who cuts later.
+    """
+    if one.keeps[:layer] != other.keeps[:layer]:
+        return False
+    return one.score == other.score or layer == 0 or other.keeps[layer] == other.parts
 
 
 def _stacked(drafts: Sequence[_Draft], like: Tensor) -> Tensor:
