@@ -115,17 +115,17 @@ def gsearch(
     not yet decided keep as many as the one under decision. Under the assumption that fewer tokens
     never do better, and with one floor for all, the result is the first in lexical order of all
     schedules that pass. The levels left at a layer are cut at ``split``, whichever part remains;
-    ``checks`` smaller keeps that the assumption rules out are tried all the same, for
-    :meth:`Found.violations`. ``decided`` hears of each layer.
+    ``checks`` smaller keeps that the assumption rules out are tried all the same: one that passes
+    is taken, and shows in :meth:`Found.violations`. ``decided`` hears of each layer.
     """
     found = Found(Candidate((space.parts,) * space.layers, score, space.parts), 0, ())
     for layer in range(1, space.layers):
         judge.settle(found.candidate, layer)
         least = floor(layer)
         tries = _enclose(judge, found.candidate, layer, least, levels, split)
-        keep = min((one.keep for one in tries if one.passed), default=found.candidate.keeps[layer])
-        extra = _unlikely(levels, keep, tries, checks)
+        extra = _unlikely(levels, _least(tries, found.candidate.keeps[layer]), tries, checks)
         tries += [_try(judge, found.candidate, layer, level, least) for level in extra]
+        keep = _least(tries, found.candidate.keeps[layer])
         found = Found(found.candidate.with_tail(layer, keep), layer, (*found.tries, *tries))
         decided(found)
     return found
@@ -154,6 +154,11 @@ def _enclose(
 def _cut(fails: int, passes: int, split: float) -> int:
     """A place strictly between the two."""
     return min(fails + max(1, round((passes - fails) * split)), passes - 1)
+
+
+def _least(tries: Sequence[Try], current: int) -> int:
+    """The least keep that passed, or the current one."""
+    return min((one.keep for one in tries if one.passed), default=current)
 
 
 def _unlikely(levels: Sequence[int], keep: int, tries: Sequence[Try], number: int) -> list[int]:
