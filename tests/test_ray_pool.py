@@ -164,6 +164,15 @@ def test_cancelled_tasks_do_not_start(pool: RayPool, tmp_path: Path) -> None:
     assert candidate(2) in seen
 
 
+def test_what_waits_behind_a_result_can_be_cancelled_by_who_sees_it(pool: RayPool) -> None:
+    for keep in (6, 4):
+        pool.submit(task(0, keep))
+    assert pool.collect()[0].candidate == candidate(6)
+    pool.cancel(candidate(4))
+    with pytest.raises(IndexError):
+        pool.collect()
+
+
 @pytest.mark.parametrize(
     ("mishap", "error", "told"),
     [("mistake", InputError, "a.jsonl:3(.|\n)*take another"), ("bug", RuntimeError, "in mishap")],

@@ -163,14 +163,14 @@ class RayPool:
         A VtrError of an evaluator is raised as it is, any other of its errors as a RuntimeError
         with the worker's traceback; UnavailableError if workers die again and again.
         """
-        while True:
-            for slot in self.slots:  # not before: who asked may have cancelled what waits
-                self._assign(slot)
-            if self.done:
-                return self.done.popleft()
+        self._give_out()
+        while not self.done:
             if not any(slot.task or slot.queue for slot in self.slots):
                 raise IndexError("nothing was submitted")
             self._harvest()
+            if not self.done:  # else who asked may cancel what waits
+                self._give_out()
+        return self.done.popleft()
 
     def cancel(self, candidate: Candidate) -> None:
         """Forget the candidate's tasks that did not start."""
@@ -197,6 +197,10 @@ class RayPool:
     def _filled(self) -> Slot:
         actor = self._hire()
         return Slot(actor, actor.present.remote(), time.monotonic())
+
+    def _give_out(self) -> None:
+        for slot in self.slots:
+            self._assign(slot)
 
     def _assign(self, slot: Slot) -> None:
         """Give a worker that is idle its next task."""
