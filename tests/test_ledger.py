@@ -366,6 +366,23 @@ def test_a_cut_ledger_is_read_back_and_kept_beside(whole_ledger: bytes, tmp_path
         assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_only_the_journal_still_has_is_read_back(whole_ledger: bytes, tmp_path: Path) -> None:
+    path, copy = tmp_path / "ledger", tmp_path / "copy"
+    path.write_bytes(whole_ledger)
+    other = sqlite3.connect(path, isolation_level=None)
+    bodies = other.execute("SELECT body FROM record").fetchall()
+    other.execute("BEGIN")
+    other.execute("UPDATE record SET name = 'other' WHERE id > 20")
+    journal = (tmp_path / "ledger-journal").read_bytes()
+    other.close()
+    held = sum(body in journal for (body,) in bodies)
+    assert held > 5
+    for cut in (0, 1, 5000):
+        copy.write_bytes(whole_ledger[:cut])
+        (tmp_path / "copy-journal").write_bytes(journal)
+        assert len(numbers(copy, COUNT)) >= held
+
+
 def test_what_survived_is_said(whole_ledger: bytes, tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     for number in (1, 2):

@@ -298,14 +298,16 @@ def test_a_torn_transaction_is_undone_whatever_is_left_of_it(
 
 
 def test_a_killed_program_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    command = [sys.executable, synthetic_search.__file__, str(tmp_path / "ledger"), "300", "1"]
-    for _ in range(2):
+    path = tmp_path / "ledger"
+    command = [sys.executable, synthetic_search.__file__, str(path), "300", "1"]
+    for results in (1, 20):
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            while not (tmp_path / "ledger").exists() and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(0.02)
+            while process.poll() is None and not (
+                path.exists() and path.read_bytes().count(b"outcome:") >= 2 * results
+            ):
+                time.sleep(0.005)  # a result has its name twice
             process.kill()
-    before = stored(tmp_path / "ledger")
+    before = stored(path)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert before > 0
     assert json.loads(done.stdout.splitlines()[-1]) == undisturbed[0]

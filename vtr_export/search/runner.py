@@ -92,8 +92,9 @@ class Runner:
     Counts: ``evaluations``, candidates asked about; ``computed`` and ``reused``, results (of a
     shard, or of a block unpruned) made here and found in the ledger. ``decoder_flops_spent`` is
     what these cost when they were made, wherever that was: a resumed search ends with the sum of
-    an uninterrupted one. ``decoder_flops_naive`` is the price of answering all questions from
-    layer 0 on, once unpruned and once for each of those candidates.
+    an uninterrupted one, and what evaluators had to make anew of what they held.
+    ``decoder_flops_naive`` is the price of answering all questions from layer 0 on, once unpruned
+    and once for each of those candidates.
     """
 
     def __init__(
@@ -160,12 +161,13 @@ class Runner:
 
     def known(self) -> list[Measured]:
         """Every candidate that was measured whole."""
-        whole = [
-            answers
-            for candidate, answers in self._answers.items()
-            if candidate is not None and not answers.missing()
-        ]
-        return [self._measured(answers) for answers in whole]
+        found = [self.measured(candidate) for candidate in self._answers if candidate is not None]
+        return [one for one in found if one is not None]
+
+    def measured(self, candidate: Candidate | None) -> Measured | None:
+        """What is known of a candidate that was measured whole; nothing is computed."""
+        answers = self._answers.get(candidate) if candidate is not None else None
+        return None if answers is None or answers.missing() else self._measured(answers)
 
     def settle(self, candidate: Candidate, layer: int) -> None:
         """See :meth:`Evaluator.settle`; the pool hears of it when it is next given work."""
