@@ -34,8 +34,10 @@ def run_search(
     """Search, write the schedule and the report; interrupted, leave the best so far."""
     from vtr_export.search import summary
     from vtr_export.search.methods import Search
+    from vtr_export.search.report_plots import import_matplotlib
     from vtr_export.search.session import Session
 
+    import_matplotlib()  # a search is long: what is missing at its end is said at its beginning
     with progress() as announce, _terminable():
         watch = _Watch(announce)
         try:

@@ -67,7 +67,7 @@ def _both(name: str, draw: Draw, wide: float, narrow: float) -> Markup:
 
 def _svg(name: str, draw: Draw, inches: tuple[float, float], narrow: bool) -> Markup:
     """Without prolog, namespaces and size; ids are unique on the page."""
-    matplotlib, figures = _matplotlib()
+    matplotlib, figures = import_matplotlib()
     out = io.StringIO()
     style = STYLE | {"svg.hashsalt": name, "font.size": 9 if narrow else 8}
     with matplotlib.rc_context(style), warnings.catch_warnings():
@@ -340,7 +340,8 @@ def _unit(report: "SearchReport") -> str:
     return "%" if report.is_share else "nats"
 
 
-def _matplotlib() -> tuple[Any, Any]:
+def import_matplotlib() -> tuple[Any, Any]:
+    """Matplotlib and its figures; UnavailableError where it is not installed."""
     try:
         return importlib.import_module("matplotlib"), importlib.import_module("matplotlib.figure")
     except ModuleNotFoundError:

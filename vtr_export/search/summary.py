@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 from vtr_export.search import report as pages
 from vtr_export.search.budget import parse_budget
 from vtr_export.search.candidate import Candidate
+from vtr_export.search.comparison import Row
 from vtr_export.search.methods import Search
 from vtr_export.search.session import Session
+from vtr_export.search.statistics import image_groups, paired_difference
 
 if TYPE_CHECKING:
     from vtr_export.search.ranks import Ranks
@@ -91,10 +93,8 @@ def to_report(
         ),
         tuned=tuned,
         budget=result.budget.text if result.budget else "",
-        compared=tuple(
-            pages.Compared.of(row, role="result" if row.name == "P-Sigmoid" else "comparison")
-            for row in result.compared
-        ),
+        compared=tuple(_compared(search, row) for row in result.compared),
+        compared_as=f"{_TITLES[result.method]} less this",
         ranks=ranks,
         kept=kept,
         provenance=_provenance(search),
@@ -165,6 +165,20 @@ def _points(search: Search) -> tuple[pages.Point, ...]:
         cost = flops_share(session, candidate)
         points.append(pages.Point(name, cost, metric, "result" if is_result else role))
     return tuple(points)
+
+
+def _compared(search: Search, row: Row) -> pages.Compared:
+    """With the found schedule's lead over it on the calibration set."""
+    found, other = search.result.measured, search.session.runner.measured(row.candidate)
+    if row.candidate == search.result.candidate:
+        return pages.Compared.of(row, role="result")
+    if other is None or found is None:
+        return pages.Compared.of(row)
+    assert found.questions is not None, "measured whole"
+    assert other.questions is not None, "measured whole"
+    groups, reach = image_groups(search.session.calibration.questions), search.session.metric.reach
+    lead = paired_difference(found.questions, other.questions, groups, reach=reach)
+    return pages.Compared.of(row, lead)
 
 
 def _provenance(search: Search) -> dict[str, str]:
