@@ -227,6 +227,13 @@ def test_an_address_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch
             open_cluster(address, 2)
 
 
+def test_without_ray_the_way_to_get_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    with pytest.raises(UnavailableError) as caught:
+        open_cluster("auto", 2)
+    assert caught.value.hint == "pip install 'vtr-export[cluster]'"
+
+
 @pytest.mark.parametrize("address", ["cluster", "host:port", "ray://", ""])
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(UnavailableError, match="no Ray address"):
@@ -279,7 +286,7 @@ def test_gsearch_ends_as_in_one_process_though_a_worker_is_killed(
             runner = Runner(pool, local.space, flops, hashes, metric, kept, progress)
             unpruned = runner.unpruned().metric
             assert unpruned is not None
-            floor = floors(unpruned, 0.2, local.space.layers, "even")
+            floor = floors(unpruned, 0.2, range(1, local.space.layers), "even")
             levels = levels_of(local.space.parts, 4)
             return gsearch(runner, local.space, Score(query="text"), floor=floor, levels=levels)
 
