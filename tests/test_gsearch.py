@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from tiny_models import tiny_llava
 
 from vtr_export.families import read_facts
 from vtr_export.search.candidate import Candidate, Score, Space
-from vtr_export.search.gsearch import Found, gsearch, levels_of
+from vtr_export.search.gsearch import Found, floors, gsearch, levels_of
 
 FACTS = read_facts(tiny_llava(layers=4).config.to_dict(), "tiny")
 SPACE, SCORE, PARTS = Space(FACTS), Score(), 16
@@ -136,6 +137,19 @@ def test_each_layer_settles_what_is_before_it() -> None:
     assert [layer for _, layer in judge.settled] == [1, 2, 3]
     for candidate, layer in judge.settled:
         assert candidate.keeps[:layer] == found.candidate.keeps[:layer]
+
+
+def test_layers_before_the_first_keep_everything() -> None:
+    judge = Judge(lambda keeps: float(keeps[1] == keeps[2] == PARTS))
+    options: dict[str, Any] = {"floor": lambda layer: 1.0, "levels": LEVELS}
+    assert gsearch(judge, SPACE, SCORE, first=3, **options).candidate.keeps == (PARTS,) * 3 + (0,)
+    assert [layer for _, layer in judge.settled] == [3]
+
+
+def test_the_tolerance_is_spent_layer_by_layer_or_at_once() -> None:
+    even, first = (floors(0.9, 0.3, range(2, 5), spend) for spend in ("even", "first"))
+    assert [round(even(layer), 6) for layer in (2, 3, 4)] == [0.8, 0.7, 0.6]
+    assert [round(first(layer), 6) for layer in (2, 3, 4)] == [0.6] * 3
 
 
 def test_levels_hold_none_and_all() -> None:

@@ -66,7 +66,7 @@ def search(evaluator: Evaluator, blocks: Blocks, metric: str, ledger: Path) -> F
         runner = Runner(Inline(evaluator), space, flops, hashes, get_metric(metric), kept)
         unpruned = runner.unpruned().metric
         assert unpruned is not None
-        floor = floors(unpruned, 0.05, space.layers, "even")
+        floor = floors(unpruned, 0.05, range(1, space.layers), "even")
         return gsearch(runner, space, SCORE, floor=floor, levels=levels_of(space.parts, 12))
 
 

@@ -73,7 +73,7 @@ class Naive:
 def search(session: Session, judge: object, split: float) -> tuple[int, ...]:
     """The schedule that ``judge`` leads to."""
     tolerance = (session.space.layers - 1) / len(session.calibration)
-    floor = floors(session.unpruned.metric or 0, tolerance, session.space.layers, "even")
+    floor = floors(session.unpruned.metric or 0, tolerance, range(1, session.space.layers), "even")
     levels = levels_of(session.space.parts, STEP)
     found = gsearch(
         judge,  # type: ignore[arg-type]  # both judge

@@ -115,6 +115,7 @@ def gsearch(
         typer.Option(help="even: a part of the tolerance a layer; first: all from layer 1 on."),
     ] = Spend.EVEN,
     step: Annotated[int, typer.Option(help="Keeps tried are multiples of this.")] = 1,
+    first_layer: Annotated[int, typer.Option(help="No cut before earlier layers.")] = 1,
     score: ScoreOption = "auto",
     limit: Limit = None,
     seed: Seed = 0,
@@ -134,7 +135,7 @@ def gsearch(
     """The fewest tokens at each layer without loss, shallow to deep."""
     from vtr_export.search.methods import GSearch
 
-    options = GSearch(tolerance, spend.value, step)
+    options = GSearch(tolerance, spend.value, step, first_layer)
     setup = _setup(locals())
     run_search(
         setup, out, score, ranks, report_file, as_json, lambda search: search.gsearch(options)

@@ -79,15 +79,17 @@ def _is_better(fewer: Try, more: Try) -> bool:
     return fewer.metric > more.metric
 
 
-def floors(unpruned: float, tolerance: float, layers: int, spend: Spend) -> Callable[[int], float]:
-    """What the metric may fall to at each layer, together never more than ``tolerance``.
+def floors(
+    unpruned: float, tolerance: float, layers: range, spend: Spend
+) -> Callable[[int], float]:
+    """What the metric may fall to at each of ``layers``, together never more than ``tolerance``.
 
-    ``first``: to all of it from layer 1 on; the first cut will use it up. ``even``: an equal part
-    is added with every layer, so that each cut has something to spend.
+    ``first``: to all of it from the first layer on; that cut will use it up. ``even``: an equal
+    part is added with every layer, so that each cut has something to spend.
     """
 
     def floor(layer: int) -> float:
-        share = layer / (layers - 1) if spend == "even" else 1.0
+        share = (layer - layers.start + 1) / len(layers) if spend == "even" else 1.0
         return unpruned - tolerance * share
 
     return floor
@@ -105,11 +107,12 @@ def gsearch(
     *,
     floor: Callable[[int], float],
     levels: Sequence[int],
+    first: int = 1,
     checks: int = 1,
     split: float = SPLIT,
     decided: Callable[[Found], None] = lambda found: None,
 ) -> Found:
-    """For each layer from the second on, the least of ``levels`` with which the metric passes.
+    """For each layer from ``first`` on, the least of ``levels`` with which the metric passes.
 
     At layer l it must reach ``floor(l)``, which must not rise with l. Keeps never grow, and layers
     not yet decided keep as many as the one under decision. Under the assumption that fewer tokens
@@ -119,7 +122,7 @@ def gsearch(
     is taken, and shows in :meth:`Found.violations`. ``decided`` hears of each layer.
     """
     found = Found(Candidate((space.parts,) * space.layers, score, space.parts), 0, ())
-    for layer in range(1, space.layers):
+    for layer in range(first, space.layers):
         judge.settle(found.candidate, layer)
         least = floor(layer)
         tries = _enclose(judge, found.candidate, layer, least, levels, split)

@@ -88,6 +88,7 @@ class GSearch:
     tolerance: float = 0.002
     spend: Spend = "even"
     step: int = 1
+    first_layer: int = 1  # with a cut before it
     checks: int = 1
 
 
@@ -115,9 +116,25 @@ class Search:
         session = self.session
         check_tolerance(options.tolerance, len(session.calibration), session.metric)
         whole = _mean(session.unpruned)
-        floor = floors(whole, options.tolerance, session.space.layers, options.spend)
+        layers = range(options.first_layer, session.space.layers)
+        if options.first_layer < 1 or not layers:
+            raise InputError(
+                f"--first-layer {options.first_layer} of {session.space.layers} layers",
+                hint=f"1 to {session.space.layers - 1}: before layer 0 nothing ranks the tokens",
+            )
+        if not 1 <= options.step <= session.space.parts:
+            raise InputError(
+                f"--step {options.step} of {session.space.parts} tokens",
+                hint=f"1 tries every keep, {max(1, session.space.parts // 8)} an eighth at a time",
+            )
+        floor = floors(whole, options.tolerance, layers, options.spend)
         self.result = Result("g-search", session.space.unpruned(), session.unpruned, floor=floor)
-        self.result.options = {"tolerance": options.tolerance, "spend": options.spend}
+        self.result.options = {
+            "tolerance": options.tolerance,
+            "spend": options.spend,
+            "step": options.step,
+            "first_layer": options.first_layer,
+        }
         score = self._choose_score()
 
         def decided(found: Found) -> None:
@@ -131,6 +148,7 @@ class Search:
             score,
             floor=floor,
             levels=levels_of(session.space.parts, options.step),
+            first=options.first_layer,
             checks=options.checks,
             decided=decided,
         )
