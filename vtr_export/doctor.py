@@ -19,7 +19,16 @@ from vtr_export.memory import get_weight_type, weight_bytes
 
 PYTHONS: Final = (3, 11), (3, 14)
 CORE: Final = ("numpy", "onnx", "onnx-ir", "pydantic", "PyYAML", "tokenizers", "Jinja2", "Pillow")
-EXPORT: Final = ("torch", "transformers", "safetensors", "onnxscript")
+OPTIONAL: Final = {
+    "torch": ("export", "export"),
+    "transformers": ("export", "export"),
+    "safetensors": ("export", "export"),
+    "onnxscript": ("export", "export"),
+    "optuna": ("search", "search psigmoid"),
+    "scipy": ("search", "search"),
+    "matplotlib": ("search", "search"),
+    "ray": ("cluster", "search --ray"),
+}  # wheel → the extra that brings it, the command that needs it
 ENGINES: Final = (
     ("TensorRT", "tensorrt", ("tensorrt", "tensorrt-cu13")),
     ("TensorRT-RTX", "tensorrt-rtx", ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13")),
@@ -83,7 +92,7 @@ def examine() -> list[Check]:
         *(_core(package) for package in CORE),
         _wheels(),
         *_providers(),
-        *_export(),
+        *_optional(),
         *(_engine(*engine) for engine in ENGINES),
         _cuda(),
         _nvcc(),
@@ -187,16 +196,16 @@ def _providers() -> list[Check]:
     return checks
 
 
-def _export() -> list[Check]:
-    """Wheels that only exporting needs."""
+def _optional() -> list[Check]:
+    """Wheels that only some commands need."""
     return [
         Check(
             package,
             True if (found := installed(package)) else None,
-            found or "missing: export needs it",
-            "" if found else _install("export"),
+            found or f"missing: {command} needs it",
+            "" if found else _install(extra),
         )
-        for package in EXPORT
+        for package, (extra, command) in OPTIONAL.items()
     ]
 
 

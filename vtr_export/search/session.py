@@ -128,7 +128,9 @@ class Session:
         self.unpruned = self.runner.unpruned()
         assert self.unpruned.questions is not None, "whole"
         chance = at_chance(self.unpruned.questions, self.calibration.questions, self.metric)
-        self.warnings += [chance] if chance else []
+        if chance is not None:
+            self.warnings.append(chance)
+            self._say(f"warning: {chance}")
 
     def _runner(self, pool: Pool, blocks: Sequence[Sequence[Question]]) -> Runner:
         naive = self.naive.part(pool.first) if isinstance(pool, Part) else self.naive
