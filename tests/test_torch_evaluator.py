@@ -9,6 +9,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vtr_export.reference import Reference, embed
+from vtr_export.search import torch_evaluator
 from vtr_export.search.calibration import CalibrationSet, Question
 from vtr_export.search.candidate import Candidate, Score
 from vtr_export.search.evaluator import Outcome, Shard
@@ -127,8 +128,9 @@ def test_unpruned_answers_are_the_models_own(
 
 @pytest.mark.parametrize("score", SCORES, ids=str)
 def test_what_is_settled_changes_the_cost_alone(
-    questions: tuple[Question, ...], score: Score
+    questions: tuple[Question, ...], score: Score, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch_evaluator, "SHARD", 5)  # held calls are made of several parts
     whole, halves = tuple(range(COUNT)), (tuple(range(0, COUNT, 2)), tuple(range(1, COUNT, 2)))
     fresh, held = evaluator(questions), evaluator(questions)
     prefix = Candidate((TOKENS, 60, 60, 60, 60, 60, 60, 60), score, TOKENS)

@@ -1,5 +1,6 @@
 """One cut, from the definition: score the vision tokens, select, find the survivors."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -24,8 +25,25 @@ class Streams:
 
     def rows(self, at: Tensor) -> "Streams":
         """Some rows of the batch."""
-        return Streams(
-            self.hidden[at], self.mask[at], self.positions[at], self.vision[at], self.drafted
+        return self._each(lambda stream: stream[at])
+
+    def to(self, device: str | torch.device) -> "Streams":
+        """On another device."""
+        return self._each(lambda stream: stream.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Streams":
+        hidden, mask = change(self.hidden), change(self.mask)
+        return Streams(hidden, mask, change(self.positions), change(self.vision), self.drafted)
+
+    @classmethod
+    def join(cls, parts: Sequence["Streams"]) -> "Streams":
+        """Parts of one batch, put together again."""
+        return cls(
+            torch.cat([part.hidden for part in parts]),
+            torch.cat([part.mask for part in parts]),
+            torch.cat([part.positions for part in parts]),
+            torch.cat([part.vision for part in parts]),
+            parts[0].drafted,
         )
 
     def is_real(self) -> Tensor:

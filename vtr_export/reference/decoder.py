@@ -80,6 +80,24 @@ class Held:
         budget = columns, [tokens[row] for row in chosen]
         return Held(self.layer, self.streams.rows(at), score, budget)
 
+    def to(self, device: str | torch.device) -> "Held":
+        """On another device."""
+        score = None if self.score is None else self.score.to(device)
+        return Held(self.layer, self.streams.to(device), score, self.budget)
+
+    @classmethod
+    def join(cls, parts: Sequence["Held"]) -> "Held":
+        """Parts of one batch, put together again."""
+        first = parts[0]
+        scores = [part.score for part in parts if part.score is not None]
+        tokens = [count for part in parts for count in part.budget[1]]
+        return cls(
+            first.layer,
+            Streams.join([part.streams for part in parts]),
+            torch.cat(scores) if scores else None,
+            (first.budget[0], tokens),
+        )
+
 
 @dataclass(frozen=True)
 class _Choice:

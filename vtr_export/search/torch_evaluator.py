@@ -89,7 +89,7 @@ class TorchEvaluator:
         """Check the drafts in one call; where one fails, answer anew."""
         shared, flops = self._share(candidate, shard.block)
         facts, runs = self.model.facts, self.model.reference(candidate.resolve(self.model.facts))
-        hidden = runs.finish(shared.call.rows(shard.rows))
+        hidden = runs.finish(shared.call.rows(shard.rows).to(self.model.device))
         width = replace(shared.width, rows=len(shard))
         flops += call_flops(
             facts, candidate, width, shared.call.layer, facts.layers, hidden.shape[1]
@@ -132,17 +132,25 @@ class TorchEvaluator:
             return shared, flops
         prefix, layer = self._settled
         if (first := shared.call.layer) < layer:
-            runs = self.model.reference(prefix.resolve(self.model.facts))
             flops = call_flops(self.model.facts, prefix, shared.width, first, layer, 0)
-            shared = replace(shared, call=runs.advance(shared.call, layer), prefix=prefix)
-            self._shared[block] = shared
+            call = self._advance(shared.call, prefix, layer)
+            shared = self._shared[block] = replace(shared, call=call, prefix=prefix)
         return shared, flops
+
+    def _advance(self, call: Held, prefix: Candidate, layer: int) -> Held:
+        """Go on to ``layer``, a few rows at a time; what is held stays on the CPU."""
+        runs, device = self.model.reference(prefix.resolve(self.model.facts)), self.model.device
+        rows = range(len(call.streams.mask))
+        parts = [rows[start : start + SHARD] for start in range(0, len(rows), SHARD)]
+        return Held.join(
+            [runs.advance(call.rows(part).to(device), layer).to("cpu") for part in parts]
+        )
 
     def _begin(self, block: int) -> _Shared:
         """A block's call before layer 0."""
         drafts = [draft.tokens for draft in self._block_drafts(block)]
         batch = self.model.batch(self.blocks[block], drafts)
-        return _Shared(self.model.hold(batch), self.space.unpruned(), batch.width)
+        return _Shared(self.model.hold(batch).to("cpu"), self.space.unpruned(), batch.width)
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
         """``[B, A, vocab]`` of the next tokens, fp32."""
@@ -172,7 +180,7 @@ class TorchEvaluator:
         text = self.model.prompts.text(tokens)
         metric = metric_of(self.metric, question, text, 1.0, 0.0)
         margin = float((best[:, 0] - best[:, 1]).min())
-        return _Draft(tokens, metric, margin, said.hidden[row, : len(tokens)].clone())
+        return _Draft(tokens, metric, margin, said.hidden[row, : len(tokens)].cpu())
 
     def _tokens(self, said: Generation, row: int) -> tuple[int, ...]:
         """One answer, with the token that ended it."""
@@ -213,6 +221,7 @@ def _stacked(drafts: Sequence[_Draft], like: Tensor) -> Tensor:
 
 def _divergence(drafts: Sequence[_Draft], unpruned: Tensor, pruned: Tensor) -> Floats:
     """``[B]``: KL(unpruned ‖ pruned) in nats, mean over each draft's tokens."""
-    terms = (unpruned.exp() * (unpruned - pruned)).sum(-1)
+    odds = unpruned.exp()
+    terms = torch.where(odds > 0, odds * (unpruned - pruned), 0).sum(-1)
     means = [row[: len(draft.tokens)].mean() for row, draft in zip(terms, drafts, strict=True)]
     return torch.stack(means).clamp(min=0).double().cpu().numpy()

@@ -1,11 +1,12 @@
 """A checkpoint in torch as a search needs it: questions in, batches for the reference out."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from vtr_export.search.prompts import Prompts
 from vtr_export.search.work import Width
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+IMAGES = 16  # encoded at a time
 _HASHED = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")  # a model folder's own files
 
 
@@ -68,7 +70,8 @@ class TorchModel:
         """The questions' embeddings, and ``drafts`` without their last tokens behind them."""
         image_id, pad = self.facts.image_token_id, 0
         assert image_id is not None, "a family without an image token has no prompts"
-        features = [[self._feature(path) for path in each.images] for each in questions]
+        self._encode({path for each in questions for path in each.images})
+        features = [[self._features[path] for path in each.images] for each in questions]
         rows = [self._tokens(one, own) for one, own in zip(questions, features, strict=True)]
         ids, mask = pad_batch(rows, pad, image_id)
         is_vision = ids == image_id
@@ -99,13 +102,15 @@ class TorchModel:
         return self._ids[question.sha256]
 
     @torch.no_grad()
-    def _feature(self, image: Path) -> Tensor:
-        """``[tokens, D]`` of one image, encoded when it is first asked for."""
-        if image not in self._features:
-            pixels = torch.from_numpy(self.prompts.pixels(image))
+    def _encode(self, images: Collection[Path]) -> None:
+        """Features ``[tokens, D]`` of each image, made when it is first asked for."""
+        new = sorted(path for path in images if path not in self._features)
+        for start in range(0, len(new), IMAGES):
+            some = new[start : start + IMAGES]
+            pixels = torch.from_numpy(np.concatenate([self.prompts.pixels(path) for path in some]))
             found = self.model.get_image_features(pixels.to(self.device, self.model.dtype))
-            self._features[image] = torch.cat(list(found.pooler_output)).cpu()
-        return self._features[image]
+            for path, features in zip(some, found.pooler_output, strict=True):
+                self._features[path] = features.cpu()
 
 
 def describe(folder: Path, device: str, dtype: str, max_new_tokens: int) -> dict[str, str]:
