@@ -129,3 +129,25 @@ def test_another_score_than_the_artifacts_is_refused(artifact: Path, blocks: Blo
     candidate = evaluator.space.step(2, 9, Score())
     with pytest.raises(InputError, match="query text, heads mean, not by"):
         evaluator.evaluate(candidate, whole(blocks, 1))
+
+
+def test_the_command_takes_an_artifact_as_it_takes_a_checkpoint(
+    artifact: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name, model in (("checkpoint", DIGITS / "model"), ("artifact", artifact)):
+        done = vtr(
+            *("search", "gsearch", "--model", model, "--calibration", DIGITS / "questions.jsonl"),
+            *("--limit", 32, "--tolerance", 0.07, "--step", 24, "--max-new-tokens", 4),
+            *("--score", "previous/text/mean", "--out", tmp_path / f"{name}.yaml", "--json"),
+        )
+        assert done.code == 0, done.err
+        found[name] = done.json
+    assert found["artifact"]["keep"] == found["checkpoint"]["keep"]
+    assert found["artifact"]["score"] == found["checkpoint"]["score"]
+    assert "\nmodel:" not in (tmp_path / "artifact.yaml").read_text()
+    budget = ("--budget", "latency=0.5@onnxruntime-cpu", "--limit", 8, "--out", tmp_path / "p.yaml")
+    questions = ("--calibration", DIGITS / "questions.jsonl")
+    done = vtr("search", "psigmoid", "--model", artifact, *questions, *budget)
+    assert done.code == 2
+    assert "search on the checkpoint" in done.err
