@@ -154,6 +154,25 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> 
     assert not (tmp_path / "s.yaml").exists()
 
 
+def test_the_cheapest_of_several_first_layers_is_taken(tmp_path: Path) -> None:
+    alone = {}
+    for first in ("1", "2", "3", "2,3,1"):
+        out = tmp_path / first
+        out.mkdir()
+        done = gsearch(out, "--step", 24, "--first-layer", first, "--ledger", tmp_path / "ledger")
+        alone[first] = done.json["schedule_flops"], done.json["keep"]
+    assert alone["2,3,1"] == min(alone[first] for first in "123")
+    assert len({tuple(keep) for _, keep in alone.values()}) > 1
+
+
+def test_what_is_searched_must_exist(tmp_path: Path) -> None:
+    given = ("gsearch", *GIVEN, "--out", tmp_path / "s.yaml", "--tolerance", TOLERANCE)
+    assert "1 to 7" in refused(*given, "--first-layer", "8").err
+    assert "1 to 7" in refused(*given, "--first-layer", "0").err
+    assert "is no layer" in refused(*given, "--first-layer", "two").err
+    assert "of 144 tokens" in refused(*given, "--step", 0).err
+
+
 def test_calibration_and_evaluation_must_differ(tmp_path: Path) -> None:
     done = refused("gsearch", *GIVEN, "--out", tmp_path / "s.yaml", "--evaluation", QUESTIONS)
     assert "questions" in done.err

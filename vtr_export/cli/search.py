@@ -115,7 +115,9 @@ def gsearch(
         typer.Option(help="even: a part of the tolerance a layer; first: all from layer 1 on."),
     ] = Spend.EVEN,
     step: Annotated[int, typer.Option(help="Keeps tried are multiples of this.")] = 1,
-    first_layer: Annotated[int, typer.Option(help="No cut before earlier layers.")] = 1,
+    first_layer: Annotated[
+        str, typer.Option(help="No cut before earlier layers; 1,2,3 tries each.")
+    ] = "1",
     score: ScoreOption = "auto",
     limit: Limit = None,
     seed: Seed = 0,
@@ -135,7 +137,7 @@ def gsearch(
     """The fewest tokens at each layer without loss, shallow to deep."""
     from vtr_export.search.methods import GSearch
 
-    options = GSearch(tolerance, spend.value, step, first_layer)
+    options = GSearch(tolerance, spend.value, step, _numbers(first_layer))
     setup = _setup(locals())
     run_search(
         setup, out, score, ranks, report_file, as_json, lambda search: search.gsearch(options)
@@ -206,6 +208,13 @@ def vtw(
     """VTW's rule: the layer from which on the image is no longer needed (needs no labels)."""
     given = locals() | {"metric": "kl", "evaluation": None, "ray": None, "workers": None}
     choose_vtw(_setup(given), out, eta, first_layer, as_json)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise InputError(f"--first-layer {text!r} is no layer", hint="give 1, or 1,2,3") from None
 
 
 def _setup(given: dict[str, Any]) -> "Setup":

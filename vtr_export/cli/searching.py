@@ -157,14 +157,12 @@ def _write_report(search: "Search", schedule: str, page: Path, ranks: bool) -> N
 
 
 def _lines(search: "Search", out: Path) -> Iterator[str]:
-    from vtr_export.search.summary import flops_share
-
     session, result = search.session, search.result
     runner, measured = session.runner, result.measured
     yield f"wrote {out}"
     yield f"vision tokens per layer: {runs(result.candidate.keeps)} of {result.candidate.parts}"
     yield f"score: {result.candidate.score}"
-    share = flops_share(session, result.candidate)
+    share = session.flops_share(result.candidate)
     tokens = result.candidate.mean_keep
     yield f"decoder prefill: {share:.3f} of the FLOPs, {tokens:.3f} of the tokens"
     if measured is not None and measured.metric is not None:

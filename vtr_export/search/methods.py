@@ -8,7 +8,7 @@ from typing import Any, Literal
 from vtr_export import __version__
 from vtr_export.errors import InputError
 from vtr_export.search.budget import Budget, BudgetOption
-from vtr_export.search.candidate import Candidate, Score
+from vtr_export.search.candidate import Candidate, Score, Space
 from vtr_export.search.comparison import Row, compare
 from vtr_export.search.gsearch import Found, Spend, floors, gsearch, levels_of
 from vtr_export.search.latency import LatencyTable, measure, time_candidate
@@ -88,7 +88,7 @@ class GSearch:
     tolerance: float = 0.002
     spend: Spend = "even"
     step: int = 1
-    first_layer: int = 1  # with a cut before it
+    first_layers: tuple[int, ...] = (1,)  # with a cut before them; the cheapest result is taken
     checks: int = 1
 
 
@@ -115,45 +115,50 @@ class Search:
         """The fewest tokens within a tolerance."""
         session = self.session
         check_tolerance(options.tolerance, len(session.calibration), session.metric)
-        whole = _mean(session.unpruned)
-        layers = range(options.first_layer, session.space.layers)
-        if options.first_layer < 1 or not layers:
-            raise InputError(
-                f"--first-layer {options.first_layer} of {session.space.layers} layers",
-                hint=f"1 to {session.space.layers - 1}: before layer 0 nothing ranks the tokens",
-            )
-        if not 1 <= options.step <= session.space.parts:
-            raise InputError(
-                f"--step {options.step} of {session.space.parts} tokens",
-                hint=f"1 tries every keep, {max(1, session.space.parts // 8)} an eighth at a time",
-            )
-        floor = floors(whole, options.tolerance, layers, options.spend)
-        self.result = Result("g-search", session.space.unpruned(), session.unpruned, floor=floor)
+        _check_layers(options, session.space)
+        self.result = Result("g-search", session.space.unpruned(), session.unpruned)
+        score = self._choose_score()
+        found = [self._search_from(first, options, score) for first in options.first_layers]
+        best = min(found, key=lambda one: session.flops_share(one.candidate))
+        first = options.first_layers[found.index(best)]
+        self.result.found, self.result.candidate = best, best.candidate
+        self.result.floor = self._floors(first, options)
         self.result.options = {
             "tolerance": options.tolerance,
             "spend": options.spend,
             "step": options.step,
-            "first_layer": options.first_layer,
+            "first_layer": first,
         }
-        score = self._choose_score()
+        noted = {"keeps": best.candidate.keeps, "score": score.to_data()}
+        session.ledger.note(_WARM, noted)
+        return self._finish()
+
+    def _search_from(self, first: int, options: GSearch, score: Score) -> Found:
+        session, levels = self.session, levels_of(self.session.space.parts, options.step)
 
         def decided(found: Found) -> None:
-            self.result.found, self.result.candidate = found, found.candidate
-            session.runner.expected = (session.space.layers - 1 - found.layer) * 8
+            self.result.candidate = found.candidate
+            session.runner.expected = (session.space.layers - 1 - found.layer) * len(
+                levels
+            ).bit_length()
             self._say(f"layer {found.layer} keeps {found.candidate.keeps[found.layer]}")
 
-        found = gsearch(
+        if len(options.first_layers) > 1:
+            self._say(f"cuts from layer {first} on")
+        return gsearch(
             session.runner,
             session.space,
             score,
-            floor=floor,
-            levels=levels_of(session.space.parts, options.step),
-            first=options.first_layer,
+            floor=self._floors(first, options),
+            levels=levels,
+            first=first,
             checks=options.checks,
             decided=decided,
         )
-        session.ledger.note(_WARM, {"keeps": found.candidate.keeps, "score": score.to_data()})
-        return self._finish()
+
+    def _floors(self, first: int, options: GSearch) -> Callable[[int], float]:
+        layers = range(first, self.session.space.layers)
+        return floors(_mean(self.session.unpruned), options.tolerance, layers, options.spend)
 
     def psigmoid(self, options: PSigmoid) -> Result:
         """The best sigmoid at a budget."""
@@ -316,3 +321,18 @@ class Search:
 def _mean(measured: Measured) -> float:
     assert measured.metric is not None, "measured whole"
     return measured.metric
+
+
+def _check_layers(options: GSearch, space: Space) -> None:
+    """InputError for a first layer or a step that cannot be."""
+    for first in options.first_layers:
+        if not 1 <= first < space.layers:
+            raise InputError(
+                f"--first-layer {first} of {space.layers} layers",
+                hint=f"1 to {space.layers - 1}: before layer 0 nothing ranks the tokens",
+            )
+    if not 1 <= options.step <= space.parts:
+        raise InputError(
+            f"--step {options.step} of {space.parts} tokens",
+            hint=f"1 tries every keep, {max(1, space.parts // 8)} an eighth at a time",
+        )

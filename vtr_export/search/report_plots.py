@@ -120,7 +120,10 @@ def _points(figure: "Figure", report: "SearchReport", narrow: bool) -> None:
         axes.set_xlabel("decoder FLOPs, % of the unpruned model")
     if len(panels) > 1:
         _plain(panels[1], "the same around the Pareto front")
-        scale, slack = 100 if report.is_share else 1, 0.15 * (high - low) or 0.05 * (high - lowest)
+        scale, slack = (
+            100 if report.is_share else 1,
+            0.15 * (high - low) or 0.05 * (high - lowest) or 0.01,
+        )
         panels[1].set_ylim(scale * (low - slack), scale * (high + slack))
         left, right = 100 * front[0].flops, 100 * max(each.flops for each in front)
         panels[1].set_xlim(left - 2, max(right, left + 5) + 2)

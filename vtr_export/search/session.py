@@ -14,9 +14,9 @@ from vtr_export.errors import InputError
 from vtr_export.families import read_facts
 from vtr_export.published import MANIFEST
 from vtr_export.search import onnx_evaluator
-from vtr_export.search.budget import Workload
+from vtr_export.search.budget import Workload, parse_budget
 from vtr_export.search.calibration import CalibrationSet, Question, refuse_overlap
-from vtr_export.search.candidate import Space
+from vtr_export.search.candidate import Candidate, Space
 from vtr_export.search.evaluator import Evaluator
 from vtr_export.search.ledger import Ledger
 from vtr_export.search.metrics import Metric, get_metric
@@ -93,6 +93,10 @@ class Session:
         images = [len(question.images) for question in self.calibration.questions]
         vision = round(sum(images) / len(images) * (self.facts.tokens_per_image or 0))
         return Workload(vision, round(self.naive.mean_text))
+
+    def flops_share(self, candidate: Candidate) -> float:
+        """Decoder prefill FLOPs of the mean prompt, of the unpruned model's."""
+        return parse_budget("flops=1").bind(self.facts, self.workload).cost(candidate)
 
     def model(self) -> "TorchModel | None":
         """The checkpoint, the evaluator's own or loaded now; None of an artifact."""

@@ -5,21 +5,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vtr_export.search import report as pages
-from vtr_export.search.budget import parse_budget
 from vtr_export.search.candidate import Candidate
 from vtr_export.search.comparison import Row
 from vtr_export.search.methods import Search
-from vtr_export.search.session import Session
 from vtr_export.search.statistics import image_groups, paired_difference
 
 if TYPE_CHECKING:
     from vtr_export.search.ranks import Ranks
-
-
-def flops_share(session: Session, candidate: Candidate) -> float:
-    """Decoder prefill FLOPs of the set's mean prompt, of the unpruned model's."""
-    option = parse_budget("flops=1")
-    return option.bind(session.facts, session.workload).cost(candidate)
 
 
 def to_json(search: Search, schedule: str, warnings: list[str]) -> dict[str, Any]:
@@ -41,7 +33,7 @@ def to_json(search: Search, schedule: str, warnings: list[str]) -> dict[str, Any
         "unpruned_metric": session.unpruned.metric,
         "kl": None if measured is None else measured.kl,
         "questions": len(session.calibration),
-        "schedule_flops": flops_share(session, result.candidate),
+        "schedule_flops": session.flops_share(result.candidate),
         "schedule_tokens": result.candidate.mean_keep,
         "evaluations": runner.evaluations,
         "decoder_flops_spent": runner.decoder_flops_spent,
@@ -107,7 +99,7 @@ _TITLES = {"g-search": "G-Search", "p-sigmoid": "P-Sigmoid"}
 
 def _result(search: Search) -> pages.Result | None:
     session, result = search.session, search.result
-    tokens, flops = result.candidate.mean_keep, flops_share(session, result.candidate)
+    tokens, flops = result.candidate.mean_keep, session.flops_share(result.candidate)
     held = result.held_out
     if held is not None and session.evaluation is not None:
         return pages.Result(
@@ -162,7 +154,7 @@ def _points(search: Search) -> tuple[pages.Point, ...]:
         is_result = candidate == result.candidate
         role: pages.Role = "comparison" if candidate in named else "measured"
         name = _TITLES[result.method] if is_result else named.get(candidate, "")
-        cost = flops_share(session, candidate)
+        cost = session.flops_share(candidate)
         points.append(pages.Point(name, cost, metric, "result" if is_result else role))
     return tuple(points)
 
