@@ -31,7 +31,7 @@ class Ended:
 
 def accept(folder: Path, *options: str, **environment: str) -> Ended:
     command = [sys.executable, str(SAMPLES / "acceptance.py"), *options, "--out", str(folder)]
-    command += ["--schedule", str(DIGITS / "schedule.yaml")]
+    command += ["--schedule", str(DIGITS / "gsearch.yaml")]
     env = os.environ | environment
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert (folder / "report.json").is_file(), done.stderr

@@ -85,7 +85,7 @@ def test_twenty_steps_of_training_leave_a_checkpoint_that_loads(tmp_path: Path) 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("digits") / "artifact"
-    export(SAMPLE / "schedule.yaml", SAMPLE / "model", out, verify="none")
+    export(SAMPLE / "gsearch.yaml", SAMPLE / "model", out, verify="none")
     return out
 
 

@@ -91,7 +91,7 @@ def test_a_budget_can_stay_an_input(traced: Tracer, tmp_path: Path) -> None:
 
 def test_the_sample_builds_with_and_without_the_plugin(tmp_path: Path) -> None:
     sample, artifact = ROOT / "samples" / "digits", tmp_path / "artifact"
-    export(sample / "schedule.yaml", sample / "model", artifact, dtype="fp16", verify="none")
+    export(sample / "gsearch.yaml", sample / "model", artifact, dtype="fp16", verify="none")
     for plugin, layers in (("off", 0), ("on", 2)):
         options: dict[str, Any] = {"plugin": plugin, "unverified": True}
         done = engines(artifact, tmp_path / plugin, sms=(86, 89, 120), **options)

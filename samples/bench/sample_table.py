@@ -42,7 +42,8 @@ def schedules(facts: ModelFacts) -> dict[str, Schedule]:
         "steep list": Schedule.from_keeps(steep(layers, tokens)),
         f"VTW(K={layers // 2})": Schedule.vtw(layers // 2),
         f"VTW(K={layers - 2})": Schedule.vtw(layers - 2),
-        "digits/schedule.yaml": Schedule.load(SAMPLE / "schedule.yaml"),
+        "digits/gsearch.yaml": Schedule.load(SAMPLE / "gsearch.yaml"),
+        "digits/psigmoid.yaml": Schedule.load(SAMPLE / "psigmoid.yaml"),
     }
 
 

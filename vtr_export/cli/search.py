@@ -50,7 +50,9 @@ ScoreOption = Annotated[
     typer.Option(help="auto: the best of eight; or previous|next/text|last/mean|max."),
 ]
 Ranks = Annotated[bool, typer.Option("--ranks", help="Compare how the layers rank tokens.")]
-ReportFile = Annotated[Path | None, typer.Option(help="Default: report.html beside OUT.")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", help="Default: report.html beside OUT.")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of weights and activations.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Of an answer, at most.")]
@@ -124,9 +126,7 @@ def gsearch(
     ledger: LedgerFile = None,
     evaluation: Evaluation = None,
     ranks: Ranks = False,
-    report_file: Annotated[
-        Path | None, typer.Option("--report", help="Default: report.html beside OUT.")
-    ] = None,
+    page: ReportFile = None,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.FP32,
     max_new_tokens: NewTokens = 16,
@@ -139,9 +139,7 @@ def gsearch(
 
     options = GSearch(tolerance, spend.value, step, _numbers(first_layer))
     setup = _setup(locals())
-    run_search(
-        setup, out, score, ranks, report_file, as_json, lambda search: search.gsearch(options)
-    )
+    run_search(setup, out, score, ranks, page, as_json, lambda search: search.gsearch(options))
 
 
 @app.command()
@@ -167,9 +165,7 @@ def psigmoid(
     ledger: LedgerFile = None,
     evaluation: Evaluation = None,
     ranks: Ranks = False,
-    report_file: Annotated[
-        Path | None, typer.Option("--report", help="Default: report.html beside OUT.")
-    ] = None,
+    page: ReportFile = None,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.FP32,
     max_new_tokens: NewTokens = 16,
@@ -183,9 +179,7 @@ def psigmoid(
 
     options = PSigmoid(parse_budget(budget), trials, batch, storage, compare)
     setup = _setup(locals())
-    run_search(
-        setup, out, score, ranks, report_file, as_json, lambda search: search.psigmoid(options)
-    )
+    run_search(setup, out, score, ranks, page, as_json, lambda search: search.psigmoid(options))
 
 
 @app.command()

@@ -174,7 +174,7 @@ class Runner:
         self._settled = candidate, layer
 
     def _prepare(self) -> None:
-        """Answer every block unpruned, and cut it into shards, hardest questions first."""
+        """Answer every block unpruned: the margins order what candidates are asked."""
         if self._order is not None:
             return
         blocks = [
