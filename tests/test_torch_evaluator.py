@@ -14,6 +14,7 @@ from vtr_export.search.calibration import CalibrationSet, Question
 from vtr_export.search.candidate import Candidate, Score
 from vtr_export.search.evaluator import Outcome, Shard
 from vtr_export.search.metrics import get_metric
+from vtr_export.search.prompts import agreed_share
 from vtr_export.search.torch_evaluator import TorchEvaluator
 
 DIGITS = Path(__file__).parents[1] / "samples" / "digits"
@@ -145,6 +146,20 @@ def test_what_is_settled_changes_the_cost_alone(
     assert found.decoder_flops < 0.5 * expected.decoder_flops, "only what remains is computed"
     other = Candidate(KEEPS, score, TOKENS)
     assert_alike(held, fresh, other, whole, questions)
+    rescored = Candidate(one.keeps, SCORES[score == SCORES[0]], TOKENS)
+    assert_alike(held, fresh, rescored, whole, questions)
+    held.settle(Candidate((TOKENS,) * 8, score, TOKENS), 2)
+    for cut in (2, 3):
+        later = Candidate((TOKENS,) * cut + (5,) * (8 - cut), rescored.score, TOKENS)
+        assert_alike(held, fresh, later, whole, questions)
+
+
+@pytest.mark.parametrize(
+    ("said", "share"),
+    [((7, 8, 2), 1), ((7, 8, 9, 4), 2 / 3), ((7, 3, 2), 1 / 3), ((1, 8, 2), 0), ((7, 8), 2 / 3)],
+)
+def test_agreement_ends_at_the_first_difference(said: tuple[int, ...], share: float) -> None:
+    assert agreed_share((7, 8, 2), said) == share
 
 
 def assert_alike(

@@ -204,9 +204,8 @@ class Reference:
         """
         if self.schedule.drop_point == "inside":
             raise ValueError("a call cannot be held between layers with drop_point: inside")
-        cache = self._empty_cache(held.streams.hidden)
-        stage = sum(cut.before_layer < held.layer for cut in self.schedule.cuts)
-        return self._run(held, layer, _Call(cache, held.budget, stage=stage))
+        cache = self._empty_cache(held.streams.hidden)  # of every stage alike
+        return self._run(held, layer, _Call(cache, held.budget))
 
     @torch.no_grad()
     def finish(self, held: Held) -> Tensor:
