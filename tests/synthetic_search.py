@@ -20,9 +20,9 @@ from vtr_export.families import ModelFacts
 from vtr_export.search.candidate import Candidate, Score, Space
 from vtr_export.search.evaluator import Evaluator, Outcome, Shard, Unpruned
 from vtr_export.search.gsearch import gsearch, levels_of
-from vtr_export.search.ledger import Ledger
-from vtr_export.search.pool import Inline, Pool, Task, run
+from vtr_export.search.ledger.ledger import Ledger
 from vtr_export.search.runner import Progress, Runner
+from vtr_export.search.workers.pool import Inline, Pool, Task, run
 
 LAYERS, PARTS = 4, 32
 SCORE = Score()

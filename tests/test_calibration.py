@@ -17,7 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vtr_export.errors import CalibrationError
-from vtr_export.search.calibration import CalibrationSet, Question, overlap, refuse_overlap
+from vtr_export.search.questions.calibration import (
+    CalibrationSet,
+    Question,
+    overlap,
+    refuse_overlap,
+)
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "digits"
 
@@ -315,7 +320,7 @@ def test_the_hash_is_of_content_alone(tmp_path: Path) -> None:
 
 def test_the_hash_is_the_same_in_every_process() -> None:
     code = (
-        "import sys; from vtr_export.search.calibration import CalibrationSet as S; "
+        "import sys; from vtr_export.search.questions.calibration import CalibrationSet as S; "
         "found = S.load(sys.argv[1], limit=9, seed=3); "
         "print(found.sha256, *(question.sha256 for question in found.questions))"
     )

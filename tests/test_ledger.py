@@ -19,8 +19,8 @@ from synthetic_search import SCORE, SPACE, blocks_of, quick_folder, whole
 from vtr_export.errors import LedgerError
 from vtr_export.search.candidate import Candidate
 from vtr_export.search.evaluator import Outcome, Unpruned
-from vtr_export.search.ledger import Ledger, key_of
-from vtr_export.search.records import FRAME_BYTES, Record, recover
+from vtr_export.search.ledger.ledger import Ledger, key_of
+from vtr_export.search.ledger.records import FRAME_BYTES, Record, recover
 
 FINGERPRINT = {"model": "sha256:12", "dtype": "fp32", "metric": "exact/1"}
 QUESTIONS = 16
@@ -239,7 +239,7 @@ def test_a_full_disk_is_named_and_nothing_stored_is_lost(small_disk: Path) -> No
 
 HOLD = """
 import sys
-from vtr_export.search.ledger import Ledger
+from vtr_export.search.ledger.ledger import Ledger
 with Ledger.open(sys.argv[1], {}) as ledger:
     print("held", flush=True)
     sys.stdin.read()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtr_export.errors import InputError
-from vtr_export.search.calibration import Question
-from vtr_export.search.metrics import METRICS, get_metric, vqa_words
+from vtr_export.search.questions.calibration import Question
+from vtr_export.search.questions.metrics import METRICS, get_metric, vqa_words
 
 
 def asked(*answers: str) -> Question:
@@ -195,7 +195,7 @@ def test_labels_are_needed_where_texts_are_compared() -> None:
 
 def test_scores_do_not_depend_on_the_process() -> None:
     text = 'it\'s (top-left), 1,000/2 = \\_500_; "or" [so]'
-    code = f"from vtr_export.search.metrics import vqa_words; print(vqa_words({text!r}))"
+    code = f"from vtr_export.search.questions.metrics import vqa_words; print(vqa_words({text!r}))"
     seen = set()
     for seed in ("1", "2"):
         done = subprocess.run(

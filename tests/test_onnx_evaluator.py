@@ -10,17 +10,17 @@ from command import vtr
 
 from vtr_export.errors import ArtifactError, InputError
 from vtr_export.schedule import Schedule
-from vtr_export.search.calibration import CalibrationSet, Question
 from vtr_export.search.candidate import Candidate, Score
 from vtr_export.search.evaluator import Evaluator, Shard
+from vtr_export.search.evaluators.onnx_evaluator import OnnxEvaluator
+from vtr_export.search.evaluators.torch_evaluator import TorchEvaluator
 from vtr_export.search.gsearch import Found, floors, gsearch, levels_of
 from vtr_export.search.latency import open_schedule
-from vtr_export.search.ledger import Ledger
-from vtr_export.search.metrics import get_metric
-from vtr_export.search.onnx_evaluator import OnnxEvaluator
-from vtr_export.search.pool import Inline
+from vtr_export.search.ledger.ledger import Ledger
+from vtr_export.search.questions.calibration import CalibrationSet, Question
+from vtr_export.search.questions.metrics import get_metric
 from vtr_export.search.runner import Runner
-from vtr_export.search.torch_evaluator import TorchEvaluator
+from vtr_export.search.workers.pool import Inline
 
 DIGITS = Path(__file__).parents[1] / "samples" / "digits"
 SCORE = Score(query="text")

@@ -23,7 +23,7 @@ from vtr_export.search.budget import Budget, Workload, parse_budget
 from vtr_export.search.candidate import Candidate, Score, Space
 from vtr_export.search.comparison import compare
 from vtr_export.search.curves import Pyramid, Sigmoid, candidate_at, solve
-from vtr_export.search.ledger import Ledger
+from vtr_export.search.ledger.ledger import Ledger
 from vtr_export.search.psigmoid import Tuned, fit_sigmoid, psigmoid, worth
 from vtr_export.search.trial_store import Result
 

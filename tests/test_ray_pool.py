@@ -19,17 +19,17 @@ from PIL import Image
 from ray_evaluators import Rigged
 
 from vtr_export.errors import InputError, UnavailableError
-from vtr_export.search import ray_cluster, ray_pool
-from vtr_export.search.calibration import CalibrationSet
 from vtr_export.search.candidate import Candidate, Score
 from vtr_export.search.evaluator import Outcome, Shard, Unpruned
 from vtr_export.search.gsearch import Found, floors, gsearch, levels_of
-from vtr_export.search.ledger import Ledger
-from vtr_export.search.metrics import get_metric
-from vtr_export.search.pool import Inline, Pool, Task
-from vtr_export.search.ray_cluster import Node, open_cluster, share_cores
-from vtr_export.search.ray_pool import RayPool
+from vtr_export.search.ledger.ledger import Ledger
+from vtr_export.search.questions.calibration import CalibrationSet
+from vtr_export.search.questions.metrics import get_metric
 from vtr_export.search.runner import Progress, Runner
+from vtr_export.search.workers import ray_cluster, ray_pool
+from vtr_export.search.workers.pool import Inline, Pool, Task
+from vtr_export.search.workers.ray_cluster import Node, open_cluster, share_cores
+from vtr_export.search.workers.ray_pool import RayPool
 
 HERE = Path(__file__).parent
 BLOCKS = 4
@@ -273,7 +273,7 @@ def questions(tmp_path: Path) -> CalibrationSet:
 def test_gsearch_ends_as_in_one_process_though_a_worker_is_killed(
     cluster: Any, checkpoint: Path, questions: CalibrationSet, tmp_path: Path
 ) -> None:
-    from vtr_export.search.torch_evaluator import TorchEvaluator
+    from vtr_export.search.evaluators.torch_evaluator import TorchEvaluator
 
     metric = get_metric("agreement")
     blocks = [questions.questions[start : start + 4] for start in range(0, 12, 4)]

@@ -23,11 +23,12 @@ from vtr_export.search.budget import Budget
 from vtr_export.search.candidate import Candidate, Score
 from vtr_export.search.comparison import Row
 from vtr_export.search.curves import Sigmoid, Solved
-from vtr_export.search.examples import examples
 from vtr_export.search.gsearch import Try, Violation
 from vtr_export.search.psigmoid import Ranges, Trial, Tuned
+from vtr_export.search.questions.statistics import Difference
 from vtr_export.search.ranks import ranks
-from vtr_export.search.report import (
+from vtr_export.search.report.examples import examples
+from vtr_export.search.report.page import (
     Compared,
     Curve,
     Effort,
@@ -39,8 +40,7 @@ from vtr_export.search.report import (
     page,
     write,
 )
-from vtr_export.search.report_plots import pareto_front
-from vtr_export.search.statistics import Difference
+from vtr_export.search.report.plots import pareto_front
 from vtr_export.search.trial_store import Result as TrialResult
 
 HOSTILE = '$\\frac{$ </td></pre><script src="http://e.vil/x.js">alert(1)</script>'
@@ -322,8 +322,8 @@ def test_keeps_may_be_shares() -> None:
 def test_examples_show_the_tokens_that_the_scores_chose(tmp_path: Path) -> None:
     from vtr_export.reference import positions_of
     from vtr_export.schedule import Cut, Keep, Resolved
-    from vtr_export.search.calibration import CalibrationSet
-    from vtr_export.search.torch_model import TorchModel
+    from vtr_export.search.evaluators.torch_model import TorchModel
+    from vtr_export.search.questions.calibration import CalibrationSet
 
     folder = save_checkpoint(tiny_llava(layers=3), tmp_path / "model")
     pixels = RNG.integers(0, 255, (3, 28, 28, 3), np.uint8)

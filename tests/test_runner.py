@@ -28,9 +28,9 @@ from synthetic_search import (
 
 from vtr_export.search.candidate import Candidate
 from vtr_export.search.evaluator import Outcome, Shard
-from vtr_export.search.ledger import Ledger
-from vtr_export.search.pool import Part, Task
+from vtr_export.search.ledger.ledger import Ledger
 from vtr_export.search.runner import Measured, Progress, Runner
+from vtr_export.search.workers.pool import Part, Task
 
 
 def candidate(*keeps: int) -> Candidate:

@@ -215,7 +215,7 @@ def test_psigmoid_meets_its_budget_and_is_compared(tmp_path: Path) -> None:
 
 def vtr_questions(limit: int) -> set[tuple[str, str]]:
     """What a draw takes, as the file spells it."""
-    from vtr_export.search.calibration import CalibrationSet
+    from vtr_export.search.questions.calibration import CalibrationSet
 
     drawn = CalibrationSet.load(QUESTIONS, limit=limit).questions
     return {(f"images/{question.images[0].name}", question.text) for question in drawn}

@@ -18,7 +18,7 @@ import pytest
 import synthetic_search
 from synthetic_search import SCORE, SPACE, Synthetic, blocks_of, quick_folder, search_on, whole
 
-from vtr_export.search.ledger import Ledger, key_of
+from vtr_export.search.ledger.ledger import Ledger, key_of
 
 BLOCKS = blocks_of(300, 128)
 FILE_CALLS = ("open", "close", "fsync", "ftruncate", "pwrite", "link", "replace", "unlink", "mkdir")

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vtr_export.families import read_facts
 from vtr_export.reference import Reference, embed, pad_batch, positions_of
 from vtr_export.search.candidate import Candidate, Score
-from vtr_export.search.work import Width, call_flops, step_flops
+from vtr_export.search.evaluators.work import Width, call_flops, step_flops
 
 LAYERS, PARTS, BATCH, IMAGES, STEPS = 4, 16, 3, 2, 5
 KEEPS = (PARTS, 9, 9, 4)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtr_export.errors import UnavailableError
-from vtr_export.search.calibration import Question
-from vtr_export.search.metrics import get_metric
-from vtr_export.search.statistics import at_chance, image_groups, paired_difference
+from vtr_export.search.questions.calibration import Question
+from vtr_export.search.questions.metrics import get_metric
+from vtr_export.search.questions.statistics import at_chance, image_groups, paired_difference
 
 stats = pytest.importorskip("scipy.stats", reason="intervals are computed by scipy")
 

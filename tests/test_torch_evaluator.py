@@ -9,13 +9,13 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vtr_export.reference import Reference, embed
-from vtr_export.search import torch_evaluator
-from vtr_export.search.calibration import CalibrationSet, Question
 from vtr_export.search.candidate import Candidate, Score
 from vtr_export.search.evaluator import Outcome, Shard
-from vtr_export.search.metrics import get_metric
-from vtr_export.search.prompts import agreed_share
-from vtr_export.search.torch_evaluator import TorchEvaluator
+from vtr_export.search.evaluators import torch_evaluator
+from vtr_export.search.evaluators.prompts import agreed_share
+from vtr_export.search.evaluators.torch_evaluator import TorchEvaluator
+from vtr_export.search.questions.calibration import CalibrationSet, Question
+from vtr_export.search.questions.metrics import get_metric
 
 DIGITS = Path(__file__).parents[1] / "samples" / "digits"
 NEW_TOKENS, TOKENS, COUNT = 4, 144, 18

@@ -20,11 +20,11 @@ import torch
 from measure import HERE, head, in_turns, parser, say, table, verdict, work
 
 from vtr_export.search.candidate import Candidate, Score
+from vtr_export.search.evaluators.prompts import SHARD
+from vtr_export.search.evaluators.torch_evaluator import TorchEvaluator
 from vtr_export.search.gsearch import SPLIT, floors, gsearch, levels_of
-from vtr_export.search.pool import Inline
-from vtr_export.search.prompts import SHARD
 from vtr_export.search.session import Session, Setup
-from vtr_export.search.torch_evaluator import TorchEvaluator
+from vtr_export.search.workers.pool import Inline
 
 SAMPLE = HERE.parent / "digits"
 SCORE = Score("previous", "text", "mean")

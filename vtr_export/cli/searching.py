@@ -34,7 +34,7 @@ def run_search(
     """Search, write the schedule and the report; interrupted, leave the best so far."""
     from vtr_export.search import summary
     from vtr_export.search.methods import Search
-    from vtr_export.search.report_plots import import_matplotlib
+    from vtr_export.search.report.plots import import_matplotlib
     from vtr_export.search.session import Session
 
     import_matplotlib()  # a search is long: what is missing at its end is said at its beginning
@@ -141,9 +141,9 @@ def _seen_from(out: Path, model: str) -> str:
 
 
 def _write_report(search: "Search", schedule: str, page: Path, ranks: bool) -> None:
-    from vtr_export.search.examples import examples
     from vtr_export.search.ranks import model_ranks
-    from vtr_export.search.report import KeptImage, write
+    from vtr_export.search.report.examples import examples
+    from vtr_export.search.report.page import KeptImage, write
     from vtr_export.search.summary import to_report
 
     model, ranked = search.session.model(), None
@@ -228,11 +228,11 @@ def show_ranks(
 ) -> None:
     """How alike the layers rank tokens, as a table and a picture."""
     from vtr_export.checkpoint import find_folder
-    from vtr_export.search.calibration import CalibrationSet
     from vtr_export.search.candidate import SCORES
+    from vtr_export.search.evaluators.torch_model import TorchModel
+    from vtr_export.search.questions.calibration import CalibrationSet
     from vtr_export.search.ranks import model_ranks
-    from vtr_export.search.report import SearchReport, write
-    from vtr_export.search.torch_model import TorchModel
+    from vtr_export.search.report.page import SearchReport, write
 
     chosen = [one for one in SCORES if f"{one.query}/{one.heads}" == score]
     if not chosen:

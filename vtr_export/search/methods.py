@@ -13,9 +13,9 @@ from vtr_export.search.comparison import Row, compare
 from vtr_export.search.gsearch import Found, Spend, floors, gsearch, levels_of
 from vtr_export.search.latency import LatencyTable, measure, time_candidate
 from vtr_export.search.psigmoid import Tuned, psigmoid
+from vtr_export.search.questions.statistics import Difference, image_groups, paired_difference
 from vtr_export.search.runner import Measured
 from vtr_export.search.session import Say, Session, check_tolerance
-from vtr_export.search.statistics import Difference, image_groups, paired_difference
 
 PROBE_BLOCKS = 2  # that scores are compared on
 PROBE_LAYER = 2  # FastV's

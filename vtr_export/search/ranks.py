@@ -15,14 +15,14 @@ import numpy as np
 
 from vtr_export.errors import UnavailableError
 from vtr_export.schedule import Cut, Keep, Resolved
-from vtr_export.search.calibration import Question
 from vtr_export.search.candidate import Score
 from vtr_export.search.evaluator import Floats
+from vtr_export.search.questions.calibration import Question
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vtr_export.search.torch_model import TorchModel
+    from vtr_export.search.evaluators.torch_model import TorchModel
 
 SHARES = (0.5, 0.25, 0.125, 0.0625)  # of the vision tokens: the keeps overlaps are taken at
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from vtr_export.search.candidate import Candidate, Space
 from vtr_export.search.evaluator import Floats, Outcome, Shard, Unpruned
-from vtr_export.search.ledger import Ledger, key_of
+from vtr_export.search.ledger.ledger import Ledger, key_of
 from vtr_export.search.order import Order
-from vtr_export.search.pool import Pool, Task
+from vtr_export.search.workers.pool import Pool, Task
 
 NOISE: Final = 1e-9  # a mean that is less than this below the floor reaches it
 
@@ -87,7 +87,7 @@ class Runner:
 
     A result in the ledger is not computed again, and a new one is there before the next is waited
     for. Neither the order of questions, nor the number of workers, nor early stopping changes a
-    verdict. ``full_flops`` prices a shard from layer 0 on (:class:`vtr_export.search.work.Naive`).
+    verdict. ``full_flops`` prices a shard from layer 0 on (``evaluators.work.Naive``).
 
     Counts: ``evaluations``, candidates asked about; ``computed`` and ``reused``, results (of a
     shard, or of a block unpruned) made here and found in the ledger. ``decoder_flops_spent`` is

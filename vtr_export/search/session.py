@@ -13,22 +13,22 @@ from vtr_export.checkpoint import find_folder, read_config
 from vtr_export.errors import InputError
 from vtr_export.families import read_facts
 from vtr_export.published import MANIFEST
-from vtr_export.search import onnx_evaluator
 from vtr_export.search.budget import Workload, parse_budget
-from vtr_export.search.calibration import CalibrationSet, Question, refuse_overlap
 from vtr_export.search.candidate import Candidate, Space
 from vtr_export.search.evaluator import Evaluator
-from vtr_export.search.ledger import Ledger
-from vtr_export.search.metrics import Metric, get_metric
-from vtr_export.search.onnx_evaluator import space_of
-from vtr_export.search.pool import Inline, Part, Pool
-from vtr_export.search.prompts import Prompts, blocks_of
+from vtr_export.search.evaluators import onnx_evaluator
+from vtr_export.search.evaluators.onnx_evaluator import space_of
+from vtr_export.search.evaluators.prompts import Prompts, blocks_of
+from vtr_export.search.evaluators.work import Naive
+from vtr_export.search.ledger.ledger import Ledger
+from vtr_export.search.questions.calibration import CalibrationSet, Question, refuse_overlap
+from vtr_export.search.questions.metrics import Metric, get_metric
+from vtr_export.search.questions.statistics import at_chance
 from vtr_export.search.runner import Progress, Runner
-from vtr_export.search.statistics import at_chance
-from vtr_export.search.work import Naive
+from vtr_export.search.workers.pool import Inline, Part, Pool
 
 if TYPE_CHECKING:
-    from vtr_export.search.torch_model import TorchModel
+    from vtr_export.search.evaluators.torch_model import TorchModel
 
 Say = Callable[[str], None]
 
@@ -100,8 +100,8 @@ class Session:
 
     def model(self) -> "TorchModel | None":
         """The checkpoint, the evaluator's own or loaded now; None of an artifact."""
-        from vtr_export.search.torch_evaluator import TorchEvaluator
-        from vtr_export.search.torch_model import TorchModel
+        from vtr_export.search.evaluators.torch_evaluator import TorchEvaluator
+        from vtr_export.search.evaluators.torch_model import TorchModel
 
         pool = self.runner.pool
         if isinstance(pool, Inline) and isinstance(pool.evaluator, TorchEvaluator):
@@ -156,7 +156,7 @@ class Session:
         setup = self.setup
         if not self.is_checkpoint:
             return onnx_evaluator.describe(self.folder, setup.device, setup.max_new_tokens)
-        from vtr_export.search.torch_model import describe
+        from vtr_export.search.evaluators.torch_model import describe
 
         return describe(self.folder, setup.device, setup.dtype, setup.max_new_tokens)
 
@@ -167,7 +167,7 @@ class Session:
         if not self.is_checkpoint:
             kind = onnx_evaluator.OnnxEvaluator
             return partial(kind, self.folder, blocks, self.metric, **options)
-        from vtr_export.search.torch_evaluator import TorchEvaluator
+        from vtr_export.search.evaluators.torch_evaluator import TorchEvaluator
 
         options["dtype"] = setup.dtype
         return partial(TorchEvaluator, self.folder, blocks, self.metric, **options)
@@ -176,7 +176,7 @@ class Session:
         setup, make = self.setup, self._maker(blocks)
         if not setup.on_ray:
             return Inline(make())
-        from vtr_export.search.ray_pool import RayPool
+        from vtr_export.search.workers.ray_pool import RayPool
 
         gpus = 1.0 if setup.device.startswith("cuda") else 0.0
         return RayPool(

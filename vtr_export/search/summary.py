@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from vtr_export.search import report as pages
 from vtr_export.search.candidate import Candidate
 from vtr_export.search.comparison import Row
 from vtr_export.search.methods import Search
-from vtr_export.search.statistics import image_groups, paired_difference
+from vtr_export.search.questions.statistics import image_groups, paired_difference
+from vtr_export.search.report import page as pages
 
 if TYPE_CHECKING:
     from vtr_export.search.ranks import Ranks

@@ -1,9 +1,9 @@
 """What a search has learned, kept: each result is on the disk before the next one is asked for.
 
-An SQLite database of one table, a frame (:mod:`vtr_export.search.records`) a row, written once and
-never changed. Its rollback journal is emptied by every commit: at rest, also after a kill, a ledger
-is one whole file that can be copied, which it is not with a write-ahead log, and a network folder
-will do. ``synchronous=FULL``: what :meth:`Ledger.put` returned from survives a power cut.
+An SQLite database of one table, a frame (:mod:`vtr_export.search.ledger.records`) a row, written
+once and never changed. Its rollback journal is emptied by every commit: at rest, also after a kill,
+a ledger is one whole file that can be copied, which it is not with a write-ahead log, and a network
+folder will do. ``synchronous=FULL``: what :meth:`Ledger.put` returned from survives a power cut.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import numpy as np
 from vtr_export.errors import LedgerError
 from vtr_export.search.candidate import Candidate
 from vtr_export.search.evaluator import Floats, Outcome, Shard, Unpruned
-from vtr_export.search.ledger_file import (
+from vtr_export.search.ledger.file import (
     INSERT,
     NAME,
     OTHER,
@@ -31,8 +31,8 @@ from vtr_export.search.ledger_file import (
     open_file,
     rows_of,
 )
-from vtr_export.search.ledger_lock import Lock
-from vtr_export.search.records import Record
+from vtr_export.search.ledger.lock import Lock
+from vtr_export.search.ledger.records import Record
 
 Fingerprint = Mapping[str, str]
 _FINGERPRINT: Final = "fingerprint"

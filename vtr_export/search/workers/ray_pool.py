@@ -14,8 +14,8 @@ from typing import Any
 from vtr_export.errors import InputError, UnavailableError, VtrError
 from vtr_export.search.candidate import Candidate
 from vtr_export.search.evaluator import Evaluator, Outcome, Unpruned
-from vtr_export.search.pool import Task, run
-from vtr_export.search.ray_cluster import Cluster, open_cluster, share_cores
+from vtr_export.search.workers.pool import Task, run
+from vtr_export.search.workers.ray_cluster import Cluster, open_cluster, share_cores
 
 CORES = 4  # of a worker, unless told how many workers there are
 DEATHS = 3  # in a row, of one worker that finished nothing: it will not get better
@@ -101,7 +101,7 @@ class Slot:
 
 
 class RayPool:
-    """Runs tasks on Ray actors; see :class:`vtr_export.search.pool.Pool`.
+    """Runs tasks on Ray actors; see :class:`vtr_export.search.workers.pool.Pool`.
 
     A block belongs to one worker, so that what a worker holds of it stays of use. A worker that
     dies is replaced, hears again what was settled, and its unfinished task runs again.

@@ -14,7 +14,7 @@ from secrets import token_hex
 from typing import Final, NoReturn
 
 from vtr_export.errors import LedgerError
-from vtr_export.search.records import PAGE_BYTES, Record, is_frame, recover
+from vtr_export.search.ledger.records import PAGE_BYTES, Record, is_frame, recover
 
 APPLICATION: Final = int.from_bytes(b"vtrS")
 SCHEMA: Final = 1

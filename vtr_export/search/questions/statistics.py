@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vtr_export.errors import UnavailableError
-from vtr_export.search.calibration import Question
-from vtr_export.search.metrics import Metric
+from vtr_export.search.questions.calibration import Question
+from vtr_export.search.questions.metrics import Metric
 
 Floats = NDArray[np.float64]
 Groups = NDArray[np.int64]

@@ -13,9 +13,9 @@ from torch import Tensor
 from vtr_export.families import read_facts
 from vtr_export.reference import Held, Reference, pad_batch, positions_of, vision_index_of
 from vtr_export.schedule import Resolved
-from vtr_export.search.calibration import Question
-from vtr_export.search.prompts import Prompts
-from vtr_export.search.work import Width
+from vtr_export.search.evaluators.prompts import Prompts
+from vtr_export.search.evaluators.work import Width
+from vtr_export.search.questions.calibration import Question
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IMAGES = 16  # encoded at a time

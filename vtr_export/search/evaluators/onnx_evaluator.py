@@ -19,12 +19,18 @@ from vtr_export.runtime.decoder import Decoder
 from vtr_export.runtime.model import Model
 from vtr_export.runtime.processor import Processor
 from vtr_export.runtime.session import Array
-from vtr_export.search.calibration import Question
 from vtr_export.search.candidate import Candidate, Score, Space
 from vtr_export.search.evaluator import Floats, Outcome, Shard, Unpruned
-from vtr_export.search.metrics import Metric
-from vtr_export.search.prompts import SHARD, Prompts, divergence, metric_of, metrics_by_drafts
-from vtr_export.search.work import Width, call_flops, step_flops
+from vtr_export.search.evaluators.prompts import (
+    SHARD,
+    Prompts,
+    divergence,
+    metric_of,
+    metrics_by_drafts,
+)
+from vtr_export.search.evaluators.work import Width, call_flops, step_flops
+from vtr_export.search.questions.calibration import Question
+from vtr_export.search.questions.metrics import Metric
 
 _AS_SEARCHED: Final = {"rank": "joint", "positions": "original", "drop_point": "between"}
 

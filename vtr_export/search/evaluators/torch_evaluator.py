@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from vtr_export.reference import Generation, Held
-from vtr_export.search.calibration import Question
 from vtr_export.search.candidate import Candidate, Space
 from vtr_export.search.evaluator import Floats, Outcome, Shard, Unpruned
-from vtr_export.search.metrics import Metric
-from vtr_export.search.prompts import SHARD, metric_of, metrics_by_drafts
-from vtr_export.search.torch_model import TorchModel, describe
-from vtr_export.search.work import Width, call_flops, step_flops
+from vtr_export.search.evaluators.prompts import SHARD, metric_of, metrics_by_drafts
+from vtr_export.search.evaluators.torch_model import TorchModel, describe
+from vtr_export.search.evaluators.work import Width, call_flops, step_flops
+from vtr_export.search.questions.calibration import Question
+from vtr_export.search.questions.metrics import Metric
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 
 from vtr_export.reference import Generation
 from vtr_export.runtime.show_kept import Grid
-from vtr_export.search.calibration import Question
 from vtr_export.search.candidate import Candidate, Space
-from vtr_export.search.report import KeptImage
-from vtr_export.search.torch_model import Batch, TorchModel
+from vtr_export.search.evaluators.torch_model import Batch, TorchModel
+from vtr_export.search.questions.calibration import Question
+from vtr_export.search.report.page import KeptImage
 
 
 def examples(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from vtr_export.search.evaluator import Floats
     from vtr_export.search.gsearch import Try
-    from vtr_export.search.report import Curve, Point, SearchReport
+    from vtr_export.search.report.page import Curve, Point, SearchReport
 
 # what these stand for is decided by the page's style sheet, light or dark
 INK, SOFT, LINE, CARD = "#1d2733", "#64707d", "#dfe4ea", "#fefefe"

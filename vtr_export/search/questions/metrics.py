@@ -10,7 +10,7 @@ from math import inf, isfinite
 from typing import Final
 
 from vtr_export.errors import InputError
-from vtr_export.search.calibration import Question
+from vtr_export.search.questions.calibration import Question
 
 _NUMBER: Final = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?(e[-+]?\d{1,3})?%?", re.ASCII)
 _WORD: Final = r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"  # Thai, kana, Han: no spaces

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from vtr_export.cost import Rows, get_convention
 from vtr_export.families import ModelFacts
-from vtr_export.search.calibration import Question
 from vtr_export.search.candidate import Candidate
 from vtr_export.search.evaluator import Shard
-from vtr_export.search.prompts import Prompts
+from vtr_export.search.evaluators.prompts import Prompts
+from vtr_export.search.questions.calibration import Question
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import numpy as np
 
 from vtr_export.runtime.image import Pixels
 from vtr_export.runtime.processor import Processor
-from vtr_export.search.calibration import Question
 from vtr_export.search.evaluator import Floats
-from vtr_export.search.metrics import Metric
+from vtr_export.search.questions.calibration import Question
+from vtr_export.search.questions.metrics import Metric
 
 BLOCK, SHARD = 256, 64  # questions
 

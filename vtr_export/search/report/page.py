@@ -18,9 +18,9 @@ from vtr_export.runtime.show_kept import Grid, darken
 from vtr_export.search.comparison import Row
 from vtr_export.search.gsearch import Try, Violation
 from vtr_export.search.psigmoid import Tuned
+from vtr_export.search.questions.statistics import Difference
 from vtr_export.search.ranks import Ranks
-from vtr_export.search.report_plots import plots, verdict
-from vtr_export.search.statistics import Difference
+from vtr_export.search.report.plots import plots, verdict
 
 Interval = tuple[float, float]  # 95 %
 Role = Literal["result", "start", "comparison", "measured", "unpruned"]
@@ -125,7 +125,7 @@ class SearchReport:
     """Everything the page shows; what is empty is left out.
 
     ``parts`` is what keeps count: an image's vision tokens, or with ``varies`` hundredths of
-    them. ``metric`` is a name of :mod:`vtr_export.search.metrics`.
+    them. ``metric`` is a name of :mod:`vtr_export.search.questions.metrics`.
     """
 
     title: str
@@ -205,7 +205,7 @@ def write(report: SearchReport, path: Path) -> None:
 def page(report: SearchReport) -> str:
     """The report as HTML that needs nothing else."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vtr_export", "search"),
+        loader=jinja2.PackageLoader("vtr_export", "search/report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -224,7 +224,7 @@ def page(report: SearchReport) -> str:
         "picture": _picture,
         "verdict": verdict,
     }
-    return environment.get_template("report.html.j2").render(report=report, plots=plots(report))
+    return environment.get_template("page.html.j2").render(report=report, plots=plots(report))
 
 
 def _metric(is_share: bool, value: float) -> str:

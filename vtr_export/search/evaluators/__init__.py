@@ -1,0 +1,1 @@
+"""Models that answer calibration questions under a candidate."""

@@ -1,0 +1,1 @@
+"""What is asked: calibration sets, metrics, and whether two results differ."""
