@@ -30,7 +30,8 @@ app = typer.Typer(
     name="vtr",
     no_args_is_help=True,
     help="Deploy vision-language models on fewer tokens.",
-    epilog="Exit status: 0 fine, 1 a gate failed, 2 bad input, 3 not executed, 70 a bug of ours.",
+    epilog="Exit status: 0 fine, 1 a gate failed, 2 bad input, 3 not executed, 70 a bug of ours, "
+    "130 interrupted.",
     **PLAIN,
 )
 app.command()(export.export)
