@@ -2,10 +2,11 @@
 
 python samples/bench/search_cost.py
 
-The naive search bisects as well, but answers every question under each candidate, from layer 0 on,
-greedily. Both must find the same schedule. Seconds are of the
-search alone: the model is loaded and the unpruned answers are known. Tolerance one question per
-layer, so that sets of any size find something.
+The naive search bisects in the middle, and answers every question under each candidate, from layer
+0 on, greedily. Where fewer tokens sometimes do better, the two may part ways: both schedules are
+shown. Seconds are of the search alone: the model is loaded and the unpruned answers are known.
+Tolerance one question per layer, so that sets of any size find something. Exit 1 when the bar is
+missed.
 """
 
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from measure import HERE, head, in_turns, parser, say, table, verdict, work
+from measure import HERE, head, in_turns, parser, table, verdict, work
 
 from vtr_export.search.candidate import Candidate, Score
 from vtr_export.search.evaluators.prompts import SHARD
@@ -141,24 +142,28 @@ def main() -> None:
         sides = {"ours": lambda: ours(setup), "naive": lambda: naive(setup)}
         found = in_turns(sides, args.runs, warmup=False)
     first, plain = found["ours"][0], found["naive"][0]
-    if first.keeps != plain.keeps:
-        say(f"unlike: {first.keeps} and {plain.keeps}")
     flops = first.flops / plain.flops
     seconds = median(
         a.seconds / b.seconds for a, b in zip(found["ours"], found["naive"], strict=True)
     )
-    rows = [("", "candidates", "decoder FLOPs", "seconds")]
+    rows = [("", "candidates", "decoder FLOPs", "seconds", "found")]
     rows += [
-        (name, str(side.candidates), f"{side.flops:.3g}", f"{side.seconds:.1f}")
+        (name, str(side.candidates), f"{side.flops:.3g}", f"{side.seconds:.1f}", _keeps(side))
         for name, side in (("naive", plain), ("ours", first))
     ]
-    rows.append(
-        ("ours of naive", "", f"{flops:.3f} (bar 1/3: {verdict(flops <= BAR)})", f"{seconds:.3f}")
+    bar = f"{flops:.3f} (bar 1/3: {verdict(flops <= BAR)})"
+    rows.append(("ours of naive", "", bar, f"{seconds:.3f}", ""))
+    print(
+        head(
+            f"{args.device}, {args.threads} threads", f"{questions} questions, step {STEP}, {SCORE}"
+        )
     )
-    print(head(f"{args.device}, {args.threads} threads", f"{questions} questions, step {STEP}"))
     print(table(rows))
-    print(f"\nfound {first.keeps}, {SCORE}")
-    raise SystemExit(first.keeps != plain.keeps)
+    raise SystemExit(flops > BAR)
+
+
+def _keeps(side: Side) -> str:
+    return " ".join(map(str, side.keeps))
 
 
 if __name__ == "__main__":
