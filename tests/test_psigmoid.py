@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +155,11 @@ def after(calls: int) -> Callable[[], None]:
 
 
 def is_killed(body: Callable[[], object]) -> bool:
-    """Run ``body`` in a process of its own; did it end by SIGKILL?"""
-    if not (child := os.fork()):
-        try:
-            body()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    """Run ``body`` in a new process (a fork would inherit torch's threads); was it SIGKILLed?"""
+    child = get_context("spawn").Process(target=body)
+    child.start()
+    child.join()
+    return child.exitcode == -signal.SIGKILL
 
 
 def die(*_: object) -> None:
@@ -201,7 +200,7 @@ def test_a_study_in_a_database_goes_on_where_it_was_killed(tmp_path: Path) -> No
     url = f"sqlite:///{tmp_path / 'study.db'}"
     lives = 0
     while is_killed(
-        partial(tune_until_commit, url, 10 + 15 * lives)
+        partial(tune_until_commit, url, 10 + 40 * lives)
     ):  # each gets a little further than the one before
         lives += 1
     assert lives > 1
