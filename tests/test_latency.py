@@ -201,7 +201,7 @@ def test_a_backend_that_is_not_here_is_refused_before_anything_is_exported(
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("it is here")
+        pytest.skip("CUDA is here: only a machine without it can refuse it")
     said: list[str] = []
     with pytest.raises(UnavailableError, match="CUDA"):
         measure(checkpoint, "onnxruntime-cuda", Score(), WORK, progress=said.append)
