@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from vtr_export.checkpoint import read_config
+from vtr_export.checkpoint import read_model_facts
 from vtr_export.errors import InputError
-from vtr_export.families import ModelFacts, read_facts
+from vtr_export.families import ModelFacts
 from vtr_export.plan import PlanReport, plan
 from vtr_export.published import kind_of
 from vtr_export.runtime.artifact import Artifact
@@ -262,7 +262,7 @@ def _check_same_model(facts: ModelFacts, other: ModelFacts, where: Path) -> None
 
 
 def _facts(artifact: Artifact) -> ModelFacts:
-    return read_facts(read_config(artifact.folder)[0], str(artifact.folder / "config.json"))
+    return read_model_facts(artifact.folder)
 
 
 def _workload(facts: ModelFacts, decoder: Decoder, predicted: PlanReport) -> Workload:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vtr_export.errors import CheckpointError
+from vtr_export.families import ModelFacts, read_facts
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -99,6 +100,11 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     _fail(
         f"not a model folder: it has no {CONFIG}", folder, "give the folder the model was saved in"
     )
+
+
+def read_model_facts(folder: Path) -> ModelFacts:
+    """What ``config.json`` of a model folder says of the model's shape."""
+    return read_facts(read_config(folder)[0], str(folder / CONFIG))
 
 
 def read_header(shard: Path) -> tuple[dict[str, TensorRef], str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from vtr_export import __version__
-from vtr_export.checkpoint import find_folder, read_config
+from vtr_export.checkpoint import find_folder, read_model_facts
 from vtr_export.errors import EngineError, UnavailableError
-from vtr_export.families import ModelFacts, read_facts
+from vtr_export.families import ModelFacts
 from vtr_export.memory import get_weight_type, weight_bytes
 
 PYTHONS: Final = (3, 11), (3, 14)
@@ -105,7 +105,7 @@ def foresee(model: str | Path) -> Outlook:
     from vtr_export.assemble import missing_assets
 
     folder = find_folder(model)
-    facts = read_facts(read_config(folder)[0], str(folder / "config.json"))
+    facts = read_model_facts(folder)
     sizes = {name: weight_bytes(facts, get_weight_type(name)) for name in ("fp32", "fp16")}
     remarks = [*missing_assets(folder), *_weights_remarks(folder)]
     return Outlook(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 from vtr_export import assemble
 from vtr_export.buildable import check_builds
 from vtr_export.builder import build
-from vtr_export.checkpoint import Checkpoint, find_folder, read_config
+from vtr_export.checkpoint import Checkpoint, find_folder, read_model_facts
 from vtr_export.errors import GateError, InputError, ScheduleError, UnavailableError
-from vtr_export.families import ModelFacts, read_facts
+from vtr_export.families import ModelFacts
 from vtr_export.manifest import Gate, Manifest
 from vtr_export.memory import get_weight_type, weight_bytes
 from vtr_export.plan import check_fits_target
@@ -117,7 +117,7 @@ def export(
         if not isinstance(schedule, Schedule):
             schedule = Schedule.load(schedule)
         folder = find_folder(_model(schedule, model))
-        facts = read_facts(read_config(folder)[0], str(folder / "config.json"))
+        facts = read_model_facts(folder)
         resolved = schedule.resolve(facts)
         _check_target(schedule, facts, resolved, options)
         check_place(Path(out), force, _needed_bytes(facts, options))

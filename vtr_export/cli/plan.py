@@ -91,9 +91,8 @@ def _target(done: "PlanReport") -> str:
 
 def facts_of(schedule: "Schedule", model: str | None) -> "ModelFacts":
     """Facts of ``model``, or else of the model that the schedule names."""
-    from vtr_export.checkpoint import find_folder, read_config
+    from vtr_export.checkpoint import find_folder, read_model_facts
     from vtr_export.errors import ScheduleError
-    from vtr_export.families import read_facts
 
     location = model if model is not None else schedule.model_location()
     if location is None:
@@ -103,4 +102,4 @@ def facts_of(schedule: "Schedule", model: str | None) -> "ModelFacts":
             hint="add `model: FOLDER` to it, or give --model",
         )
     folder = find_folder(location)
-    return read_facts(read_config(folder)[0], str(folder / "config.json"))
+    return read_model_facts(folder)

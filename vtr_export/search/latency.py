@@ -11,9 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from vtr_export.checkpoint import find_folder, read_config
+from vtr_export.checkpoint import find_folder, read_model_facts
 from vtr_export.errors import InputError
-from vtr_export.families import read_facts
 from vtr_export.runtime.artifact import Artifact
 from vtr_export.runtime.decoder import Decoder
 from vtr_export.runtime.session import Array, Device, import_runtime
@@ -290,7 +289,7 @@ def _rows(keep: int, parts: int, workload: Workload) -> int:
 
 def _space(model: str | Path) -> Space:
     folder = find_folder(model)
-    return Space(read_facts(read_config(folder)[0], str(folder / "config.json")))
+    return Space(read_model_facts(folder))
 
 
 def _device(backend: str) -> Device:

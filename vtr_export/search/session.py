@@ -9,9 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from vtr_export import __version__
-from vtr_export.checkpoint import find_folder, read_config
+from vtr_export.checkpoint import find_folder, read_model_facts
 from vtr_export.errors import InputError
-from vtr_export.families import read_facts
 from vtr_export.published import MANIFEST
 from vtr_export.search.budget import Workload, parse_budget
 from vtr_export.search.candidate import Candidate, Space
@@ -190,7 +189,7 @@ class Session:
 
 
 def _space(folder: Path) -> Space:
-    return Space(read_facts(read_config(folder)[0], str(folder / "config.json")))
+    return Space(read_model_facts(folder))
 
 
 def _sets(setup: Setup, metric: Metric) -> tuple[CalibrationSet, CalibrationSet | None]:
