@@ -402,7 +402,7 @@ def test_killed_midway_the_old_engine_stays_and_the_next_build_cleans_up(artifac
             assert running.stderr is not None
             assert any(step in line for line in running.stderr)
             time.sleep(0.5)
-            children = _children(running.pid)
+            children = _builders(running.pid)
             running.send_signal(signal.SIGKILL)
             running.wait()
         assert contents(artifact / "tensorrt-rtx") == before
@@ -413,9 +413,17 @@ def test_killed_midway_the_old_engine_stays_and_the_next_build_cleans_up(artifac
     assert not list(artifact.glob("tensorrt-rtx.tmp-*"))
 
 
-def _children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in text.split()]
+def _builders(pid: int) -> list[int]:
+    """The process's children that build; a test before this one may have left others."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"tensorrt.child" in _command(child)]
+
+
+def _command(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def _ends(pid: int) -> bool:
@@ -436,7 +444,7 @@ def test_a_builder_that_dies_is_an_error_that_names_the_last_layer(
     def shoot(messages: Any, announce: Any) -> str:
         for line in messages:
             if "layer" in json.loads(line):
-                (child,) = _children(os.getpid())
+                (child,) = _builders(os.getpid())
                 os.kill(child, signal.SIGSEGV)
                 return str(json.loads(line)["layer"]) + watch(messages, announce)[:0]
         raise AssertionError("it names no layer")
