@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from vtr_export.errors import InputError, UnavailableError
+from vtr_export.errors import InputError
+from vtr_export.extras import require
 from vtr_export.schedule_document import write_keep
 from vtr_export.steps import Steps
 
@@ -81,7 +82,8 @@ def picture(curves: Sequence[Curve], file: Path) -> None:
             hint=f"name it {file.stem}.png or {file.stem}.svg",
         )
     lines = [_line(curve, _end(curves)) for curve in curves]
-    figure = _figure()
+    figures = require("matplotlib.figure", "search", "a picture")
+    figure = figures.Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for curve, (x, y) in zip(curves, lines, strict=True):
         axes.step([at - 0.5 for at in x], y, where="post", label=curve.name)
@@ -122,15 +124,3 @@ def _line(curve: Curve, end: int) -> tuple[list[int], list[float]]:
         x.append(first)
         y.append(float(share))
     return [*x, max(curve.steps.layers or end, x[-1])], [*y, y[-1]]
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"a picture needs {error.name!r}, which is not installed",
-            where="--picture",
-            hint="pip install 'vtr-export[search]'",
-        ) from None
-    return Figure(figsize=(7, 4), dpi=150, layout="constrained")

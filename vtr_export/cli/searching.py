@@ -11,6 +11,7 @@ import typer
 
 from vtr_export.cli.output import Progress, columns, progress, report, runs, warn
 from vtr_export.errors import InputError
+from vtr_export.extras import require
 
 if TYPE_CHECKING:
     from vtr_export.search.candidate import Score
@@ -34,10 +35,10 @@ def run_search(
     """Search, write the schedule and the report; interrupted, leave the best so far."""
     from vtr_export.search import summary
     from vtr_export.search.methods import Search
-    from vtr_export.search.report.plots import import_matplotlib
     from vtr_export.search.session import Session
 
-    import_matplotlib()  # a search is long: what is missing at its end is said at its beginning
+    for package in ("matplotlib", "scipy"):  # before a long search, not after it
+        require(package, "search", "a search")
     with progress() as announce, _terminable():
         watch = _Watch(announce)
         try:

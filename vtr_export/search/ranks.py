@@ -4,7 +4,6 @@ arXiv 2412.00556 finds rankings by attention alike in every layer but the first:
 tokens may serve all later layers is what a search for keeps that never grow rests on.
 """
 
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vtr_export.errors import UnavailableError
+from vtr_export.extras import require
 from vtr_export.schedule import Cut, Keep, Resolved
 from vtr_export.search.candidate import Score
 from vtr_export.search.evaluator import Floats
@@ -161,7 +160,7 @@ def layer_scores(
 
 def _taus(scores: Floats) -> Floats:
     """Tau-b of every pair of layers, ``[layers, layers]``."""
-    kendalltau = _statistics().kendalltau
+    kendalltau = require("scipy.stats", "search", "comparing rankings").kendalltau
     taus = np.eye(len(scores))
     for one, other in combinations(range(len(scores)), 2):
         taus[one, other] = taus[other, one] = kendalltau(scores[one], scores[other]).statistic
@@ -192,13 +191,3 @@ def _mean(values: Floats) -> float:
 
 def _plain(square: Floats) -> list[list[float | None]]:
     return [[round(float(x), 3) if np.isfinite(x) else None for x in row] for row in square]
-
-
-def _statistics() -> Any:
-    try:
-        return importlib.import_module("scipy.stats")
-    except ModuleNotFoundError:
-        raise UnavailableError(
-            "rankings are compared by scipy, which is not installed",
-            hint="pip install 'vtr-export[search]'",
-        ) from None

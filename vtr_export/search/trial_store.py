@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from vtr_export.errors import InputError, UnavailableError
+from vtr_export.extras import require
 
 Params = Mapping[str, float]
 URLS: Final = "sqlite:///study.db or postgresql://user:password@host/database"
@@ -163,15 +164,9 @@ class TrialStore:
 
 
 def _import() -> Any:
-    try:
-        import optuna
-        import scipy  # noqa: F401 -- GPSampler imports it late
-        import torch  # noqa: F401 -- and this
-    except ModuleNotFoundError as error:
-        if error.name not in ("optuna", "scipy", "torch"):
-            raise
-        message = f"P-Sigmoid needs {error.name!r}, which is not installed"
-        raise UnavailableError(message, hint="pip install 'vtr-export[search]'") from error
+    for late in ("scipy", "torch"):  # GPSampler imports them when it samples
+        require(late, "search", "P-Sigmoid")
+    optuna = require("optuna", "search", "P-Sigmoid")
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns where greenlet would be faster
     return optuna
 

@@ -1,6 +1,5 @@
 """Whether two runs over the same questions differ, where several questions share an image."""
 
-import importlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vtr_export.errors import UnavailableError
+from vtr_export.extras import require
 from vtr_export.search.questions.calibration import Question
 from vtr_export.search.questions.metrics import Metric
 
@@ -83,7 +82,7 @@ def paired_difference(
 
 def image_groups(questions: Sequence[Question]) -> Groups:
     """A number per question, ``[n]``; equal where images are shared, directly or by a third."""
-    sparse, csgraph = _import("scipy.sparse"), _import("scipy.sparse.csgraph")
+    sparse, csgraph = _scipy("sparse"), _scipy("sparse.csgraph")
     names = sorted({sha256 for question in questions for sha256 in question.image_sha256})
     place = {sha256: len(questions) + row for row, sha256 in enumerate(names)}
     edges = [(i, place[name]) for i, q in enumerate(questions) for name in q.image_sha256]
@@ -129,7 +128,7 @@ def _interval(change: Floats, rows: Groups, reach: float | None) -> tuple[float,
     groups, mean = int(rows.max()) + 1, float(change.mean())
     sums = np.bincount(rows, change - mean)
     error = np.sqrt(groups / (groups - 1) * np.square(sums).sum()) / change.size
-    half = float(_import("scipy.stats").t.ppf((1 + CONFIDENCE) / 2, groups - 1) * error)
+    half = float(_scipy("stats").t.ppf((1 + CONFIDENCE) / 2, groups - 1) * error)
     return max(mean - half, -bound), min(mean + half, bound)
 
 
@@ -137,14 +136,8 @@ def _sign_test(sums: NDArray[Any]) -> float:
     better, worse = int((sums > 0).sum()), int((sums < 0).sum())
     if better + worse == 0:
         return 1.0
-    return float(_import("scipy.stats").binomtest(better, better + worse).pvalue)
+    return float(_scipy("stats").binomtest(better, better + worse).pvalue)
 
 
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UnavailableError(
-            "confidence intervals are computed by scipy, which is not installed",
-            hint="pip install 'vtr-export[search]'",
-        ) from error
+def _scipy(part: str) -> Any:
+    return require(f"scipy.{part}", "search", "a confidence interval")

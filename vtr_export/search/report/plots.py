@@ -1,6 +1,5 @@
 """The pictures of a search report: inline SVG that takes its colours from the page."""
 
-import importlib
 import io
 import re
 import warnings
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from vtr_export.errors import UnavailableError
+from vtr_export.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +66,8 @@ def _both(name: str, draw: Draw, wide: float, narrow: float) -> Markup:
 
 def _svg(name: str, draw: Draw, inches: tuple[float, float], narrow: bool) -> Markup:
     """Without prolog, namespaces and size; ids are unique on the page."""
-    matplotlib, figures = import_matplotlib()
+    matplotlib = require("matplotlib", "search", "the report")
+    figures = require("matplotlib.figure", "search", "the report")
     out = io.StringIO()
     style = STYLE | {"svg.hashsalt": name, "font.size": 9 if narrow else 8}
     with matplotlib.rc_context(style), warnings.catch_warnings():
@@ -341,14 +341,3 @@ def _short(name: str, most: int) -> str:
 
 def _unit(report: "SearchReport") -> str:
     return "%" if report.is_share else "nats"
-
-
-def import_matplotlib() -> tuple[Any, Any]:
-    """Matplotlib and its figures; UnavailableError where it is not installed."""
-    try:
-        return importlib.import_module("matplotlib"), importlib.import_module("matplotlib.figure")
-    except ModuleNotFoundError:
-        raise UnavailableError(
-            "the report's pictures need matplotlib, which is not installed",
-            hint="pip install 'vtr-export[search]'",
-        ) from None

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vtr_export.errors import UnavailableError
+from vtr_export.extras import require
 
 SOCKET_SECONDS, JOIN_SECONDS = 5, 15  # an address that is no cluster would hang for minutes
 LAST_LINES = 30  # of a dead worker: its stack
@@ -102,12 +103,7 @@ def open_cluster(address: str | None, workers: int | None) -> Cluster:
 
 
 def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as missing:
-        raise UnavailableError(
-            "--ray needs 'ray', which is not installed", hint="pip install 'vtr-export[cluster]'"
-        ) from missing
+    ray = require("ray", "cluster", "--ray")
     import ray._private.worker as driver
 
     if hasattr(driver, "_worker_logs_enabled"):
