@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -67,6 +67,8 @@ class Session:
         self.space = _space(self.folder) if self.is_checkpoint else space_of(self.folder)
         self.facts = self.space.facts
         self.calibration, self.evaluation = _sets(setup, self.metric)
+        self.prompts = Prompts(self.folder)
+        self.naive = Naive(self.facts, self.prompts, blocks_of(self.calibration.questions))
         self._say, self._progress, self._exit = say, progress, ExitStack()
         self.warnings: list[str] = []
 
@@ -88,7 +90,7 @@ class Session:
 
     @property
     def workload(self) -> Workload:
-        """The set's mean prompt."""
+        """The calibration set's mean prompt."""
         images = [len(question.images) for question in self.calibration.questions]
         vision = round(sum(images) / len(images) * (self.facts.tokens_per_image or 0))
         return Workload(vision, round(self.naive.mean_text))
@@ -116,8 +118,6 @@ class Session:
     def _open(self) -> None:
         questions = blocks_of(self.calibration.questions)
         others = blocks_of(self.evaluation.questions) if self.evaluation is not None else ()
-        self.prompts = Prompts(self.folder)
-        self.naive = Naive(self.facts, self.prompts, [*questions, *others])
         self._say("hashing the model")
         fingerprint = self._fingerprint()
         self.ledger = self._exit.enter_context(Ledger.open(self.setup.ledger, fingerprint))
@@ -125,8 +125,8 @@ class Session:
         self._say("loading the model")
         pool = self._pool((*questions, *others))
         self._exit.callback(pool.close)
-        self.runner = self._runner(pool, questions)
-        self.held_out = self._runner(Part(pool, len(questions)), others) if others else None
+        self.runner = self._runner(pool, questions, self.naive)
+        self.held_out = self._held_out(Part(pool, len(questions)), others) if others else None
         self._say(f"answering {len(self.calibration)} questions unpruned")
         self.unpruned = self.runner.unpruned()
         assert self.unpruned.questions is not None, "whole"
@@ -135,8 +135,10 @@ class Session:
             self.warnings.append(chance)
             self._say(f"warning: {chance}")
 
-    def _runner(self, pool: Pool, blocks: Sequence[Sequence[Question]]) -> Runner:
-        naive = self.naive.part(pool.first) if isinstance(pool, Part) else self.naive
+    def _held_out(self, pool: Pool, blocks: Sequence[Sequence[Question]]) -> Runner:
+        return self._runner(pool, blocks, Naive(self.facts, self.prompts, blocks))
+
+    def _runner(self, pool: Pool, blocks: Sequence[Sequence[Question]], naive: Naive) -> Runner:
         hashes = [[question.sha256 for question in block] for block in blocks]
         return Runner(
             pool, self.space, naive, hashes, self.metric, self.ledger, progress=self._progress
@@ -144,12 +146,13 @@ class Session:
 
     def _fingerprint(self) -> dict[str, str]:
         return {
-            **self._described(),
+            **self._described,
             "metric": f"{self.metric.name} {self.metric.version}",
             "calibration": self.calibration.sha256,
             "vtr-export": __version__,
         }
 
+    @cached_property
     def _described(self) -> Mapping[str, str]:
         """What answers depend on; the evaluator says the same once it is loaded."""
         setup = self.setup
@@ -184,7 +187,7 @@ class Session:
             workers=setup.workers,
             blocks=len(blocks),
             gpus_per_worker=gpus,
-            fingerprint=self._described(),
+            fingerprint=self._described,
         )
 
 

@@ -1,7 +1,6 @@
 """Decoder FLOPs of evaluations: those spent, and those a naive search would spend."""
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 
 from vtr_export.cost import Rows, get_convention
@@ -81,12 +80,6 @@ class Naive:
             for block in blocks
         ]
         self._known: dict[tuple[str, Width], int] = {}
-
-    def part(self, first: int) -> "Naive":
-        """The blocks from ``first`` on, counted from 0."""
-        other = copy(self)
-        other.widths = self.widths[first:]
-        return other
 
     @property
     def mean_text(self) -> float:
