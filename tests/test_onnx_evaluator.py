@@ -131,6 +131,17 @@ def test_another_score_than_the_artifacts_is_refused(artifact: Path, blocks: Blo
         evaluator.evaluate(candidate, whole(blocks, 1))
 
 
+def test_a_latency_is_refused_before_an_artifact_is_loaded(artifact: Path, tmp_path: Path) -> None:
+    done = vtr(
+        *("search", "psigmoid", "--model", artifact, "--calibration", DIGITS / "questions.jsonl"),
+        *("--limit", 4, "--budget", "latency=0.5@onnxruntime-cpu", "--out", tmp_path / "s.yaml"),
+    )
+    assert done.code == 2
+    assert "this is an artifact" in done.err
+    assert "the model\n" not in done.err, "it is neither hashed nor loaded"
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_takes_an_artifact_as_it_takes_a_checkpoint(
     artifact: Path, tmp_path: Path
 ) -> None:

@@ -124,6 +124,19 @@ def test_an_interrupted_search_leaves_its_best_and_goes_on(tmp_path: Path, stop:
     assert again["keep"] == whole["keep"]
 
 
+def test_interrupted_while_it_loads_it_writes_no_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Session) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "_open", interrupted)
+    done = gsearch(tmp_path)
+    assert done.code == 130
+    assert "goes on from here" in done.err
+    assert not list(tmp_path.iterdir())
+
+
 def refused(*arguments: object) -> Done:
     done = vtr("search", *arguments)
     assert done.code == 2, done.err
@@ -132,17 +145,37 @@ def refused(*arguments: object) -> Done:
     return done
 
 
-def test_too_fine_a_tolerance_is_refused(tmp_path: Path) -> None:
-    given = ("gsearch", *GIVEN, "--out", tmp_path / "s.yaml")
-    assert "one of 40 questions" in refused(*given, "--tolerance", 0.02).err
-    assert "no share" in refused(*given, "--tolerance", 0).err
-    assert "no share" in refused(*given, "--tolerance", 1.5).err
+@pytest.mark.parametrize(
+    ("method", "options", "why"),
+    [
+        ("gsearch", ("--tolerance", 0.02), "one of 40 questions"),
+        ("gsearch", ("--tolerance", 0), "no share"),
+        ("gsearch", ("--tolerance", 1.5), "no share"),
+        ("gsearch", ("--tolerance", TOLERANCE, "--first-layer", "8"), "1 to 7"),
+        ("gsearch", ("--tolerance", TOLERANCE, "--first-layer", "2,0"), "1 to 7"),
+        ("gsearch", ("--tolerance", TOLERANCE, "--first-layer", "two"), "is no layer"),
+        ("gsearch", ("--tolerance", TOLERANCE, "--step", 0), "of 144 tokens"),
+        ("gsearch", ("--tolerance", TOLERANCE, "--step", 145), "of 144 tokens"),
+        ("gsearch", ("--score", "first/word"), "no score"),
+        ("psigmoid", ("--budget", "flops=0.01"), "ask for"),
+        ("psigmoid", ("--budget", "tokens=0.1"), "ask for 0.125 or more"),
+        ("psigmoid", ("--budget", "flops=0.5", "--trials", 0), "at least 1"),
+        ("vtw", ("--first-layer", 8), "1 to 7"),
+        ("vtw", ("--eta", -1), "eta is -1"),
+    ],
+)
+def test_options_are_refused_before_the_model_is_read(
+    method: str, options: tuple[object, ...], why: str, tmp_path: Path
+) -> None:
+    done = refused(method, *GIVEN, "--out", tmp_path / "s.yaml", *options)
+    assert why in done.err
+    assert "the model\n" not in done.err, "it is neither hashed nor loaded"
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     out = ("--out", tmp_path / "s.yaml")
     assert "no metric" in refused("gsearch", *GIVEN, *out, "--metric", "bleu").err
-    assert "no score" in refused("gsearch", *GIVEN, *out, "--score", "first/word").err
     assert "mkdir" in refused("gsearch", *GIVEN, "--out", tmp_path / "no" / "s.yaml").err
     bad = refused("psigmoid", *GIVEN, *out, "--budget", "flops=1.4").err
     assert "above 0, at most 1" in bad
@@ -163,14 +196,6 @@ def test_the_cheapest_of_several_first_layers_is_taken(tmp_path: Path) -> None:
         alone[first] = done.json["schedule_flops"], done.json["keep"]
     assert alone["2,3,1"] == min(alone[first] for first in "123")
     assert len({tuple(keep) for _, keep in alone.values()}) > 1
-
-
-def test_what_is_searched_must_exist(tmp_path: Path) -> None:
-    given = ("gsearch", *GIVEN, "--out", tmp_path / "s.yaml", "--tolerance", TOLERANCE)
-    assert "1 to 7" in refused(*given, "--first-layer", "8").err
-    assert "1 to 7" in refused(*given, "--first-layer", "0").err
-    assert "is no layer" in refused(*given, "--first-layer", "two").err
-    assert "of 144 tokens" in refused(*given, "--step", 0).err
 
 
 def test_calibration_and_evaluation_must_differ(tmp_path: Path) -> None:

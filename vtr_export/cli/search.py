@@ -139,7 +139,7 @@ def gsearch(
 
     options = GSearch(tolerance, spend.value, step, _numbers(first_layer))
     setup = _setup(locals())
-    run_search(setup, out, score, ranks, page, as_json, lambda search: search.gsearch(options))
+    run_search(setup, options, out, score, ranks, page, as_json)
 
 
 @app.command()
@@ -179,7 +179,7 @@ def psigmoid(
 
     options = PSigmoid(parse_budget(budget), trials, batch, storage, compare)
     setup = _setup(locals())
-    run_search(setup, out, score, ranks, page, as_json, lambda search: search.psigmoid(options))
+    run_search(setup, options, out, score, ranks, page, as_json)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -15,7 +15,7 @@ from vtr_export.extras import require
 
 if TYPE_CHECKING:
     from vtr_export.search.candidate import Score
-    from vtr_export.search.methods import Result, Search
+    from vtr_export.search.methods import Options, Search
     from vtr_export.search.runner import Progress as Measuring
     from vtr_export.search.session import Session, Setup
 
@@ -25,12 +25,12 @@ RANKED: Final = 64  # questions whose layers are compared
 
 def run_search(
     setup: "Setup",
+    options: "Options",
     out: Path,
     score: str,
     ranks: bool,
     page: Path | None,
     as_json: bool,
-    find: "Callable[[Search], Result]",
 ) -> None:
     """Search, write the schedule and the report; interrupted, leave the best so far."""
     from vtr_export.search import summary
@@ -41,18 +41,16 @@ def run_search(
         require(package, "search", "a search")
     with progress() as announce, _terminable():
         watch = _Watch(announce)
+        session = Session(setup, say=watch.say, progress=watch.measuring)
+        search = Search(session, _scores(score, session), options, watch.say)
         try:
-            with Session(setup, say=watch.say, progress=watch.measuring) as session:
-                search = Search(session, _scores(score, session), watch.say)
-                try:
-                    find(search)
-                except KeyboardInterrupt:
-                    _give_up(search, out)
+            with session:
+                search.run()
                 text = _write_schedule(search, out)
                 announce("writing the report")
                 _write_report(search, text, page or out.with_name("report.html"), ranks)
         except KeyboardInterrupt:
-            _give_up(None, out)
+            _give_up(search, out)
     warn(session.warnings)
     report(summary.to_json(search, str(out), session.warnings), _lines(search, out), as_json)
 
@@ -89,10 +87,10 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _give_up(search: "Search | None", out: Path) -> NoReturn:
+def _give_up(search: "Search", out: Path) -> NoReturn:
     """Write the best so far, and say how to go on."""
     typer.echo("interrupted; the same command goes on from here", err=True)
-    if search is not None and not search.result.candidate.is_unpruned:
+    if not search.result.candidate.is_unpruned:
         _write_schedule(search, out)
         typer.echo(f"wrote the best so far: {out}", err=True)
     raise SystemExit(INTERRUPTED) from None
@@ -201,10 +199,13 @@ def choose_vtw(setup: "Setup", out: Path, eta: float, first_layer: int, as_json:
     """The schedule of VTW's rule, or an error where no layer does without the image."""
     from vtr_export.schedule import Schedule
     from vtr_export.search.session import Session
-    from vtr_export.search.vtw import choose_k
+    from vtr_export.search.vtw import check_rule, choose_k
 
-    with progress() as announce, Session(setup, say=announce) as session:
-        layer = choose_k(session.runner.measure, session.space, eta, first_layer)
+    with progress() as announce:
+        session = Session(setup, say=announce)
+        check_rule(session.space, eta, first_layer)
+        with session:
+            layer = choose_k(session.runner.measure, session.space, eta, first_layer)
     if layer is None:
         raise InputError(
             f"every layer from {first_layer} on needs the image: its KL stays above {eta:g}",

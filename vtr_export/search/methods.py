@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from vtr_export import __version__
 from vtr_export.errors import InputError
@@ -12,7 +12,7 @@ from vtr_export.search.candidate import Candidate, Score, Space
 from vtr_export.search.comparison import Row, compare
 from vtr_export.search.gsearch import Found, Spend, floors, gsearch, levels_of
 from vtr_export.search.latency import LatencyTable, measure, time_candidate
-from vtr_export.search.psigmoid import Tuned, psigmoid
+from vtr_export.search.psigmoid import Ranges, Tuned, check_counts, psigmoid
 from vtr_export.search.questions.statistics import Difference, image_groups, paired_difference
 from vtr_export.search.runner import Measured
 from vtr_export.search.session import Say, Session, check_tolerance
@@ -21,6 +21,7 @@ PROBE_BLOCKS = 2  # that scores are compared on
 PROBE_LAYER = 2  # FastV's
 PROBE_SHARE = 8  # an eighth of the tokens is left
 RIVAL = "FastV"
+Method: TypeAlias = Literal["g-search", "p-sigmoid"]
 _WARM = "g-search"  # what a ledger calls the last one's result
 
 
@@ -65,7 +66,7 @@ class Latency:
 class Result:
     """What a search found; ``is_complete`` is false where it was interrupted."""
 
-    method: Literal["g-search", "p-sigmoid"]
+    method: Method
     candidate: Candidate
     measured: Measured | None = None
     is_complete: bool = False
@@ -91,6 +92,11 @@ class GSearch:
     first_layers: tuple[int, ...] = (1,)  # with a cut before them; the cheapest result is taken
     checks: int = 1
 
+    def check(self, session: Session, scores: Sequence[Score]) -> None:
+        """InputError for what no search can do with the session's questions and layers."""
+        check_tolerance(self.tolerance, len(session.calibration), session.metric)
+        _check_layers(self, session.space)
+
 
 @dataclass(frozen=True)
 class PSigmoid:
@@ -102,22 +108,51 @@ class PSigmoid:
     storage: str | None = None
     has_comparison: bool = True
 
+    def check(self, session: Session, scores: Sequence[Score]) -> None:
+        """InputError for what none of ``scores`` can meet; a latency is known once it is timed."""
+        check_counts(self.trials, self.batch)
+        if self.budget.backend is None:
+            budget, space = self.budget.bind(session.facts, session.workload), session.space
+            cheapest = min(scores, key=lambda score: budget.cost(space.step(1, 0, score)))
+            Ranges.of(space, cheapest, budget)
+        elif not session.is_checkpoint:
+            raise InputError(
+                f"--budget {self.budget.text} times exports of a checkpoint, and this is an "
+                "artifact",
+                where=str(session.folder),
+                hint="search on the checkpoint, or give a budget in flops or tokens",
+            )
+
+
+Options: TypeAlias = GSearch | PSigmoid
+
 
 class Search:
-    """One search of a session; ``result`` is what is known so far, at any time."""
+    """One search of a session; ``result`` is what is known so far, at any time.
 
-    def __init__(self, session: Session, scores: Sequence[Score], say: Say) -> None:
+    Options are checked before the session is opened, which :meth:`run` needs.
+    """
+
+    def __init__(
+        self, session: Session, scores: Sequence[Score], options: Options, say: Say
+    ) -> None:
+        options.check(session, scores)
         self.session, self.scores, self._say = session, tuple(scores), say
-        self._start = time.monotonic()
-        self.result: Result
+        self.options = options
+        method: Method = "g-search" if isinstance(options, GSearch) else "p-sigmoid"
+        self.result = Result(method, session.space.unpruned())
 
-    def gsearch(self, options: GSearch) -> Result:
+    def run(self) -> Result:
+        """Search, and measure what was found."""
+        self._start = time.monotonic()
+        self.result.measured = self.session.unpruned
+        if isinstance(self.options, GSearch):
+            return self._gsearch(self.options)
+        return self._psigmoid(self.options)
+
+    def _gsearch(self, options: GSearch) -> Result:
         """The fewest tokens within a tolerance."""
-        session = self.session
-        check_tolerance(options.tolerance, len(session.calibration), session.metric)
-        _check_layers(options, session.space)
-        self.result = Result("g-search", session.space.unpruned(), session.unpruned)
-        score = self._choose_score()
+        session, score = self.session, self._choose_score()
         found = [self._search_from(first, options, score) for first in options.first_layers]
         best = min(found, key=lambda one: session.flops_share(one.candidate))
         first = options.first_layers[found.index(best)]
@@ -160,10 +195,9 @@ class Search:
         layers = range(first, self.session.space.layers)
         return floors(_mean(self.session.unpruned), options.tolerance, layers, options.spend)
 
-    def psigmoid(self, options: PSigmoid) -> Result:
+    def _psigmoid(self, options: PSigmoid) -> Result:
         """The best sigmoid at a budget."""
         session = self.session
-        self.result = Result("p-sigmoid", session.space.unpruned(), session.unpruned)
         self.result.options = {"budget": options.budget.text, "trials": options.trials}
         score = self._choose_score()
         table = self._latency_table(options.budget, score)
@@ -293,12 +327,6 @@ class Search:
         if option.backend is None:
             return None
         session, name = self.session, f"latency {option.backend} {score}"
-        if not session.is_checkpoint:
-            raise InputError(
-                f"--budget {option.text} times exports of a checkpoint, and this is an artifact",
-                where=str(session.folder),
-                hint="search on the checkpoint, or give a budget in flops or tokens",
-            )
         noted = session.ledger.noted(name)
         if noted is not None:
             return LatencyTable.from_json(noted)

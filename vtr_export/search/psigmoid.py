@@ -161,7 +161,7 @@ def psigmoid(
     one question. Raises InputError for numbers out of range, a budget out of reach and a storage
     that does not answer, UnavailableError without Optuna.
     """
-    _check(trials, batch)
+    check_counts(trials, batch)
     ranges = Ranges.of(space, score, budget)
     starts = first_guesses(ranges, space, score, budget, warm)[:trials]
     plan = {
@@ -273,7 +273,8 @@ def _name(plan: Mapping[str, str]) -> str:
     return f"vtr P-Sigmoid {sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _check(trials: int, batch: int) -> None:
+def check_counts(trials: int, batch: int) -> None:
+    """InputError for fewer than one."""
     for name, value in {"trials": trials, "batch": batch}.items():
         if value < 1:
             raise InputError(f"{name} is {value}", hint="give at least 1")

@@ -34,6 +34,16 @@ def choose_k(
     answer, which is the same for answers of one token and another scale for longer ones.
     InputError for an ``eta`` or a layer that cannot be.
     """
+    check_rule(space, eta, first_layer)
+    for layer in range(first_layer, space.layers):
+        [measured] = measure([space.step(layer, 0, space.scores[0])])
+        if measured.kl is not None and measured.kl <= eta:
+            return layer
+    return None
+
+
+def check_rule(space: Space, eta: float, first_layer: int) -> None:
+    """InputError for an ``eta`` or a layer that cannot be."""
     if not isfinite(eta) or eta < 0:
         raise InputError(f"eta is {eta}", hint="a small KL in nats, 0.003")
     if not 1 <= first_layer < space.layers:
@@ -41,8 +51,3 @@ def choose_k(
             f"first layer {first_layer} of {space.layers}",
             hint=f"1 to {space.layers - 1}: nothing is withdrawn before layer 0",
         )
-    for layer in range(first_layer, space.layers):
-        [measured] = measure([space.step(layer, 0, space.scores[0])])
-        if measured.kl is not None and measured.kl <= eta:
-            return layer
-    return None
