@@ -1,5 +1,6 @@
 """Evaluations on the reference against each question asked alone, through transformers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vtr_export.search.evaluator import Outcome, Shard
 from vtr_export.search.evaluators import torch_evaluator
 from vtr_export.search.evaluators.prompts import agreed_share
 from vtr_export.search.evaluators.torch_evaluator import TorchEvaluator
+from vtr_export.search.evaluators.torch_model import Batch
 from vtr_export.search.questions.calibration import CalibrationSet, Question
 from vtr_export.search.questions.metrics import get_metric
 
@@ -28,8 +30,8 @@ def questions() -> tuple[Question, ...]:
     return CalibrationSet.load(DIGITS / "questions.jsonl", limit=COUNT, seed=5).questions
 
 
-def shard_of(questions: tuple[Question, ...], rows: tuple[int, ...]) -> Shard:
-    return Shard.of(0, rows, tuple(questions[row].sha256 for row in rows))
+def shard_of(questions: tuple[Question, ...], rows: Sequence[int]) -> Shard:
+    return Shard.of(0, tuple(rows), tuple(questions[row].sha256 for row in rows))
 
 
 def evaluator(questions: tuple[Question, ...], metric: str = "exact") -> TorchEvaluator:
@@ -152,6 +154,30 @@ def test_what_is_settled_changes_the_cost_alone(
     for cut in (2, 3):
         later = Candidate((TOKENS,) * cut + (5,) * (8 - cut), rescored.score, TOKENS)
         assert_alike(held, fresh, later, whole, questions)
+
+
+def test_where_nothing_is_shared_only_the_shards_questions_are_computed(
+    questions: tuple[Question, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested, built = evaluator(questions), list[int]()
+    whole = tested.evaluate(Candidate(KEEPS, SCORES[0], TOKENS), shard_of(questions, range(COUNT)))
+    batch = tested.model.batch
+
+    def counted(asked: Sequence[Question], drafts: Sequence[Any] = ()) -> Batch:
+        built.extend([len(asked)] if drafts else [])
+        return batch(asked, drafts)
+
+    monkeypatch.setattr(tested.model, "batch", counted)
+    tested.settle(Candidate((TOKENS,) * 8, SCORES[0], TOKENS), 2)
+    rows = (7, 2, 11)
+    some = tested.evaluate(Candidate(KEEPS, SCORES[0], TOKENS), shard_of(questions, rows))
+    assert built == [len(rows)]
+    np.testing.assert_array_equal(some.metric, whole.metric[list(rows)])
+    np.testing.assert_allclose(some.kl, whole.kl[list(rows)], rtol=1e-3, atol=1e-5)
+    later = Candidate((TOKENS, TOKENS, *KEEPS[2:]), SCORES[0], TOKENS)
+    for _ in range(2):
+        tested.evaluate(later, shard_of(questions, rows))
+    assert built == [len(rows), COUNT], "what is settled is computed once, for the whole block"
 
 
 @pytest.mark.parametrize(

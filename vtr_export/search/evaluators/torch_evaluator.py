@@ -20,11 +20,15 @@ from vtr_export.search.questions.metrics import Metric
 
 @dataclass(frozen=True)
 class _Shared:
-    """A block's call as far as candidates agree: ``prefix`` says up to where."""
+    """A call of several questions as far as candidates agree: ``prefix`` says up to where."""
 
     call: Held
     prefix: Candidate
     width: Width
+
+    def rows(self, rows: Sequence[int]) -> "_Shared":
+        """Some of its questions."""
+        return replace(self, call=self.call.rows(rows), width=replace(self.width, rows=len(rows)))
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,11 @@ class TorchEvaluator:
     @torch.no_grad()
     def evaluate(self, candidate: Candidate, shard: Shard) -> Outcome:
         """Check the drafts in one call; where one fails, answer anew."""
-        shared, flops = self._share(candidate, shard.block)
+        shared, flops = self._share(candidate, shard)
         facts, runs = self.model.facts, self.model.reference(candidate.resolve(self.model.facts))
-        hidden = runs.finish(shared.call.rows(shard.rows).to(self.model.device))
-        width = replace(shared.width, rows=len(shard))
+        hidden = runs.finish(shared.call.to(self.model.device))
         flops += call_flops(
-            facts, candidate, width, shared.call.layer, facts.layers, hidden.shape[1]
+            facts, candidate, shared.width, shared.call.layer, facts.layers, hidden.shape[1]
         )
         drafts = self._drafts_of(shard)
         log_probs = self._log_probs(hidden)
@@ -123,19 +126,24 @@ class TorchEvaluator:
         drafts = self._drafts_of(shard)
         return metrics_by_drafts(self.metric, questions, drafts, said, kl, answer), sum(spent)
 
-    def _share(self, candidate: Candidate, block: int) -> tuple[_Shared, int]:
-        """The furthest call that ``candidate`` can go on from, once brought to what is settled."""
-        shared, flops = self._shared.get(block), 0
-        if shared is None or not _agree(shared.prefix, candidate, shared.call.layer):
-            shared = self._begin(block)
-        if self._settled is None or not _agree(self._settled[0], candidate, self._settled[1]):
-            return shared, flops
-        prefix, layer = self._settled
+    def _share(self, candidate: Candidate, shard: Shard) -> tuple[_Shared, int]:
+        """The furthest call of the shard that ``candidate`` can go on from.
+
+        Where ``candidate`` agrees with what is settled, the whole block is brought to it and held.
+        """
+        block, flops = shard.block, 0
+        shared = self._shared.get(block)
+        if shared is not None and not _agree(shared.prefix, candidate, shared.call.layer):
+            shared = None
+        prefix, layer = self._settled or (candidate, 0)
+        if layer == 0 or not _agree(prefix, candidate, layer):
+            return shared.rows(shard.rows) if shared else self._begin(block, shard.rows), flops
+        shared = shared or self._begin(block, range(len(self.blocks[block])))
         if (first := shared.call.layer) < layer:
             flops = call_flops(self.model.facts, prefix, shared.width, first, layer, 0)
             call = self._advance(shared.call, prefix, layer)
             shared = self._shared[block] = replace(shared, call=call, prefix=prefix)
-        return shared, flops
+        return shared.rows(shard.rows), flops
 
     def _advance(self, call: Held, prefix: Candidate, layer: int) -> Held:
         """Go on to ``layer``, a few rows at a time; what is held stays on the CPU."""
@@ -146,10 +154,12 @@ class TorchEvaluator:
             [runs.advance(call.rows(part).to(device), layer).to("cpu") for part in parts]
         )
 
-    def _begin(self, block: int) -> _Shared:
-        """A block's call before layer 0."""
-        drafts = [draft.tokens for draft in self._block_drafts(block)]
-        batch = self.model.batch(self.blocks[block], drafts)
+    def _begin(self, block: int, rows: Sequence[int]) -> _Shared:
+        """A call of a block's ``rows`` before layer 0."""
+        drafts, questions = self._block_drafts(block), self.blocks[block]
+        batch = self.model.batch(
+            [questions[row] for row in rows], [drafts[row].tokens for row in rows]
+        )
         return _Shared(self.model.hold(batch).to("cpu"), self.space.unpruned(), batch.width)
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
