@@ -110,24 +110,14 @@ def _scores(text: str, session: "Session") -> "tuple[Score, ...]":
 
 def _write_schedule(search: "Search", out: Path) -> str:
     """The YAML, written whole or not at all."""
+    from vtr_export.search.text_file import write_text
+
     session = search.session
     model = _seen_from(out, session.setup.model) if session.is_checkpoint else None
     schedule = search.result.candidate.schedule(session.facts, search.origin(), model)
     text = schedule.dump()
-    write_text(out, text)
+    write_text(out, text, "the schedule")
     return text
-
-
-def write_text(out: Path, text: str) -> None:
-    """Whole or not at all."""
-    staged = out.with_name(f".{out.name}.tmp")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(out)
-    except OSError as error:
-        raise InputError(
-            f"cannot write the schedule: {error.strerror}", where=str(out), hint="check --out"
-        ) from None
 
 
 def _seen_from(out: Path, model: str) -> str:
@@ -199,6 +189,7 @@ def choose_vtw(setup: "Setup", out: Path, eta: float, first_layer: int, as_json:
     """The schedule of VTW's rule, or an error where no layer does without the image."""
     from vtr_export.schedule import Schedule
     from vtr_export.search.session import Session
+    from vtr_export.search.text_file import write_text
     from vtr_export.search.vtw import check_rule, choose_k
 
     with progress() as announce:
@@ -211,7 +202,7 @@ def choose_vtw(setup: "Setup", out: Path, eta: float, first_layer: int, as_json:
             f"every layer from {first_layer} on needs the image: its KL stays above {eta:g}",
             hint="allow more with --eta, or drop tokens by degrees: vtr search gsearch",
         )
-    write_text(out, Schedule.vtw(layer).dump())
+    write_text(out, Schedule.vtw(layer).dump(), "the schedule")
     report(
         {"schedule": str(out), "k": layer, "eta": eta, "questions": len(session.calibration)},
         [f"wrote {out}", f"all vision tokens are withdrawn before layer {layer}"],

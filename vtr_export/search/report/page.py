@@ -2,8 +2,6 @@
 
 import base64
 import io
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +11,6 @@ from typing import Literal
 import jinja2
 from PIL import Image
 
-from vtr_export.errors import InputError
 from vtr_export.runtime.show_kept import Grid, darken
 from vtr_export.search.comparison import Row
 from vtr_export.search.gsearch import Try, Violation
@@ -21,6 +18,7 @@ from vtr_export.search.psigmoid import Tuned
 from vtr_export.search.questions.statistics import Difference
 from vtr_export.search.ranks import Ranks
 from vtr_export.search.report.plots import plots, verdict
+from vtr_export.search.text_file import write_text
 
 Interval = tuple[float, float]  # 95 %
 Role = Literal["result", "start", "comparison", "measured", "unpruned"]
@@ -184,22 +182,7 @@ class SearchReport:
 
 def write(report: SearchReport, path: Path) -> None:
     """Write the page: old or new, never a part. InputError where the file cannot be written."""
-    text = page(report)
-    staged = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        with staged.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"the report cannot be written: {error.strerror or error}",
-            where=str(path),
-            hint="give a file in a folder that exists and may be written to",
-        ) from None
-    finally:
-        staged.unlink(missing_ok=True)
+    write_text(path, page(report), "the report")
 
 
 def page(report: SearchReport) -> str:
