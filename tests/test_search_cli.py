@@ -13,7 +13,9 @@ import pytest
 import yaml
 from command import Done, vtr
 
+from vtr_export.search import methods
 from vtr_export.search.candidate import Candidate, Score
+from vtr_export.search.latency import LatencyTable
 from vtr_export.search.session import Session, Setup
 
 DIGITS = Path(__file__).parents[1] / "samples" / "digits"
@@ -236,6 +238,28 @@ def test_psigmoid_meets_its_budget_and_is_compared(tmp_path: Path) -> None:
     assert all(row["cost"] is None or row["cost"] <= 0.3 for row in said["compared"])
     assert said["held_out"]["rivals"][0]["name"] == "FastV"
     assert said["held_out"]["difference"]["questions"] == 16
+
+
+def test_a_latency_is_said_as_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = LatencyTable(
+        **{"backend": "onnxruntime-cpu", "runtime": "none", "dtype": "fp32", "threads": 1},
+        **{"score": SCORE, "layers": LAYERS, "vision_tokens": TOKENS, "text_tokens": 20},
+        **{"rows": (20, 164), "layer_ms": (0.2, 1.0), "cut_ms": (0.0, 0.0), "repeats": 1},
+    )
+    monkeypatch.setattr(methods, "measure", lambda *_, **__: table)
+    monkeypatch.setattr(methods, "time_candidate", lambda *_, **__: (3.25, 7.5))
+    done = vtr(
+        *("search", "psigmoid", "--model", MODEL, "--calibration", QUESTIONS, "--limit", 4),
+        *("--max-new-tokens", 4, "--score", SCORE, "--budget", "latency=4ms@onnxruntime-cpu"),
+        *("--trials", 1, "--no-compare", "--out", tmp_path / "s.yaml"),
+    )
+    assert done.code == 0, done.err
+    [line] = [line for line in done.out.splitlines() if line.startswith("prefill on")]
+    assert line.startswith("prefill on onnxruntime-cpu: 3.25 ms, ")
+    assert line.endswith(" predicted, unpruned 7.5")
+    assert 3.8 < float(line.split()[-4]) <= 4
 
 
 def vtr_questions(limit: int) -> set[tuple[str, str]]:

@@ -157,6 +157,11 @@ def _lines(search: "Search", out: Path) -> Iterator[str]:
     if measured is not None and measured.metric is not None:
         whole = session.unpruned.metric
         yield f"{session.metric.name}: {measured.metric:.4f}, unpruned {whole:.4f}"
+    if (timed := result.latency) is not None:
+        yield (
+            f"prefill on {timed.backend}: {timed.measured_ms:.4g} ms, "
+            f"{timed.predicted_ms:.4g} predicted, unpruned {timed.unpruned_ms:.4g}"
+        )
     if (held := result.held_out) is not None:
         yield f"held out: {held.metric:.4f}, unpruned {held.unpruned:.4f}: {held.difference}"
         yield from (

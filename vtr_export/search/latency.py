@@ -13,6 +13,7 @@ import numpy as np
 
 from vtr_export.checkpoint import find_folder, read_model_facts
 from vtr_export.errors import InputError
+from vtr_export.extras import require
 from vtr_export.runtime.artifact import Artifact
 from vtr_export.runtime.decoder import Decoder
 from vtr_export.runtime.session import Array, Device, import_runtime
@@ -114,9 +115,8 @@ def fit(times: Times, layers: int) -> tuple[tuple[float, ...], tuple[float, ...]
 
 def _monotone(values: Array) -> tuple[float, ...]:
     """The nearest that never falls, from 0 to the last value, which stays."""
-    from scipy.optimize import isotonic_regression
-
-    smooth = isotonic_regression(np.clip(values, 0, values[-1])).x
+    optimize = require("scipy.optimize", "search", "a latency budget")
+    smooth = optimize.isotonic_regression(np.clip(values, 0, values[-1])).x
     return tuple(float(value) for value in smooth)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 
 from vtr_export.errors import InputError
+from vtr_export.extras import require
 from vtr_export.search.budget import Budget
 from vtr_export.search.candidate import Candidate, Score, Space
 from vtr_export.search.curves import FastV, Floats, Sigmoid, Solved, reach, solve
@@ -246,8 +247,7 @@ def first_guesses(
 
 def fit_sigmoid(candidate: Candidate) -> tuple[float, float]:
     """``floor`` and ``gamma`` of the sigmoid nearest to a candidate, by least squares."""
-    from scipy.optimize import least_squares
-
+    least_squares = require("scipy.optimize", "search", "P-Sigmoid").least_squares
     shares = np.asarray(candidate.keeps) / candidate.parts
     layers = len(shares)
 

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 
 from vtr_export.errors import ArtifactError, InputError
+from vtr_export.extras import require
 from vtr_export.manifest import Manifest
 from vtr_export.published import kind_of
 from vtr_export.runtime.artifact import Artifact
@@ -262,7 +263,6 @@ def _columns(drafts: Sequence[_Draft]) -> Ints:
 
 
 def _log_softmax(logits: Array) -> Floats:
-    from scipy.special import log_softmax
-
+    log_softmax = require("scipy.special", "search", "a search").log_softmax
     found: Floats = log_softmax(logits.astype(np.float64), axis=-1)
     return found

@@ -39,7 +39,7 @@ class Batch:
 
 
 class TorchModel:
-    """The checkpoint ``folder``, loaded by transformers; image features are held per block."""
+    """The checkpoint ``folder``, loaded by transformers; features of all images are held."""
 
     def __init__(self, folder: Path, device: str, dtype: str) -> None:
         from transformers import AutoModelForImageTextToText
