@@ -9,7 +9,6 @@ from vtr_export.cost import (
     cut_flops,
     decode_cost,
     get_convention,
-    layer_rows,
     prefill_cost,
     without_cuts,
 )
@@ -48,14 +47,10 @@ def resolved(name: str, facts: ModelFacts) -> Resolved:
 
 
 def counted(model: Any, schedule: Resolved, first_vision: int) -> tuple[int, int]:
-    """FLOPs of prefill and of ``STEPS`` steps in the reference, rotary angles left out."""
-    language = model.model.language_model
-    reference = Reference(language, model.lm_head, schedule)
+    """FLOPs of prefill and of ``STEPS`` steps in the reference."""
+    reference = Reference(model.model.language_model, model.lm_head, schedule)
     width = VISION + TEXT
     index = torch.arange(first_vision, first_vision + VISION)[None]
-    with FlopCounterMode(display=False) as angles:
-        language.rotary_emb(torch.zeros(1, width, 16), torch.arange(width)[None])
-    angle = angles.get_total_flops() / width  # of one row; 0 where it is no matrix product
     with FlopCounterMode(display=False) as prefill:
         mask = torch.ones(1, width, dtype=torch.int64)
         step = reference(torch.randn(1, width, 16), mask, torch.arange(width)[None], index)
@@ -65,15 +60,17 @@ def counted(model: Any, schedule: Resolved, first_vision: int) -> tuple[int, int
             step = reference(
                 torch.randn(1, 1, 16), mask, torch.tensor([[at]]), index[:, :0], step.cache
             )
-    rows = layer_rows(schedule, VISION, TEXT)
-    projected = sum(row.entering for row in rows)
-    looks = len(schedule.cuts) if schedule.source == "next" else 0
-    if looks:  # the reference projects a cut's layer twice, before and after it
-        projected += sum(rows[cut.before_layer - 1].entering for cut in schedule.cuts)
-    return (
-        prefill.get_total_flops() - round(angle * projected),
-        decode.get_total_flops() - round(angle * STEPS * (len(rows) + looks)),
-    )
+    return prefill.get_total_flops() - behind_attention(schedule, model), decode.get_total_flops()
+
+
+def behind_attention(schedule: Resolved, model: Any) -> int:
+    """What the reference spends on rows that a cut inside a layer has dropped already."""
+    if schedule.drop_point == "between":
+        return 0
+    config = model.config.text_config
+    row = 2 * config.hidden_size * (config.hidden_size + 3 * config.intermediate_size)
+    kept = (VISION, *(cut.keep.of(VISION) for cut in schedule.cuts))
+    return (kept[0] - kept[-1]) * row
 
 
 @pytest.mark.parametrize("heads", HEADS)

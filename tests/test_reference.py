@@ -7,6 +7,8 @@ import pytest
 import torch
 from tiny_models import IMAGE, PAD, pictures, prompt, tiny_llava
 from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr_export.reference import Reference, Step, embed, pad_batch, positions_of
 from vtr_export.schedule import Cut, Keep, Resolved
@@ -105,29 +107,30 @@ def test_generate_without_cuts_equals_transformers_generate() -> None:
 class ToyAttention(nn.Module):
     """Head h of token x asks with x[2h] and is asked by x[2h + 1]: logit = product of the two."""
 
-    head_dim, scaling = 2, 1.0
-
-    def __init__(self, heads: int, output: float) -> None:
+    def __init__(self, heads: int, output: float, config: PretrainedConfig) -> None:
         super().__init__()
-        eye, ask = torch.eye(2 * heads), torch.zeros(2 * heads, 2 * heads)
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(2 * heads, 2 * heads, bias=False) for _ in range(4)
-        )
-        for head in range(heads):
-            ask[2 * head, 2 * head + 1] = 1.0
-        matrices = eye * torch.tensor([1.0, 0.0] * heads), ask, eye, output * eye
-        for linear, matrix in zip(self.children(), matrices, strict=True):
-            linear.weight = nn.Parameter(matrix)
+        self.heads, self.output, self.config = heads, output, config
+
+    def forward(self, hidden: Tensor, mask: Tensor, past: Any) -> Tensor:
+        pairs = hidden.unflatten(-1, (self.heads, 2)).transpose(1, 2)
+        query, none = pairs * torch.tensor([1.0, 0.0]), torch.zeros(())
+        key = torch.stack((pairs[..., 1], none.expand_as(pairs[..., 1])), -1)
+        key, value = past.update(key, pairs, 0)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        return self.output * attend(self, query, key, value, mask, scaling=1.0)[0].flatten(2)
 
 
 class ToyLayer(nn.Module):
-    def __init__(self, heads: int, output: float) -> None:
+    def __init__(self, heads: int, output: float, config: PretrainedConfig) -> None:
         super().__init__()
-        self.self_attn = ToyAttention(heads, output)
-        self.input_layernorm = self.post_attention_layernorm = nn.Identity()
+        self.self_attn = ToyAttention(heads, output, config)
+        self.seen = list[list[list[int]]]()
 
-    def mlp(self, hidden: Tensor) -> Tensor:
-        return 0 * hidden
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor, past_key_values: Any, position_ids: Tensor
+    ) -> Tensor:
+        self.seen.append(position_ids.tolist())
+        return hidden + self.self_attn(hidden, attention_mask, past_key_values)
 
 
 class ToyDecoder(nn.Module):
@@ -135,14 +138,21 @@ class ToyDecoder(nn.Module):
 
     def __init__(self, layers: int, heads: int = 1, output: float = 0.0) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ToyLayer(heads, output) for _ in range(layers))
+        self.config = PretrainedConfig()
+        self.layers = nn.ModuleList(ToyLayer(heads, output, self.config) for _ in range(layers))
         self.norm = nn.Identity()
-        self.seen: list[list[list[int]]] = []
 
-    def rotary_emb(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        self.seen.append(positions.tolist())
-        one = torch.ones(*positions.shape, 2)
-        return one, 0 * one
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_values: Any,
+        use_cache: bool,
+    ) -> Tensor:
+        for layer in self.layers:
+            inputs_embeds = layer(inputs_embeds, attention_mask, past_key_values, position_ids)
+        return inputs_embeds
 
 
 def weigh(*weights: float, ask: float = 1.0) -> Tensor:
@@ -294,7 +304,8 @@ def test_positions_travel_or_close_ranks(
     step = run(embeds, mask, positions_of(mask), torch.tensor([[1, 2, 3, 4]]))
     none, longer = torch.zeros(1, 0, dtype=torch.int64), torch.ones(1, 7, dtype=torch.int64)
     run(embeds[:, :1], longer, torch.tensor([[6]]), none, step.cache)
-    assert decoder.seen == [[[0, 1, 2, 3, 4, 5]], [prefill], [[6]], [decode]]
+    seen = [layer.seen for layer in decoder.layers]
+    assert seen == [[[[0, 1, 2, 3, 4, 5]], [[6]]], [[prefill], [decode]]]
 
 
 def test_forced_columns_replace_the_choice_but_not_the_score() -> None:

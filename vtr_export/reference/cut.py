@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from vtr_export.reference.layers import Attention
 from vtr_export.schedule import Keep, Resolved
 
 Budget: TypeAlias = tuple[int, list[int]]  # vision columns, real vision tokens of each row
@@ -19,21 +20,23 @@ class Streams:
 
     hidden: Tensor  # [B, S, D]
     mask: Tensor  # [B, S] 1 = real
-    positions: Tensor  # [B, S] of the rotary embedding
+    positions: Tensor  # [B, S] or [3, B, S]: what the decoder is given as position_ids
     vision: Tensor  # [B, V] columns of the vision tokens, ascending; pads come first
     drafted: int = 0  # last columns that belong to the answer
 
     def rows(self, at: Tensor) -> "Streams":
         """Some rows of the batch."""
-        return self._each(lambda stream: stream[at])
+        return self._each(lambda stream: stream[at], lambda positions: positions[..., at, :])
 
     def to(self, device: str | torch.device) -> "Streams":
         """On another device."""
-        return self._each(lambda stream: stream.to(device))
+        return self._each(*(lambda stream: stream.to(device),) * 2)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Streams":
-        hidden, mask = change(self.hidden), change(self.mask)
-        return Streams(hidden, mask, change(self.positions), change(self.vision), self.drafted)
+    def _each(
+        self, change: Callable[[Tensor], Tensor], turn: Callable[[Tensor], Tensor]
+    ) -> "Streams":
+        hidden, mask, vision = (change(each) for each in (self.hidden, self.mask, self.vision))
+        return Streams(hidden, mask, turn(self.positions), vision, self.drafted)
 
     @classmethod
     def join(cls, parts: Sequence["Streams"]) -> "Streams":
@@ -41,7 +44,7 @@ class Streams:
         return cls(
             torch.cat([part.hidden for part in parts]),
             torch.cat([part.mask for part in parts]),
-            torch.cat([part.positions for part in parts]),
+            torch.cat([part.positions for part in parts], -2),
             torch.cat([part.vision for part in parts]),
             parts[0].drafted,
         )
@@ -51,24 +54,14 @@ class Streams:
         return self.mask.gather(1, self.vision) != 0
 
 
-@dataclass(frozen=True)
-class Attention:
-    """One layer's attention before its softmax. T = past + new."""
-
-    query: Tensor  # [B, heads, S, head_dim], rotated
-    keys: Tensor  # [B, kv_heads, T, head_dim], rotated
-    values: Tensor  # [B, kv_heads, T, head_dim]
-    visible: Tensor  # [B, S, T] bool
-    scaling: float
-
-    def for_each_head(self, states: Tensor) -> Tensor:
-        """Keys or values with each kv head repeated for the query heads that share it."""
-        return states.repeat_interleave(self.query.shape[1] // states.shape[1], dim=1)
-
-
 def rows_at(states: Tensor, kept: Tensor) -> Tensor:
     """``states`` ``[B, S, D]`` at the columns ``kept`` ``[B, S']``."""
     return torch.stack([row[columns] for row, columns in zip(states, kept, strict=True)])
+
+
+def columns_at(positions: Tensor, kept: Tensor) -> Tensor:
+    """``positions`` ``[..., B, S]`` at the columns ``kept`` ``[B, S']``."""
+    return positions.gather(-1, kept.expand(*positions.shape[:-1], -1))
 
 
 def vision_score(attention: Attention, streams: Streams, query: str, heads: str) -> Tensor:
@@ -81,8 +74,7 @@ def vision_score(attention: Attention, streams: Streams, query: str, heads: str)
     for row, columns in enumerate(streams.vision):
         prompt = streams.mask.shape[1] - streams.drafted
         asking = _query_rows(streams.mask[row, :prompt], columns, query)
-        logits = attention.query[row][:, asking].float() @ keys[row].transpose(1, 2)
-        logits = logits * attention.scaling
+        logits = attention.logits(attention.query[row][:, asking].float(), keys[row])
         logits = logits.masked_fill(~attention.visible[row][asking], -torch.inf)
         probabilities = logits.softmax(-1)
         by_row = probabilities.mean(0) if heads == "mean" else probabilities.amax(0)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vtr_export.reference.cut import (
-    Attention,
     Budget,
     Streams,
+    columns_at,
     image_count,
     is_among,
     margin_of,
@@ -20,6 +20,7 @@ from vtr_export.reference.cut import (
     survivors,
     vision_score,
 )
+from vtr_export.reference.layers import Attention, Handed, Layers
 from vtr_export.schedule import Cut, Resolved
 
 
@@ -30,9 +31,13 @@ class Cache:
     ``padding[0]`` is the attention mask of the unpruned sequence.
     """
 
-    keys: tuple[Tensor, ...]  # [B, kv_heads, P_stage, head_dim] of each layer
-    values: tuple[Tensor, ...]
+    keys: tuple[Tensor | None, ...]  # [B, kv_heads, P_stage, head_dim] of each layer; None: empty
+    values: tuple[Tensor | None, ...]
     padding: tuple[Tensor, ...]  # [B, P_stage] of each stage, 1 = real
+
+    def of(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Keys and values of one layer."""
+        return self.keys[layer], self.values[layer]
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,11 @@ class _Call:
 
 
 class Reference:
-    """A decoder (``layers``, ``norm``, ``rotary_emb``) and its head under a schedule.
+    """A decoder (``layers``, ``norm``) of transformers and its head under a schedule.
 
     ``attention``: eager is the definition, softmax in fp32; sdpa is torch's fused product, for
-    those who only want the answer.
+    those who only want the answer. A cut inside a layer (``drop_point: inside``) is made behind
+    it: what follows attention times V treats every row alone.
     """
 
     def __init__(
@@ -140,8 +146,8 @@ class Reference:
     ) -> None:
         self.decoder = cast("Any", decoder)
         self.lm_head, self.schedule = lm_head, schedule
-        self._mix = _mix if attention == "eager" else _mix_fused
-        if schedule.layers != (layers := len(self.decoder.layers)):
+        self._layers = Layers(decoder, attention)
+        if schedule.layers != (layers := len(self._layers)):
             raise ValueError(f"{schedule.layers=} but the decoder has {layers}")
         self.cuts = {cut.before_layer: cut for cut in schedule.cuts}
 
@@ -165,9 +171,9 @@ class Reference:
         past = attention_mask.shape[1] - inputs_embeds.shape[1]
         cache = cache or self._empty_cache(inputs_embeds)
         cache = replace(cache, padding=(attention_mask[:, :past], *cache.padding[1:]))
-        held = _begin(inputs_embeds, attention_mask[:, past:], position_ids, vision_index)
+        held = self._begin(inputs_embeds, attention_mask[:, past:], position_ids, vision_index)
         call = _Call(cache, held.budget, forced, padding=[attention_mask])
-        streams = self._run(held, len(self.decoder.layers), call).streams
+        streams = self._run(held, len(self._layers), call).streams
         rows = streams.hidden if logits == "all" else streams.hidden[:, -1:]
         hidden = self.decoder.norm(rows)
         return Step(
@@ -194,16 +200,11 @@ class Reference:
 
         They are rows like any other, but no cut's score asks them.
         """
-        return _begin(inputs_embeds, attention_mask, position_ids, vision_index, drafted)
+        return self._begin(inputs_embeds, attention_mask, position_ids, vision_index, drafted)
 
     @torch.no_grad()
     def advance(self, held: Held, layer: int) -> Held:
-        """Go on to ``layer``, with this schedule's cuts from ``held.layer`` on, not the one there.
-
-        Refused with ``drop_point: inside``, whose cuts lie in the layers.
-        """
-        if self.schedule.drop_point == "inside":
-            raise ValueError("a call cannot be held between layers with drop_point: inside")
+        """Go on to ``layer``, with this schedule's cuts from ``held.layer`` on but that one."""
         cache = self._empty_cache(held.streams.hidden)  # of every stage alike
         return self._run(held, layer, _Call(cache, held.budget))
 
@@ -213,7 +214,7 @@ class Reference:
 
         ``lm_head`` makes logits of them.
         """
-        end = self.advance(held, len(self.decoder.layers)).streams
+        end = self.advance(held, len(self._layers)).streams
         return cast("Tensor", self.decoder.norm(end.hidden[:, -1 - end.drafted :]))
 
     @torch.no_grad()
@@ -258,71 +259,58 @@ class Reference:
         )
 
     def _empty_cache(self, like: Tensor) -> Cache:
-        attentions = [layer.self_attn for layer in self.decoder.layers]
-        empty = tuple(
-            like.new_zeros((len(like), it.k_proj.out_features // it.head_dim, 0, it.head_dim))
-            for it in attentions
-        )
+        nothing = (None,) * len(self._layers)
         padding = like.new_zeros((like.shape[0], 0), dtype=torch.int64)
-        return Cache(empty, empty, (padding,) * (len(self.schedule.cuts) + 1))
+        return Cache(nothing, nothing, (padding,) * (len(self.schedule.cuts) + 1))
+
+    def _begin(
+        self, embeds: Tensor, mask: Tensor, positions: Tensor, vision: Tensor, drafted: int = 0
+    ) -> Held:
+        """A call before layer 0."""
+        with self._layers.heard():
+            hidden, _ = self._layers.hand(embeds, positions)
+        streams = Streams(hidden, mask, positions, vision, drafted)
+        return Held(0, streams, None, (vision.shape[1], streams.is_real().sum(1).tolist()))
 
     def _run(self, held: Held, last: int, call: _Call) -> Held:
         """Layers ``held.layer`` to ``last - 1``, each with the cut before it."""
-        streams, score = held.streams, held.score
+        with self._layers.heard():
+            return self._run_heard(held, last, call)
+
+    def _run_heard(self, held: Held, last: int, call: _Call) -> Held:
+        streams, score, handed = held.streams, held.score, self._hand(held.streams)
         for index in range(held.layer, last):
-            if index in self.cuts and self.schedule.drop_point == "between":
-                score = self._own_score(index, streams, call) if score is None else score
+            if index in self.cuts:
+                if score is None:
+                    score = self._own_score(index, streams, handed, call)
                 kept = self._choose(self.cuts[index], score, streams, call)
                 streams = self._narrow(streams, kept, call)
-            is_asked = index + 1 in self.cuts or index + 1 == last < len(self.decoder.layers)
-            streams, score = self._layer(index, streams, call, is_asked)
-        if score is None and last < len(self.decoder.layers):
-            score = self._own_score(last, streams, call)
+                handed = self._hand(streams)
+            visible = _visible(call.past.padding[call.stage], streams.mask)
+            past = call.past.of(index)
+            hidden, attention = self._layers.run(index, streams.hidden, handed, past, visible)
+            call.keys.append(attention.keys)
+            call.values.append(attention.values)
+            is_asked = index + 1 in self.cuts or index + 1 == last < len(self._layers)
+            by_this = is_asked and self.schedule.source == "previous"
+            score = self._score(attention, streams) if by_this else None
+            streams = replace(streams, hidden=hidden)
+        if score is None and last < len(self._layers):
+            score = self._own_score(last, streams, handed, call)
         return replace(held, layer=last, streams=streams, score=score)
 
-    def _layer(
-        self, index: int, streams: Streams, call: _Call, is_asked: bool
-    ) -> tuple[Streams, Tensor | None]:
-        """Layer ``index``, and with from: previous the score for a cut before the next."""
-        layer = self.decoder.layers[index]
-        attention = self._project(index, streams, call, call.stage)
-        call.keys.append(attention.keys)
-        call.values.append(attention.values)
-        mixed, score = self._mix(attention), None
-        if is_asked and self.schedule.source == "previous":
-            score = vision_score(attention, streams, self.schedule.query, self.schedule.heads)
-        if self.schedule.drop_point == "inside" and index + 1 in self.cuts:
-            assert score is not None, "inside goes with from: previous only"
-            kept = self._choose(self.cuts[index + 1], score, streams, call)
-            mixed, streams = rows_at(mixed, kept), self._narrow(streams, kept, call)
-        hidden = streams.hidden + layer.self_attn.o_proj(mixed)
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        return replace(streams, hidden=hidden), score
+    def _hand(self, streams: Streams) -> Handed:
+        return self._layers.hand(streams.hidden, streams.positions)[1]
 
-    def _own_score(self, index: int, streams: Streams, call: _Call) -> Tensor:
-        """With from: next, layer ``index``'s score of the tokens that a cut before it meets."""
-        stage = call.stage + (index in self.cuts)
-        attention = self._project(index, streams, call, stage)
+    def _score(self, attention: Attention, streams: Streams) -> Tensor:
         return vision_score(attention, streams, self.schedule.query, self.schedule.heads)
 
-    def _project(self, index: int, streams: Streams, call: _Call, stage: int) -> Attention:
-        """Layer ``index``'s attention for all rows of ``streams``, on the past of ``stage``."""
-        layer = self.decoder.layers[index]
-        attention = layer.self_attn
-        normed = layer.input_layernorm(streams.hidden)
-        heads = (*normed.shape[:2], -1, attention.head_dim)
-        query, key, value = (
-            project(normed).view(heads).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        cos, sin = self.decoder.rotary_emb(normed, streams.positions)
-        return Attention(
-            _rotate(query, cos[:, None], sin[:, None]),
-            torch.cat((call.past.keys[index], _rotate(key, cos[:, None], sin[:, None])), 2),
-            torch.cat((call.past.values[index], value), 2),
-            _visible(call.past.padding[stage], streams.mask),
-            attention.scaling,
-        )
+    def _own_score(self, index: int, streams: Streams, handed: Handed, call: _Call) -> Tensor:
+        """With from: next, layer ``index``'s score of the tokens that a cut before it meets."""
+        stage = call.stage + (index in self.cuts)
+        visible = _visible(call.past.padding[stage], streams.mask)
+        asked = self._layers.ask(index, streams.hidden, handed, call.past.of(index), visible)
+        return self._score(asked, streams)
 
     def _choose(self, cut: Cut, score: Tensor, streams: Streams, call: _Call) -> Tensor:
         """Select, and note down what was decided; return ``kept`` ``[B, S']``."""
@@ -341,7 +329,7 @@ class Reference:
         call.stage += 1
         mask = streams.mask.gather(1, kept)
         padding = torch.cat((call.past.padding[call.stage], mask), 1)
-        positions = streams.positions.gather(1, kept)
+        positions = columns_at(streams.positions, kept)
         if self.schedule.positions == "repacked":
             positions = positions_of(padding)[:, -kept.shape[1] :]
         is_vision = is_among(kept, streams.vision)
@@ -351,20 +339,6 @@ class Reference:
         return Streams(rows_at(streams.hidden, kept), mask, positions, vision, streams.drafted)
 
 
-def _begin(
-    hidden: Tensor, mask: Tensor, positions: Tensor, vision: Tensor, drafted: int = 0
-) -> Held:
-    """A call before layer 0."""
-    streams = Streams(hidden, mask, positions, vision, drafted)
-    return Held(0, streams, None, (vision.shape[1], streams.is_real().sum(1).tolist()))
-
-
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, halves paired."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), -1) * sin
-
-
 def _visible(past_mask: Tensor, mask: Tensor) -> Tensor:
     """``[B, S, T]``: a row sees the real keys up to itself, and always itself."""
     padding = torch.cat((past_mask, mask), 1) != 0
@@ -372,25 +346,3 @@ def _visible(past_mask: Tensor, mask: Tensor) -> Tensor:
     row = torch.arange(past, total, device=mask.device)[:, None]
     key = torch.arange(total, device=mask.device)[None, :]
     return ((key <= row) & padding[:, None, :]) | (key == row)
-
-
-def _mix(attention: Attention) -> Tensor:
-    """Attention times V ``[B, S, heads * head_dim]``, before o_proj; softmax in fp32."""
-    keys = attention.for_each_head(attention.keys)
-    logits = attention.query @ keys.transpose(2, 3) * attention.scaling
-    logits = logits.masked_fill(~attention.visible[:, None], -torch.inf)
-    probabilities = logits.softmax(-1, dtype=torch.float32).to(logits.dtype)
-    mixed = probabilities @ attention.for_each_head(attention.values)
-    return mixed.transpose(1, 2).flatten(2)
-
-
-def _mix_fused(attention: Attention) -> Tensor:
-    """The same by torch's fused kernel, which never holds the probabilities."""
-    mixed = nn.functional.scaled_dot_product_attention(
-        attention.query,
-        attention.for_each_head(attention.keys),
-        attention.for_each_head(attention.values),
-        attn_mask=attention.visible[:, None],
-        scale=attention.scaling,
-    )
-    return mixed.transpose(1, 2).flatten(2)

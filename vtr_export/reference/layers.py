@@ -1,0 +1,245 @@
+"""A transformers decoder's own layers, called one at a time with the rows and the past we choose.
+
+What a layer is handed beside its rows (rotary tables, the layer's kind) is asked of the decoder's
+own ``forward``; what it attends to is heard at transformers' ``AttentionInterface``.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "vtr_reference"  # of our attention among transformers'
+Mix: TypeAlias = Callable[["Attention"], Tensor]
+Handed: TypeAlias = Sequence[Mapping[str, Any]]  # by layer: what it is called with beside its rows
+UNHEARD = ("s_aux", "position_bias", "cache_position_bias")  # of an attention; we know no such term
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention before its softmax. T = past + new."""
+
+    query: Tensor  # [B, heads, S, head_dim], rotated
+    keys: Tensor  # [B, kv_heads, T, head_dim], rotated
+    values: Tensor  # [B, kv_heads, T, value_dim]
+    visible: Tensor  # [B, S, T] bool
+    scaling: float
+    softcap: float | None = None
+
+    def for_each_head(self, states: Tensor) -> Tensor:
+        """Keys or values with each kv head repeated for the query heads that share it."""
+        return states.repeat_interleave(self.query.shape[1] // states.shape[1], dim=1)
+
+    def logits(self, query: Tensor, keys: Tensor) -> Tensor:
+        """Scaled, capped, not masked; for some of the rows and heads."""
+        logits = query @ keys.transpose(-1, -2) * self.scaling
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+
+class _HeardEnoughError(Exception):
+    """Leaves a layer that was only asked for its projections."""
+
+
+@dataclass
+class _Listening:
+    visible: Tensor
+    mix: Mix | None  # None: the layer is left before its softmax
+    attention: Attention | None = None
+
+
+_LISTENING: ContextVar[_Listening] = ContextVar("listening")
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Stands in for a layer's attention; ``[B, S, heads, value_dim]``."""
+    unheard = [name for name in UNHEARD if others.get(name) is not None]
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        unheard.append("sliding_window")
+    if unheard:
+        raise ValueError(f"the reference does not define attention with {unheard[0]}")
+    listening = _LISTENING.get()
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attention = Attention(query, key, value, listening.visible, scaling, softcap)
+    listening.attention = attention
+    if listening.mix is None:
+        raise _HeardEnoughError
+    return listening.mix(attention), None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
+class _Past:
+    """A cache as a layer sees it: the past keys and values of one layer before the new ones."""
+
+    is_compileable = False
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
+        self._keys, self._values = keys, values
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The past and the new ones, along the tokens."""
+        if self._keys is None or self._values is None:
+            return key, value
+        return torch.cat((self._keys, key), 2), torch.cat((self._values, value), 2)
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Length of the past."""
+        return 0 if self._keys is None else self._keys.shape[2]
+
+
+class _Recorder(nn.Module):
+    """Stands where a layer stands, and notes what it is called with."""
+
+    def __init__(self, layer: nn.Module, notes: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self._held = (layer, notes)  # in a tuple: the layer is not a child
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._held[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The rows as they came."""
+        layer, notes = self._held
+        bound = signature(layer.forward).bind(*args, **kwargs)
+        arguments = dict(bound.arguments)
+        for name, parameter in signature(layer.forward).parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(name, {})
+        notes.append(arguments)
+        return next(iter(bound.arguments.values()))
+
+
+class Layers:
+    """The layers of ``decoder`` (with ``layers``, ``norm`` and its own ``forward``)."""
+
+    def __init__(self, decoder: nn.Module, mix: Literal["eager", "sdpa"]) -> None:
+        self.decoder = cast("Any", decoder)
+        self._mix: Mix = _mix if mix == "eager" else _mix_fused
+
+    def __len__(self) -> int:
+        return len(self.decoder.layers)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """While inside, the decoder's attention is ours."""
+        config = self.decoder.config
+        before = config._attn_implementation
+        config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    def hand(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Handed]:
+        """What enters layer 0 for rows ``[B, S, D]``, and what each layer is handed with them.
+
+        ``positions`` ``[B, S]``, or ``[3, B, S]`` where there are three.
+        """
+        layers, notes = self.decoder.layers, list[dict[str, Any]]()
+        self.decoder.layers = nn.ModuleList([_Recorder(layer, notes) for layer in layers])
+        try:
+            self.decoder(
+                inputs_embeds=hidden,
+                attention_mask=hidden.new_ones((1, 1, 1, 1), dtype=torch.bool),
+                position_ids=positions,
+                past_key_values=_Past(None, None),
+                use_cache=True,
+            )
+        finally:
+            self.decoder.layers = layers
+        first = next(iter(notes[0]))
+        entering = cast("Tensor", notes[0][first])
+        for note in notes:
+            del note[first]
+        return entering, notes
+
+    def run(
+        self,
+        index: int,
+        hidden: Tensor,
+        handed: Handed,
+        past: tuple[Tensor | None, Tensor | None],
+        visible: Tensor,
+    ) -> tuple[Tensor, Attention]:
+        """Layer ``index`` on rows ``[B, S, D]``: what leaves it, and its attention."""
+        listening = _Listening(visible, self._mix)
+        left = self._call(index, hidden, handed, past, listening)
+        assert listening.attention is not None, "a layer attends"
+        return left[0] if isinstance(left, tuple) else left, listening.attention
+
+    def ask(
+        self,
+        index: int,
+        hidden: Tensor,
+        handed: Handed,
+        past: tuple[Tensor | None, Tensor | None],
+        visible: Tensor,
+    ) -> Attention:
+        """What layer ``index`` would attend with on these rows; it goes no further."""
+        listening = _Listening(visible, None)
+        try:
+            self._call(index, hidden, handed, past, listening)
+        except _HeardEnoughError:
+            assert listening.attention is not None, "heard"
+            return listening.attention
+        raise ValueError(f"layer {index} does not attend through transformers' AttentionInterface")
+
+    def _call(
+        self,
+        index: int,
+        hidden: Tensor,
+        handed: Handed,
+        past: tuple[Tensor | None, Tensor | None],
+        listening: _Listening,
+    ) -> Any:
+        own = dict(handed[index])
+        own["attention_mask"] = listening.visible[:, None]
+        own["past_key_values"] = _Past(*past)
+        token = _LISTENING.set(listening)
+        try:
+            return self.decoder.layers[index](hidden, **own)
+        finally:
+            _LISTENING.reset(token)
+
+
+def _mix(attention: Attention) -> Tensor:
+    """Attention times V ``[B, S, heads, value_dim]``; softmax in fp32."""
+    logits = attention.logits(attention.query, attention.for_each_head(attention.keys))
+    logits = logits.masked_fill(~attention.visible[:, None], -torch.inf)
+    probabilities = logits.softmax(-1, dtype=torch.float32).to(logits.dtype)
+    mixed = probabilities @ attention.for_each_head(attention.values)
+    return mixed.transpose(1, 2).contiguous()
+
+
+def _mix_fused(attention: Attention) -> Tensor:
+    """The same by torch's fused kernel, which never holds the probabilities."""
+    if attention.softcap is not None:
+        return _mix(attention)
+    mixed = nn.functional.scaled_dot_product_attention(
+        attention.query,
+        attention.for_each_head(attention.keys),
+        attention.for_each_head(attention.values),
+        attn_mask=attention.visible[:, None],
+        scale=attention.scaling,
+    )
+    return mixed.transpose(1, 2).contiguous()
