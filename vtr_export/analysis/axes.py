@@ -84,6 +84,8 @@ def _rule(node: ir.Node, inputs: list[Axes]) -> list[Axes]:
             return [_through_state(inputs, state)] * count
     if node.op_type in SAME:
         return [inputs[0]] * count
+    if node.op_type == "Split":
+        return [_split(node, inputs)] * count
     rule = RULES.get(node.op_type, _broadcast if node.op_type in BROADCAST else None)
     return [LOST] * count if rule is None else [rule(node, inputs)] + [LOST] * (count - 1)
 
@@ -245,6 +247,15 @@ def _slice(node: ir.Node, inputs: list[Axes]) -> Axes:
     if any(spans.get(axis) == "some" for axis in labelled):
         return LOST
     return inputs[0].moved(lambda axis: None if spans.get(axis) == "one" else axis)
+
+
+def _split(node: ir.Node, inputs: list[Axes]) -> Axes:
+    """Of every output: parts of another axis."""
+    own = rank(node.inputs[0])
+    if own is None:
+        return LOST
+    axis = (node.attributes["axis"].as_int() if "axis" in node.attributes else 0) % own
+    return LOST if axis in (inputs[0].token, inputs[0].key) else inputs[0]
 
 
 def _span(start: int, end: int, step: int) -> str:
