@@ -202,19 +202,20 @@ def test_the_cheapest_of_several_first_layers_is_taken(tmp_path: Path) -> None:
 
 def test_calibration_and_evaluation_must_differ(tmp_path: Path) -> None:
     done = refused("gsearch", *GIVEN, "--out", tmp_path / "s.yaml", "--evaluation", QUESTIONS)
-    assert "questions" in done.err
+    assert "are calibration questions" in done.err
 
 
 def test_a_foreign_ledger_is_left_as_it_is(tmp_path: Path) -> None:
     foreign = tmp_path / "notes.db"
     foreign.write_bytes(b"not a database, but somebody's")
-    refused("gsearch", *GIVEN, "--out", tmp_path / "s.yaml", "--ledger", foreign)
+    given = ("gsearch", *GIVEN, "--out", tmp_path / "s.yaml", "--tolerance", TOLERANCE)
+    assert "notes.db" in refused(*given, "--ledger", foreign).err
     assert foreign.read_bytes() == b"not a database, but somebody's"
 
 
 def test_a_cluster_that_does_not_answer(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="pip install 'vtr-export[cluster]'")
-    given = ("gsearch", *GIVEN, "--out", tmp_path / "s.yaml")
+    given = ("gsearch", *GIVEN, "--out", tmp_path / "s.yaml", "--tolerance", TOLERANCE)
     assert "127.0.0.1:9" in refused(*given, "--ray", "127.0.0.1:9").err
 
 
