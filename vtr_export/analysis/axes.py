@@ -166,9 +166,29 @@ def _shifted(axes: Axes, by: int) -> Axes:
 def _matmul(node: ir.Node, inputs: list[Axes]) -> Axes:
     left, right = rank(node.inputs[0]), rank(node.inputs[1])
     wide = rank(node.outputs[0]) or (None if left is None or right is None else max(left, right))
-    if inputs[1] or left is None or wide is None or left - 1 in (inputs[0].token, inputs[0].key):
+    if left is None or wide is None:
+        return LOST
+    if inputs[1]:  # a column for each token: [.., 1] times [.., 1, S]
+        is_column = right is not None and inputs[1] == Axes(token=right - 1) and right > 1
+        return Axes(token=wide - 1) if is_column and not inputs[0] else LOST
+    if left - 1 in (inputs[0].token, inputs[0].key):
         return LOST
     return _shifted(inputs[0], wide - left)
+
+
+def _matmul_by_weight(node: ir.Node, inputs: list[Axes]) -> Axes:
+    """Rows times a weight that lies packed in the other inputs."""
+    own = rank(node.inputs[0])
+    places = (inputs[0].token, inputs[0].key)
+    return LOST if any(inputs[1:]) or own is None or own - 1 in places else inputs[0]
+
+
+def _fused_matmul(node: ir.Node, inputs: list[Axes]) -> Axes:
+    """``FusedMatMul``: a MatMul, unless an operand is turned."""
+    turned = (node.attributes.get(name) for name in ("transA", "transBatchA", "transBatchB"))
+    if inputs[1] or any(attribute is not None and attribute.as_int() for attribute in turned):
+        return LOST
+    return _matmul(node, inputs)
 
 
 def _gemm(node: ir.Node, inputs: list[Axes]) -> Axes:
@@ -296,10 +316,10 @@ def _attention(node: ir.Node, inputs: list[Axes]) -> Axes:
 
 
 SAME = {
-    "Abs", "Cast", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid",
-    "Identity", "IsNaN", "LayerNormalization", "LeakyRelu", "Log", "Neg", "Not",
-    "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "Sigmoid", "Sin", "Softmax",
-    "Softplus", "Sqrt", "Swish", "Tanh",
+    "Abs", "BiasGelu", "Cast", "Ceil", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "FastGelu",
+    "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsNaN", "LayerNormalization",
+    "LeakyRelu", "Log", "MoE", "Neg", "Not", "QMoE", "QuickGelu", "RMSNormalization", "Reciprocal",
+    "Relu", "RotaryEmbedding", "Sigmoid", "Sin", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh",
 }  # fmt: skip
 BROADCAST = {
     "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min",
@@ -309,8 +329,10 @@ RULES: dict[str, Callable[[ir.Node, list[Axes]], Axes]] = {
     "Attention": _attention,
     "Concat": _concat,
     "Gather": _gather,
+    "FusedMatMul": _fused_matmul,
     "Gemm": _gemm,
     "MatMul": _matmul,
+    "MatMulNBits": _matmul_by_weight,
     "ReduceMax": _reduce,
     "ReduceMean": _reduce,
     "ReduceSum": _reduce,

@@ -21,6 +21,7 @@ from vtr_export.cli.output import (
     size,
     warn,
 )
+from vtr_export.cli.retrofit import ImageTokenId, ImageTokens, Onnx, check_options, cut_foreign
 from vtr_export.cli.verify import gate_lines
 from vtr_export.errors import InputError
 
@@ -54,6 +55,9 @@ def export(
             help="Checkpoint folder or cached hub id; default: model: of the schedule.",
         ),
     ] = None,
+    onnx: Onnx = None,
+    image_tokens: ImageTokens = None,
+    image_token_id: ImageTokenId = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.FP32,
     weights: Annotated[
         Placing, typer.Option(help="copy travels; link points into the checkpoint's shards.")
@@ -78,7 +82,31 @@ def export(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compile a checkpoint and a schedule into an artifact."""
+    """Compile a checkpoint, or a decoder in ONNX, and a schedule into an artifact."""
+    check_options(
+        onnx is not None,
+        {
+            "--model": model is not None,
+            "--dtype": dtype is not Dtype.FP32,
+            "--weights": weights is not Placing.COPY,
+            "--verify": verify != "auto",
+            "--dump": dump is not None,
+            "--dry-run": dry_run,
+            "--target": target != "onnxruntime",
+        },
+        {
+            "--image-tokens": image_tokens is not None,
+            "--image-token-id": image_token_id is not None,
+        },
+    )
+    if onnx is not None:
+        from vtr_export.retrofit.retrofit import Request
+
+        request = Request(
+            onnx, schedule, out, image_tokens, image_token_id, tunable, not no_verify, force
+        )
+        cut_foreign(request, as_json, verbose)
+        return
     if no_verify and verify != "auto":
         raise InputError("--verify and --no-verify exclude each other", hint="give one of them")
     from vtr_export.exporter import export as compile_artifact

@@ -1,0 +1,85 @@
+"""Where token ids go in, let them tell which tokens are an image's."""
+
+import onnx_ir as ir
+
+from vtr_export.errors import InputError
+from vtr_export.ops import Choice
+from vtr_export.passes.build import Build
+
+
+class DeriveVisionIndex(ir.passes.InPlacePass):
+    """Make ``vision_index`` of the ids that are ``image_token_id``, instead of asking for it.
+
+    Before::
+
+        cut(…, vision_index)                # an input
+
+    After::
+
+        vision_index = where input_ids == image_token_id, ascending     # [B,V]
+        cut(…, vision_index)
+
+    V is the most that a row has. A row with fewer begins with its leftmost pads, as a caller would
+    fill it.
+    """
+
+    def __init__(self, image_token_id: int | None) -> None:
+        self.image_token_id = image_token_id
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Nothing without an id, or without cuts."""
+        inputs = {value.name: value for value in model.graph.inputs}
+        index, ids = inputs.get("vision_index"), inputs.get("input_ids")
+        if self.image_token_id is None:
+            return ir.passes.PassResult(model, modified=False)
+        if ids is None:
+            raise InputError(
+                "the decoder takes no input_ids that could tell an image's tokens",
+                where="--image-token-id",
+                hint="leave it out, and give vision_index [batch, vision] at run time",
+            )
+        if index is None:
+            return ir.passes.PassResult(model, modified=False)
+        found = _derive(
+            Build(model, Choice(), "vision"), ids, inputs["attention_mask"], self.image_token_id
+        )
+        index.replace_all_uses_with(found)
+        model.graph.inputs.remove(index)
+        found.shape, found.type = index.shape, index.type
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _derive(build: Build, ids: ir.Value, mask: ir.Value, token: int) -> ir.Value:
+    """Vision tokens rank before pads, pads by column; the V first of a row, ascending."""
+    whole = int(ir.DataType.INT64)
+    wanted = build.constant([token], "token")
+    wide_ids = build.op("Cast", [ids], "ids", to=whole)
+    is_vision = build.op("Equal", [wide_ids, wanted], "is_vision")
+    vision = build.op("Cast", [is_vision], "ones", to=whole)
+    last = build.constant([1], "last")
+    counts = build.op("ReduceSum", [vision, last], "counts", keepdims=0)
+    width = build.op("ReduceMax", [counts], "width", keepdims=1)
+    length = build.op("Shape", [ids], "length", start=1, end=2)
+    current = build.call("VtrTail", [mask, length], "current")
+    one, zero = build.constant([1], "one"), build.constant([0], "zero")
+    row = build.op("Expand", [one, build.op("Shape", [ids], "size")], "row")
+    column = build.op("CumSum", [row, build.op("Squeeze", [last], "axis")], "column")
+    pads = build.op("Sub", [length, column], "pads")  # 0 … S-1, the leftmost most
+    is_real = build.op("Cast", [current], "is_real", to=int(ir.DataType.BOOL))
+    others = build.op("Where", [is_real, build.op("Sub", [zero, one], "never"), pads], "others")
+    twice = build.op("Add", [length, length], "first")
+    order = build.op("Where", [is_vision, twice, others], "order")
+    best = _top(build, order, width, "chosen", largest=1)[1]
+    return _top(build, best, width, "index", largest=0)[0]
+
+
+def _top(
+    build: Build, value: ir.Value, width: ir.Value, name: str, *, largest: int
+) -> tuple[ir.Value, ir.Value]:
+    attributes = [ir.AttrInt64("axis", 1), ir.AttrInt64("largest", largest)]
+    node = ir.Node("", "TopK", [value, width], attributes, num_outputs=2)
+    node.name = f"{build.prefix}.{name}"
+    for output, what in zip(node.outputs, ("values", "places"), strict=True):
+        output.name = f"{build.prefix}.{name}.{what}"
+    build.graph.append(node)
+    return node.outputs[0], node.outputs[1]

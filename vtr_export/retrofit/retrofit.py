@@ -1,0 +1,256 @@
+"""``vtr export --onnx``: a decoder of another tool and a schedule to a folder with the cut one."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from vtr_export import __version__
+from vtr_export.assemble import schedule_facts, versions
+from vtr_export.compile import run
+from vtr_export.errors import GateError, InputError
+from vtr_export.manifest import Gate
+from vtr_export.passes.derive_vision_index import DeriveVisionIndex
+from vtr_export.passes.insert_cuts import InsertCuts
+from vtr_export.passes.lift_embeddings import LowerEmbeddings
+from vtr_export.process import Announce, Clock
+from vtr_export.publish import check_target, publish
+from vtr_export.published import hash_files, sha256_of
+from vtr_export.retrofit.canonical import Decoder, canonicalise, load
+from vtr_export.retrofit.check import Verdict, check_file
+from vtr_export.retrofit.gates import BARS, Player, compare, conversations
+from vtr_export.retrofit.manifest import DecoderManifest, Facts, Original, stages
+from vtr_export.schedule import Cut, Keep, Resolved, Schedule
+
+GRAPH: Final = "decoder.onnx"
+WEIGHTS: Final = "decoder.onnx.data"
+SCHEDULE: Final = "schedule.yaml"
+VOCABULARY: Final = 32  # ids of random prompts; every vocabulary has as many
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to cut, and how. ``image_tokens`` None: they depend on the image."""
+
+    onnx: Path
+    schedule: Path
+    out: Path
+    image_tokens: int | None = None
+    image_token_id: int | None = None
+    tunable: bool = False
+    verify: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done."""
+
+    artifact: str
+    layers: int
+    attention: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    vision_tokens_per_layer: tuple[int, ...] | None
+    verified: bool
+    gates: tuple[Gate, ...]
+    files: dict[str, int]
+    steps: dict[str, float]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "gates": [gate.model_dump() for gate in self.gates]}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a schedule asks of a model."""
+
+    layers: int
+    tokens_per_image: int | None
+    mrope: bool
+
+
+def retrofit(request: Request, progress: Announce | None = None) -> Report:
+    """Put the schedule's cuts into the decoder, compare, and publish the folder or nothing.
+
+    Raises InputError for a file that is no decoder or is not safe to read, AnalysisError where a
+    stream of tokens cannot be followed, ScheduleError, ArtifactError, and GateError where a
+    rewritten graph does not say what the given one says.
+    """
+    clock = Clock(progress)
+    schedule = Schedule.load(request.schedule)
+    check_target(request.out, request.force)
+    with clock.step("check"):
+        verdict = check_file(request.onnx)
+    with clock.step("analyse"):
+        decoder = canonicalise(load(request.onnx))
+        resolved = schedule.resolve(
+            _Model(len(decoder.kinds), request.image_tokens, decoder.has_mrope)
+        )
+    with clock.step("cut"):
+        cut = _cut(decoder, resolved, request)
+    with publish(request.out, force=request.force) as staging:
+        with clock.step("write"):
+            _save(cut, staging)
+        gates: list[Gate] = []
+        if request.verify:
+            with clock.step("compare"):
+                gates = _compare(request, decoder, resolved, staging)
+        (staging / SCHEDULE).write_text(schedule.dump(), encoding="utf-8")
+        with clock.step("hash"):
+            manifest = _manifest(request, schedule, resolved, decoder, cut, gates, staging, verdict)
+        manifest.save(staging)
+    return Report(
+        artifact=str(request.out),
+        layers=len(decoder.kinds),
+        attention=decoder.kinds,
+        inputs=manifest.model.inputs,
+        outputs=manifest.model.outputs,
+        vision_tokens_per_layer=manifest.schedule.keep_per_layer,
+        verified=request.verify,
+        gates=tuple(gates),
+        files={name: file.bytes for name, file in manifest.files.items()},
+        steps=clock.steps,
+        seconds=clock.seconds,
+    )
+
+
+def _cut(decoder: Decoder, schedule: Resolved, request: Request) -> ir.Model:
+    """A copy of the canonical decoder with the schedule's cuts, its inputs as they will be."""
+    model = run(
+        (
+            InsertCuts(schedule, tunable=request.tunable),
+            LowerEmbeddings(),
+            DeriveVisionIndex(request.image_token_id),
+            common.RemoveUnusedNodesPass(),
+            common.TopologicalSortPass(),
+        ),
+        decoder.model.clone(),
+    )
+    for value in list(model.graph.inputs):
+        if value.name == "position_ids" and not value.uses():
+            model.graph.inputs.remove(value)
+    model.producer_name, model.producer_version = "vtr-export", __version__
+    return model
+
+
+def _save(model: ir.Model, folder: Path) -> None:
+    """Graph and weights, tensor by tensor."""
+    ir.save(model, folder / GRAPH, external_data=WEIGHTS)
+
+
+def _compare(request: Request, decoder: Decoder, schedule: Resolved, staging: Path) -> list[Gate]:
+    """The given decoder, ours without cuts, ours with cuts that keep all, and the cut one."""
+    request = replace(request, image_token_id=None, tunable=False)
+    every = replace(
+        schedule, cuts=tuple(Cut(cut.before_layer, Keep(1, 1)) for cut in schedule.cuts)
+    )
+    given = Player(request.onnx, decoder.original_inputs, decoder.carried)
+    asked = conversations(_width(decoder), VOCABULARY, request.image_tokens)
+    bar = BARS.get(given.dtype, max(BARS.values()))
+    expected = given.play(asked)
+    del given
+    with _beside(_cut(decoder, replace(schedule, cuts=()), request), staging) as file:
+        plain = _player(file).play(asked)
+    gates = [compare("canonical", expected, plain, bar)]
+    if schedule.cuts:
+        with _beside(_cut(decoder, every, request), staging) as file:
+            gates.append(compare("keep_all", plain, _player(file).play(asked), bar))
+        with _beside(_cut(decoder, schedule, request), staging) as file:
+            pruned = _player(file).play(asked)
+        gates.append(compare("finite", pruned, pruned, bar))
+    for gate in gates:
+        if not gate.passed:
+            raise GateError(
+                f"{gate.name}: the rewritten decoder differs by {gate.measured:.3g} of its largest "
+                f"logit, more than {gate.bar:g} ({gate.detail}); nothing was published",
+                where=str(request.onnx),
+                hint="report the graph; vtr inspect shows what was found in it",
+            )
+    return gates
+
+
+@contextmanager
+def _beside(model: ir.Model, staging: Path) -> Iterator[Path]:
+    """A graph on the weights that are there, for as long as it is compared."""
+    with tempfile.NamedTemporaryFile(dir=staging, suffix=".onnx", delete=False) as file:
+        path = Path(file.name)
+    saved = ir.load(staging / GRAPH).graph.initializers
+    for name, value in model.graph.initializers.items():
+        if name in saved:
+            value.const_value = saved[name].const_value
+    try:
+        ir.save(model, path)
+        yield path
+    finally:
+        path.unlink()
+
+
+def _player(file: Path) -> Player:
+    """On a graph of ours."""
+    graph = ir.load(file).graph
+    carried = {}
+    for value in graph.inputs:
+        name = value.name or ""
+        if name.startswith("past_key_values."):
+            carried[name] = name.replace("past_key_values", "present")
+        elif name.startswith("past_mask."):
+            carried[name] = name.replace("past_mask", "present_mask")
+    return Player(file, {}, carried)
+
+
+def _width(decoder: Decoder) -> int | None:
+    """How wide an embedding is, where the decoder takes embeddings."""
+    if any(role == "input_ids" for role in decoder.original_inputs.values()):
+        return None
+    source = next(v for v in decoder.model.graph.inputs if v.name == "inputs_embeds")
+    width = source.shape[-1] if source.shape is not None else None
+    if not isinstance(width, int):
+        raise InputError(
+            "the width of inputs_embeds is not in its shape",
+            hint="declare it in the graph's input, or publish without comparing (--no-verify)",
+        )
+    return width
+
+
+def _manifest(
+    request: Request,
+    schedule: Schedule,
+    resolved: Resolved,
+    decoder: Decoder,
+    cut: ir.Model,
+    gates: list[Gate],
+    staging: Path,
+    verdict: Verdict,
+) -> DecoderManifest:
+    facts = Facts(
+        layers=len(decoder.kinds),
+        attention=decoder.kinds,
+        heads=decoder.heads,
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        tokens_per_image=request.image_tokens,
+        image_token_id=request.image_token_id,
+        inputs=tuple(value.name or "" for value in cut.graph.inputs),
+        outputs=tuple(value.name or "" for value in cut.graph.outputs),
+        stages=stages(resolved),
+    )
+    return DecoderManifest(
+        versions=versions(),
+        original=Original(
+            file=request.onnx.name, sha256=sha256_of(request.onnx), producer=verdict.producer
+        ),
+        decoder=GRAPH,
+        schedule=schedule_facts(schedule, resolved),
+        model=facts,
+        verified=request.verify,
+        gates=tuple(gates),
+        files=hash_files(staging),
+    )
