@@ -128,7 +128,7 @@ def _live_outs(
             axes = labels.get(value, NONE)
             if not axes:
                 continue
-            _check(layer, value, axes)
+            _check(layer, entry, value, axes)
             if axes.key is not None:
                 masks[value] = None
             elif axes.token is not None:
@@ -141,7 +141,7 @@ def _is_mask(node: ir.Node) -> bool:
     return node.op_type == "VtrCausalMask" and node.domain == ops.DOMAIN
 
 
-def _check(layer: int, value: ir.Value, axes: Axes) -> None:
+def _check(layer: int, entry: ir.Value, value: ir.Value, axes: Axes) -> None:
     producer = value.producer()
     rebuilt = producer is not None and _is_mask(producer)
     kind = axes.state
@@ -149,6 +149,8 @@ def _check(layer: int, value: ir.Value, axes: Axes) -> None:
         kind = "keys of an earlier length"
     elif axes.token not in (None, 1) and rank(value) is None:
         kind = "of unknown rank"
+    elif axes.key is None and not _has_rows(value, entry, axes):
+        kind = "the rows of a batch share it"
     if kind:
         raise AnalysisError(
             f"layer {layer}: the value {value.name!r} crosses the cut and cannot be narrowed "
@@ -156,3 +158,10 @@ def _check(layer: int, value: ir.Value, axes: Axes) -> None:
             where=_place(value),
             hint="vtr inspect shows the trail of token axes",
         )
+
+
+def _has_rows(value: ir.Value, entry: ir.Value, axes: Axes) -> bool:
+    """Whether the first axis of ``value`` may be that of the batch, so that rows can differ."""
+    first = value.shape[0] if value.shape else None
+    batch = entry.shape[0] if entry.shape else None
+    return axes.token != 0 and (not isinstance(first, int) or first == batch)

@@ -63,9 +63,10 @@ def load(name: str, choice: Choice) -> ir.Function:
 def declare(model: ir.Model, name: str, choice: Choice | None = None) -> None:
     """Add ``name`` and every function it calls to ``model``; twice is once."""
     choice = choice or Choice()
-    function = load(choice.names().get(name, name), choice)
-    if function.identifier() in model.functions:
+    name = choice.names().get(name, name)
+    if (DOMAIN, name, "") in model.functions:
         return
+    function = load(name, choice)
     model.functions[function.identifier()] = function
     model.graph.opset_imports[DOMAIN] = VERSION
     for node in function:

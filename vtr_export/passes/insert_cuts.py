@@ -50,6 +50,8 @@ class InsertCuts(ir.passes.InPlacePass):
         """Find every cut first, then edit: a graph that cannot be cut stays as it was."""
         if self.schedule.cuts:
             _check(model.graph)
+        if self.schedule.cuts and self.schedule.positions == "repacked":
+            _check_positions(model.graph)
         labels = label_axes(model.graph, token_seeds(model.graph))
         sites = find_sites(find_layers(model.graph, labels), labels, self.schedule)
         if sites:
@@ -71,6 +73,22 @@ def _check(graph: ir.Graph) -> None:
             where="input inputs_embeds",
             hint="export it with a symbolic dimension for the sequence",
         )
+
+
+def _check_positions(graph: ir.Graph) -> None:
+    """AnalysisError unless all that knows positions follows from one row of them."""
+    positions = next(value for value in graph.inputs if value.name == "position_ids")
+    if positions.shape is not None and len(positions.shape) != 2:
+        why = "position_ids has several components (mRoPE)"
+    elif not positions.uses():
+        why = "nothing follows from position_ids"
+    else:
+        return
+    raise AnalysisError(
+        f"positions cannot be repacked: {why}",
+        where="input position_ids",
+        hint="use positions: original",
+    )
 
 
 class _Surgeon:
