@@ -168,9 +168,14 @@ def cut_flops(
 
 
 def vision_flops(facts: ModelFacts, images: int) -> int:
-    """FLOPs of the encoder's layers that run, and of the projector, for ``images`` images."""
+    """FLOPs of the encoder's layers that run, and of the projector, for ``images`` images.
+
+    0 where an image's tokens vary.
+    """
     vision = facts.vision
     if vision is None or facts.tokens_per_image is None:
+        return 0
+    if vision.tokens is None or vision.image_size is None:
         return 0
     n, d, m = vision.tokens, vision.hidden, vision.intermediate
     patches = (vision.image_size // vision.patch_size) ** 2

@@ -190,8 +190,10 @@ def _vision_activations(facts: ModelFacts, work: Workload, kind: WeightType, fus
     vision = facts.vision
     if vision is None:
         return 0
-    n, images = vision.tokens, work.images * work.batch
-    pixels = vision.channels * vision.image_size**2 * kind.other
+    images = work.images * work.batch
+    n = vision.tokens or -(-work.vision_tokens * vision.merge**2 // max(1, work.images))
+    area = vision.image_size**2 if vision.image_size else n * vision.patch_size**2
+    pixels = vision.channels * area * kind.other
     scores = 0 if fused else 4 * vision.heads * n * n
     attention = 5 * n * vision.hidden * kind.other + scores
     mlp = n * (2 * vision.hidden + vision.intermediate) * kind.other

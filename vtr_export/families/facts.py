@@ -1,0 +1,57 @@
+"""The shape of a vision-language model."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class VisionFacts:
+    """A vision tower. ``layers_run`` of its ``layers`` feed the projector; the rest are not ours.
+
+    ``tokens`` is the tower's own sequence length per image or tile, CLS included; None, as
+    ``image_size``, where images keep their size. ``merge`` by ``merge`` of them become one vision
+    token. ``parameters`` counts what the exported encoder holds (embeddings and ``layers_run``
+    layers).
+    """
+
+    layers: int
+    layers_run: int
+    hidden: int
+    heads: int
+    intermediate: int
+    tokens: int | None
+    image_size: int | None
+    patch_size: int
+    channels: int
+    has_cls: bool
+    parameters: int
+    merge: int = 1
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The shape of a vision-language model; sizes in elements, ``dtype`` as torch spells it.
+
+    ``tokens_per_image`` is None where it depends on the image's size. ``projector_macs`` are
+    multiply-adds per vision token. ``layer_biases`` counts the biases of one decoder layer, and
+    the weights of its query and key norms. ``mrope``: positions are triples (time, row, column).
+    """
+
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    gated: bool
+    vocab: int
+    context: int
+    tied: bool
+    dtype: str | None
+    tokens_per_image: int | None
+    image_token_id: int | None
+    vision: VisionFacts | None
+    projector_parameters: int
+    projector_macs: int
+    layer_biases: int = 0
+    mrope: bool = False

@@ -1,0 +1,64 @@
+"""Qwen2-VL and Qwen2.5-VL: images keep their size, patches are merged, positions are triples."""
+
+from vtr_export.families.decoders import read_decoder
+from vtr_export.families.facts import ModelFacts, VisionFacts
+from vtr_export.families.section import Config, Section, image_token, section_of
+
+
+def qwen2_vl(config: Config, where: str) -> ModelFacts:
+    """LayerNorms, a plain MLP and full attention in the tower."""
+    _, vision = section_of(config, "vision_config", "qwen2_vl_vision", where)
+    width, out = vision.size("embed_dim"), vision.size("hidden_size")
+    inner = int(width * vision.values["mlp_ratio"])
+    norms, mlp = 4 * width, 2 * width * inner + inner + width
+    tower = _tower(vision, width, inner, norms + mlp)
+    return _facts("qwen2_vl", config, where, tower, out, merger_norm=2 * width)
+
+
+def qwen2_5_vl(config: Config, where: str) -> ModelFacts:
+    """RMSNorms, a gated MLP and window attention in the tower."""
+    _, vision = section_of(config, "vision_config", "qwen2_5_vl_vision", where)
+    width, out = vision.size("hidden_size"), vision.size("out_hidden_size")
+    inner = vision.size("intermediate_size")
+    norms, mlp = 2 * width, 3 * width * inner + 2 * inner + width
+    tower = _tower(vision, width, inner, norms + mlp)
+    return _facts("qwen2_5_vl", config, where, tower, out, merger_norm=width)
+
+
+def _tower(vision: Section, width: int, inner: int, rest: int) -> VisionFacts:
+    """``rest``: a layer's parameters beside its attention."""
+    layers, patch = vision.size("depth"), vision.size("patch_size")
+    channels = vision.size("in_channels" if "in_channels" in vision.values else "in_chans")
+    attention = 4 * width * width + 4 * width
+    embedding = channels * vision.size("temporal_patch_size") * patch**2 * width
+    return VisionFacts(
+        layers=layers,
+        layers_run=layers,
+        hidden=width,
+        heads=vision.size("num_heads"),
+        intermediate=inner,
+        tokens=None,
+        image_size=None,
+        patch_size=patch,
+        channels=channels,
+        has_cls=False,
+        parameters=embedding + layers * (attention + rest),
+        merge=vision.size("spatial_merge_size"),
+    )
+
+
+def _facts(
+    model_type: str, config: Config, where: str, tower: VisionFacts, out: int, *, merger_norm: int
+) -> ModelFacts:
+    wide = tower.hidden * tower.merge**2
+    macs = wide * wide + wide * out
+    return ModelFacts(
+        model_type=model_type,
+        **vars(read_decoder(config, f"{model_type}_text", where)),
+        tokens_per_image=None,
+        image_token_id=image_token(config, 151655, where),
+        vision=tower,
+        projector_parameters=macs + wide + out + merger_norm,
+        projector_macs=macs,
+        mrope=True,
+    )

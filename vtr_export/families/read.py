@@ -1,0 +1,48 @@
+"""Which family a ``config.json`` is of."""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from vtr_export.errors import CheckpointError
+from vtr_export.families.facts import ModelFacts
+from vtr_export.families.llava import llava
+from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl
+from vtr_export.families.section import FRESH, Config
+
+FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
+    "llava": llava,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+}
+
+
+def read_facts(config: Config, where: str) -> ModelFacts:
+    """Facts of a ``config.json``, with transformers' defaults where it is silent.
+
+    Raises CheckpointError for a model type without a reader, a quantised checkpoint, and values
+    that are missing or make no sense; ``where`` names the file.
+    """
+    if not isinstance(config, Mapping):
+        raise CheckpointError("the configuration is not a JSON object", where=where, hint=FRESH)
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        _refuse_quantised(part, where)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(
+            f"model_type {model_type!r} is not supported",
+            where=where,
+            hint=f"supported: {', '.join(sorted(FAMILIES))}",
+        )
+    return FAMILIES[model_type](config, where)
+
+
+def _refuse_quantised(part: object, where: str) -> None:
+    if not isinstance(part, Mapping) or part.get("quantization_config") is None:
+        return
+    quantization = part["quantization_config"]
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    raise CheckpointError(
+        f"the checkpoint is quantised ({method or 'method not named'}); its weights are not plain",
+        where=where,
+        hint="start from the unquantised checkpoint (without quantization_config)",
+    )

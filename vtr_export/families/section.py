@@ -1,0 +1,93 @@
+"""One object of a ``config.json`` over its defaults, and where to point when it is wrong."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from vtr_export.errors import CheckpointError
+
+Config = Mapping[str, Any]
+FRESH: Final = "check it against a fresh download of the model"
+
+
+@cache
+def defaults() -> Mapping[str, Config]:
+    """What transformers' configuration classes say where a file is silent: by ``model_type``."""
+    text = (Path(__file__).parent / "defaults.json").read_text(encoding="utf-8")
+    types: Mapping[str, Config] = json.loads(text)["types"]
+    return types
+
+
+@dataclass(frozen=True)
+class Section:
+    """One object of the configuration, its defaults, and where to point when it is wrong."""
+
+    values: Config
+    name: str
+    where: str
+
+    def size(self, key: str) -> int:
+        """A positive integer."""
+        value = self.values.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(
+                f"{self.name}{key} is {value!r}, not a positive integer",
+                where=self.where,
+                hint=FRESH,
+            )
+        return value
+
+    def side(self, key: str) -> int:
+        """A positive integer, or two equal ones (height, width)."""
+        value = self.values.get(key)
+        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+            return Section({key: value[0]}, self.name, self.where).size(key)
+        return self.size(key)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(
+                f"{self.name}{key} is {value!r}, not true or false", where=self.where, hint=FRESH
+            )
+        return value
+
+    def number(self, key: str) -> int | None:
+        """A positive integer, or nothing."""
+        return None if self.values.get(key) is None else self.size(key)
+
+    def error(self, message: str, hint: str = FRESH) -> CheckpointError:
+        """What is wrong with this section."""
+        return CheckpointError(f"{self.name}{message}", where=self.where, hint=hint)
+
+
+def section_of(config: Config, key: str, fallback: str, where: str) -> tuple[str, Section]:
+    """The sub-configuration ``key`` over its defaults, and its model type."""
+    given = config.get(key)
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(
+            f"{key} is {type(given).__name__}, not an object", where=where, hint=FRESH
+        )
+    kind = given.get("model_type") or fallback
+    if not isinstance(kind, str) or kind not in defaults():
+        raise CheckpointError(
+            f"{key}.model_type {kind!r} is not supported",
+            where=where,
+            hint="export a checkpoint whose parts transformers knows",
+        )
+    return kind, Section({**defaults()[kind], **given}, f"{key}.", where)
+
+
+def image_token(config: Config, default: int, where: str) -> int:
+    """The id of an image's places in a prompt."""
+    value = config.get("image_token_index", config.get("image_token_id", default))
+    if type(value) is not int or value < 0:
+        message = f"image_token_index is {value!r}, not a token id"
+        raise CheckpointError(message, where=where, hint=FRESH)
+    return value
