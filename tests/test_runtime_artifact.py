@@ -24,6 +24,7 @@ from vtr_export.reference.decoder import Cache, Generation, Reference
 from vtr_export.reference.inputs import embed, pad_batch
 from vtr_export.runtime.artifact import Artifact, Request
 from vtr_export.runtime.conversation import Conversation
+from vtr_export.runtime.images import Seen
 from vtr_export.runtime.sampling import Options
 from vtr_export.runtime.show_kept import Grid, darken
 from vtr_export.schedule import Schedule
@@ -356,7 +357,7 @@ def test_kept_tokens_are_drawn(artifact: Artifact) -> None:
 
 def test_darkening_follows_the_patches() -> None:
     view = Image.new("RGB", (30, 21), (200, 200, 200))
-    grid = Grid.of(21, 30, 7, tokens=13)
+    grid = Grid.of(view, Seen(13, (1, 3, 4)))
     assert (grid.rows, grid.columns, grid.leading) == (3, 4, 1)
     pixels = np.array(darken(view, grid, [0, 1 + 5], scale=2))[:, :, 0]
     assert pixels.shape == (42, 60)

@@ -120,17 +120,18 @@ class Oracle:
         return tokens
 
 
-def pixels(images: int) -> np.ndarray:
-    return np.arange(1, 1 + images * 3, dtype=np.float32).reshape(images, 3, 1, 1)
+def pixels(images: int, times: int = 1) -> dict[str, np.ndarray]:
+    values = np.arange(1, 1 + images * 3, dtype=np.float32).reshape(images, 3, 1, 1)
+    return {"pixel_values": values * times}
 
 
 def test_one_row_and_its_continuation(model: Model) -> None:
     oracle, cache = Oracle(), model.decoder.empty(1)
     for turn in range(3):
         row = [7, *[IMAGE] * TOKENS, 11 + turn, 13]
-        features = model.encode(pixels(1) * (turn + 1))
+        features = model.encode(pixels(1, turn + 1))
         values = [7.0, *features.ravel().tolist(), 11.0 + turn, 13.0]
-        done = generate(model, cache, [row], features, Options(), ends=(), limit=6)
+        done = generate(model, cache, [row], features, (), Options(), ends=(), limit=6)
         expected = oracle.answer(values, 6, set(), cut=True)
         assert list(done.tokens[0]) == expected
         assert done.finish == ("length",)
@@ -145,7 +146,9 @@ def test_a_batch_of_unlike_rows_is_its_rows(model: Model) -> None:
     features = model.encode(pixels(3))
     batch = model.pad(rows)
     assert batch.input_ids.shape == (3, 3 + 6)
-    done = generate(model, model.decoder.empty(3), rows, features, Options(), ends={30}, limit=8)
+    done = generate(
+        model, model.decoder.empty(3), rows, features, (), Options(), ends={30}, limit=8
+    )
     flat = iter(features.reshape(-1).tolist())
     for row, tokens in zip(rows, done.tokens, strict=True):
         values = [next(flat) if token == IMAGE else float(token) for token in row]
@@ -154,7 +157,7 @@ def test_a_batch_of_unlike_rows_is_its_rows(model: Model) -> None:
 
 def test_an_end_token_ends_a_row_alone(model: Model) -> None:
     rows = [[5, 6], [9, 2, 40]]
-    free = generate(model, model.decoder.empty(2), rows, None, Options(), ends=(), limit=9)
+    free = generate(model, model.decoder.empty(2), rows, None, (), Options(), ends=(), limit=9)
     end = free.tokens[0][3]
     seen: list[int] = []
     done = generate(
@@ -162,6 +165,7 @@ def test_an_end_token_ends_a_row_alone(model: Model) -> None:
         model.decoder.empty(2),
         rows,
         None,
+        (),
         Options(),
         ends={end},
         limit=9,

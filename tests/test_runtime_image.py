@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from vtr_export.errors import ArtifactError, InputError
-from vtr_export.runtime.image import ImageFacts, load
+from vtr_export.runtime.images import ImageInputs, Seen, load, read_kind
+from vtr_export.runtime.images.kinds import parse_kind
 
 RGB_CASES = [
     (28, 28), (29, 27), (1, 1), (1, 90), (90, 1), (3, 200), (200, 3), (57, 31), (31, 57),
@@ -81,7 +82,7 @@ def both(name: str, image: Any) -> tuple[np.ndarray, np.ndarray]:
     processor = PROCESSORS[name]
     given = str(image) if isinstance(image, Path) else image
     theirs = processor(given, return_tensors="np")["pixel_values"]
-    ours = ImageFacts.read(processor.to_dict(), "preprocessor_config.json").pixel_values([image])
+    ours = parse_kind(processor.to_dict(), "preprocessor_config.json").pixel_values([image])
     return ours, theirs
 
 
@@ -98,7 +99,7 @@ def test_odd_sizes(name: str, size: tuple[int, int]) -> None:
         with pytest.raises(ValueError):  # noqa: PT011 -- Pillow's, resizing to no pixels
             PROCESSORS[name](picture(*size))
         with pytest.raises(InputError, match="would be resized to"):
-            ImageFacts.read(PROCESSORS[name].to_dict(), "").pixel_values([picture(*size)])
+            parse_kind(PROCESSORS[name].to_dict(), "").pixel_values([picture(*size)])
         return
     assert_same(*both(name, picture(*size)))
 
@@ -139,14 +140,14 @@ def test_other_formats(ending: str, tmp_path: Path) -> None:
 def test_the_content_of_a_file_is_as_good_as_the_file(tmp_path: Path) -> None:
     file = tmp_path / "image.png"
     picture(33, 44).save(file)
-    facts = ImageFacts.read(PROCESSORS["clip"].to_dict(), "")
+    facts = parse_kind(PROCESSORS["clip"].to_dict(), "")
     assert_same(facts.pixel_values([file.read_bytes()]), facts.pixel_values([file]))
 
 
 def test_a_batch_is_its_images() -> None:
     images = [picture(40, 30, seed=1), picture(30, 99, seed=2)]
     theirs = PROCESSORS["clip"](images, return_tensors="np")["pixel_values"]
-    assert_same(ImageFacts.read(PROCESSORS["clip"].to_dict(), "").pixel_values(images), theirs)
+    assert_same(parse_kind(PROCESSORS["clip"].to_dict(), "").pixel_values(images), theirs)
 
 
 def test_files_of_older_transformers_are_understood() -> None:
@@ -156,22 +157,20 @@ def test_files_of_older_transformers_are_understood() -> None:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }  # fmt: skip
-    assert ImageFacts.read(old, "") == ImageFacts.read(
-        PROCESSORS["clip"].to_dict() | {"size": 28}, ""
-    )
+    assert parse_kind(old, "") == parse_kind(PROCESSORS["clip"].to_dict() | {"size": 28}, "")
 
 
 def test_the_nested_file_is_looked_at_first(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"preprocessor_config\.json"):
-        ImageFacts.load(tmp_path)
+        read_kind(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(
         '{"image_processor_type": "SiglipImageProcessor"}'
     )
-    assert ImageFacts.load(tmp_path).resample == 3
+    assert read_kind(tmp_path).resample == 3
     (tmp_path / "processor_config.json").write_text(
         '{"image_processor": {"image_processor_type": "ViTImageProcessor"}}'
     )
-    assert ImageFacts.load(tmp_path).resample == 2
+    assert read_kind(tmp_path).resample == 2
 
 
 @pytest.mark.parametrize(
@@ -192,7 +191,7 @@ def test_the_nested_file_is_looked_at_first(tmp_path: Path) -> None:
 )
 def test_unknown_facts_are_refused_by_name(facts: dict[str, Any], said: str) -> None:
     with pytest.raises(ArtifactError, match=said):
-        ImageFacts.read(facts, "preprocessor_config.json")
+        parse_kind(facts, "preprocessor_config.json")
 
 
 def test_images_that_are_none(tmp_path: Path) -> None:
@@ -230,7 +229,7 @@ def test_pillows_pixel_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_shape_that_explodes_when_resized_is_refused() -> None:
-    facts = ImageFacts.read(PROCESSORS["clip"].to_dict() | {"size": 336}, "")
+    facts = parse_kind(PROCESSORS["clip"].to_dict() | {"size": 336}, "")
     with pytest.raises(InputError, match="extreme"):
         facts.pixel_values([Image.new("L", (2_000_000, 1))])
 
@@ -238,6 +237,7 @@ def test_a_shape_that_explodes_when_resized_is_refused() -> None:
 def test_the_view_shows_what_the_model_sees() -> None:
     image = picture(28, 28)
     for name in ("clip", "siglip", "clip-raw"):
-        facts = ImageFacts.read(PROCESSORS[name].to_dict() | {"size": dict(CROP)}, "")
-        shown = np.array(facts.view(facts.pixel_values([image])[0]))
+        facts = parse_kind(PROCESSORS[name].to_dict() | {"size": dict(CROP)}, "")
+        inputs = ImageInputs({"pixel_values": facts.pixel_values([image])}, {}, (Seen(1),))
+        shown = np.array(facts.view(inputs, 0))
         assert (shown == np.array(image)).all()

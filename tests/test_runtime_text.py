@@ -22,6 +22,7 @@ from vtr_export.reference.inputs import vision_index_of
 from vtr_export.runtime import text as text_room
 from vtr_export.runtime.batch import pad_batch, positions
 from vtr_export.runtime.chat import ChatTemplate
+from vtr_export.runtime.images import ImageInputs, Seen
 from vtr_export.runtime.processor import Processor
 from vtr_export.runtime.text import Detokenizer
 
@@ -133,7 +134,7 @@ def test_chat_token_ids(folder: Path, template: str) -> None:
             ]  # fmt: skip
             text = ours.render(messages)
             assert text == theirs.apply_chat_template(messages, add_generation_prompt=True)
-            assert ours.token_ids(text, [16] * images, "chat") == chat_ids(theirs, filled)
+            assert ours.token_ids(text, [Seen(16)] * images, "chat") == chat_ids(theirs, filled)
 
 
 def test_plain_token_ids(folder: Path) -> None:
@@ -142,21 +143,21 @@ def test_plain_token_ids(folder: Path) -> None:
     for text in [*QUESTIONS, "<image>", "<image> <image>what ?", "<s>what<image>", "a <image>\nb"]:
         count = text.count("<image>")
         expected = theirs(text=text, images=[image] * count or None)["input_ids"][0]
-        assert ours.token_ids(text, [ours.image_tokens(28, 28)] * count) == list(expected)
+        assert ours.token_ids(text, [Seen(16)] * count) == list(expected)
 
 
 def test_pixel_values_and_everything_a_tower_needs(clip: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 41, 3), dtype=np.uint8))
     theirs = AutoProcessor.from_pretrained(clip)(text="<image>", images=image, return_tensors="np")
-    pixels = Processor(clip).pixel_values([image])
-    assert pixels.tobytes() == theirs["pixel_values"].tobytes()
-    assert Processor(clip).image_tokens(*pixels.shape[-2:]) == theirs["input_ids"].shape[1] - 1
+    inputs = Processor(clip).image_inputs([image])
+    assert inputs.feeds["pixel_values"].tobytes() == theirs["pixel_values"].tobytes()
+    assert inputs.tokens == theirs["input_ids"].shape[1] - 1
 
 
 def test_siglip_counts_its_tokens_too(tmp_path: Path) -> None:
     tiny_models.save_checkpoint(tiny_models.tiny_llava(layers=2, tower="siglip"), tmp_path)
     ours = Processor(tmp_path)
-    assert ours.image_tokens(28, 28) == 16
+    assert ours.image_inputs([Image.new("RGB", (30, 40))]).seen == (Seen(16, (1, 4, 4)),)
     assert ours.image_token_id == tiny_models.IMAGE
 
 
@@ -316,7 +317,7 @@ def test_what_is_missing_is_named(clip: Path, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_images_and_placeholders_must_agree(clip: Path, text: str, images: int, said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
-        Processor(clip).token_ids(text, [16] * images)
+        Processor(clip).token_ids(text, [Seen(16)] * images)
     assert "<image>" in caught.value.hint
 
 
@@ -336,7 +337,11 @@ def test_a_processor_of_another_model_is_refused(
     (tmp_path / file).write_text(json.dumps(json.loads((clip / file).read_text()) | change))
     processor = Processor(tmp_path)
     with pytest.raises(ArtifactError, match=said):
-        processor.token_ids("<image>", [processor.image_tokens(28, 28), processor.image_token_id])
+        _everything(processor)
+
+
+def _everything(processor: Processor) -> tuple[ImageInputs, int]:
+    return processor.image_inputs([Image.new("RGB", (28, 28))]), processor.image_token_id
 
 
 def test_special_token_names_as_transformers_maps_them(clip: Path) -> None:

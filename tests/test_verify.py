@@ -328,7 +328,7 @@ def test_golden_vectors_are_small_and_hashed_in_the_manifest(exported: Exported)
 
 def test_golden_vectors_too_large_are_not_written(cases: list[Case], tmp_path: Path) -> None:
     noise = np.random.default_rng(0).random((1, 3, 1000, 1000), np.float32)
-    large = replace(cases[1], question=replace(cases[1].question, pixel_values=noise))
+    large = replace(cases[1], question=replace(cases[1].question, images={"pixel_values": noise}))
     assert write_golden([cases[0], large], tmp_path / "golden") == ("single.npz",)
     assert sum(f.stat().st_size for f in (tmp_path / "golden").iterdir()) <= MAX_BYTES
 

@@ -180,6 +180,7 @@ def decoder_facts(checkpoint: Checkpoint, facts: ModelFacts, resolved: Resolved)
         context=facts.context,
         image_token_id=facts.image_token_id,
         tokens_per_image=facts.tokens_per_image,
+        mrope=facts.mrope,
         eos_token_ids=_token_ids(checkpoint, "eos_token_id"),
         pad_token_id=next(iter(_token_ids(checkpoint, "pad_token_id")), None),
         stages=_stages(resolved),

@@ -95,6 +95,7 @@ class DecoderFacts(Part):
     tokens_per_image: PositiveInt | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None = None
+    mrope: bool = False  # positions are triples
     stages: tuple[Stage, ...]
 
     @model_validator(mode="after")

@@ -2,7 +2,13 @@
 
 from vtr_export.reference.cut import positions_of
 from vtr_export.reference.decoder import Cache, Generation, Held, Reference, Step
-from vtr_export.reference.inputs import embed, pad_batch, vision_index_of
+from vtr_export.reference.inputs import (
+    embed,
+    image_features,
+    pad_batch,
+    positions_for,
+    vision_index_of,
+)
 
 __all__ = [
     "Cache",
@@ -11,7 +17,9 @@ __all__ = [
     "Reference",
     "Step",
     "embed",
+    "image_features",
     "pad_batch",
+    "positions_for",
     "positions_of",
     "vision_index_of",
 ]

@@ -229,10 +229,15 @@ class Reference:
         eos: Sequence[int] = (),
         cache: Cache | None = None,
         forced: Sequence[Tensor] | None = None,
+        positions: tuple[Tensor, Tensor] | None = None,
     ) -> Generation:
-        """Answer greedily. Positions are those of the unpruned sequence; see :class:`Cache`."""
-        positions = positions_of(attention_mask)[:, -inputs_embeds.shape[1] :]
-        prefill = self(inputs_embeds, attention_mask, positions, vision_index, cache, forced=forced)
+        """Answer greedily. Positions are those of the unpruned sequence; see :class:`Cache`.
+
+        ``positions`` are the prompt's, and what is to be added to the count of what follows.
+        """
+        counted = positions_of(attention_mask)[:, -inputs_embeds.shape[1] :]
+        first, ahead = positions or (counted, counted.new_zeros(len(counted)))
+        prefill = self(inputs_embeds, attention_mask, first, vision_index, cache, forced=forced)
         ends = torch.tensor(list(eos), dtype=torch.int64, device=inputs_embeds.device)
         step, steps, tokens = prefill, [prefill], [prefill.logits.argmax(-1)]
         while len(tokens) < max_new_tokens:
@@ -240,10 +245,11 @@ class Reference:
             if bool(done.all()):
                 break
             attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)
+            place = positions_of(attention_mask)[:, -1:] + ahead[:, None]
             step = self(
                 embed_tokens(tokens[-1]),
                 attention_mask,
-                positions_of(attention_mask)[:, -1:],
+                place.expand(*first.shape[:-1], 1),
                 vision_index[:, :0],
                 step.cache,
             )

@@ -1,10 +1,15 @@
 """From token ids and images to what the decoder takes, batches included."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from vtr_export.reference.cut import positions_of
+
+Given: TypeAlias = Tensor | Mapping[str, Tensor | NDArray[Any]]
 
 
 def pad_batch(
@@ -35,9 +40,45 @@ def vision_index_of(is_vision: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def positions_for(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, given: Given | None
+) -> tuple[Tensor, Tensor]:
+    """``position_ids`` of a first call, and by how much ``[B]`` what follows is ahead of a count.
+
+    Where transformers' model has its own rule for places of images, that rule.
+    """
+    rule = getattr(model.model, "get_rope_index", None)
+    if rule is None:
+        return positions_of(attention_mask), torch.zeros(len(input_ids), dtype=torch.int64)
+    is_image = (input_ids == model.config.image_token_id).int()
+    grids = given.get("image_grid_thw") if isinstance(given, Mapping) else None
+    grids = None if grids is None else torch.as_tensor(grids)
+    ids, ahead = rule(
+        input_ids,
+        mm_token_type_ids=is_image,
+        image_grid_thw=grids,
+        attention_mask=attention_mask,
+    )
+    return ids, ahead[:, 0]
+
+
+@torch.no_grad()
+def image_features(model: Any, given: Given, device: str | torch.device = "cpu") -> Tensor:
+    """``[tokens, D]`` of all images, by transformers' own encoder.
+
+    ``given`` is what its processor made of them, by its names; or the pixel values alone.
+    """
+    given = {"pixel_values": given} if isinstance(given, Tensor) else given
+    inputs = {name: torch.as_tensor(values).to(device) for name, values in given.items()}
+    inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+    found = model.get_image_features(**inputs).pooler_output
+    parts = [found] if isinstance(found, Tensor) else list(found)
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
 @torch.no_grad()
 def embed(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None
+    model: Any, input_ids: Tensor, attention_mask: Tensor, given: Given | None
 ) -> tuple[Tensor, Tensor]:
     """``inputs_embeds`` ``[B, S, D]`` with the image features in place, and ``vision_index``.
 
@@ -46,8 +87,7 @@ def embed(
     """
     is_vision = input_ids == model.config.image_token_id
     embeds: Tensor = model.get_input_embeddings()(input_ids)
-    if pixel_values is not None and len(pixel_values):
-        features = torch.cat(list(model.get_image_features(pixel_values).pooler_output))
+    if given is not None and len(given):
         embeds = embeds.clone()
-        embeds[is_vision] = features.to(embeds.dtype)
+        embeds[is_vision] = image_features(model, given).to(embeds.dtype)
     return embeds, vision_index_of(is_vision, attention_mask[:, -input_ids.shape[1] :])

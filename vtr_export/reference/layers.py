@@ -5,7 +5,7 @@ own ``forward``; what it attends to is heard at transformers' ``AttentionInterfa
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
@@ -43,7 +43,7 @@ class Attention:
 
 
 class _HeardEnoughError(Exception):
-    """Leaves a layer that was only asked for its projections."""
+    """Leaves a call that was only asked for something on its way."""
 
 
 @dataclass
@@ -105,11 +105,11 @@ class _Past:
 
 
 class _Recorder(nn.Module):
-    """Stands where a layer stands, and notes what it is called with."""
+    """Stands where a layer stands, and notes what it is called with; the last one ends the call."""
 
-    def __init__(self, layer: nn.Module, notes: list[dict[str, Any]]) -> None:
+    def __init__(self, layer: nn.Module, notes: list[dict[str, Any]], layers: int) -> None:
         super().__init__()
-        self._held = (layer, notes)  # in a tuple: the layer is not a child
+        self._held = (layer, notes, layers)  # in a tuple: the layer is not a child
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -119,13 +119,15 @@ class _Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The rows as they came."""
-        layer, notes = self._held
+        layer, notes, layers = self._held
         bound = signature(layer.forward).bind(*args, **kwargs)
         arguments = dict(bound.arguments)
         for name, parameter in signature(layer.forward).parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 arguments |= arguments.pop(name, {})
         notes.append(arguments)
+        if len(notes) == layers:
+            raise _HeardEnoughError
         return next(iter(bound.arguments.values()))
 
 
@@ -156,15 +158,17 @@ class Layers:
         ``positions`` ``[B, S]``, or ``[3, B, S]`` where there are three.
         """
         layers, notes = self.decoder.layers, list[dict[str, Any]]()
-        self.decoder.layers = nn.ModuleList([_Recorder(layer, notes) for layer in layers])
+        recorders = [_Recorder(layer, notes, len(layers)) for layer in layers]
+        self.decoder.layers = nn.ModuleList(recorders)
         try:
-            self.decoder(
-                inputs_embeds=hidden,
-                attention_mask=hidden.new_ones((1, 1, 1, 1), dtype=torch.bool),
-                position_ids=positions,
-                past_key_values=_Past(None, None),
-                use_cache=True,
-            )
+            with suppress(_HeardEnoughError):
+                self.decoder(
+                    inputs_embeds=hidden,
+                    attention_mask=hidden.new_ones((1, 1, 1, 1), dtype=torch.bool),
+                    position_ids=positions,
+                    past_key_values=_Past(None, None),
+                    use_cache=True,
+                )
         finally:
             self.decoder.layers = layers
         first = next(iter(notes[0]))

@@ -15,11 +15,11 @@ from vtr_export.published import kind_of
 from vtr_export.runtime.batch import Ints
 from vtr_export.runtime.decoder import Cache, Decoder
 from vtr_export.runtime.generation import Finish, Generated, generate
-from vtr_export.runtime.image import Picture
+from vtr_export.runtime.images import ImageInputs, Picture, Seen
 from vtr_export.runtime.model import Model
 from vtr_export.runtime.processor import Form, Processor
 from vtr_export.runtime.sampling import Options
-from vtr_export.runtime.session import Array, Session, open_session
+from vtr_export.runtime.session import Session, open_session
 from vtr_export.runtime.show_kept import Grid, Panel, draw
 from vtr_export.runtime.text import Detokenizer
 
@@ -76,11 +76,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One call: rows, and the pixel values of all their images."""
+    """One call: rows, and all their images; None without any."""
 
     rows: tuple[Row, ...]
-    pixel_values: Array | None
+    images: ImageInputs | None
     seconds: float
+
+    @property
+    def seen(self) -> tuple[Seen, ...]:
+        """The images, in reading order of the rows."""
+        return () if self.images is None else self.images.seen
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Artifact:
             Decoder(decoder, keep=keeps),
             facts.image_token_id,
             facts.pad_token_id or 0,
+            facts.mrope,
         )
         return cls(folder, manifest, Processor(folder), model, device, holds)
 
@@ -160,15 +166,16 @@ class Artifact:
         return self.answer(cache, self.prepare(requests), options or Options())[0]
 
     def prepare(self, requests: Sequence[Request]) -> Prepared:
-        """Pixel values and token ids of a first call."""
+        """Images and token ids of a first call."""
         start = time.perf_counter()
         texts = [self.written(request.prompt, len(request.images)) for request in requests]
-        pixels, counts = self.pixels([image for request in requests for image in request.images])
+        inputs = self.image_inputs([image for request in requests for image in request.images])
+        seen = () if inputs is None else inputs.seen
         rows = []
         for (text, form), request in zip(texts, requests, strict=True):
-            own, counts = counts[: len(request.images)], counts[len(request.images) :]
+            own, seen = seen[: len(request.images)], seen[len(request.images) :]
             rows.append(Row(tuple(self.processor.token_ids(text, own, form)), len(own)))
-        return Prepared(tuple(rows), pixels, time.perf_counter() - start)
+        return Prepared(tuple(rows), inputs, time.perf_counter() - start)
 
     def written(self, prompt: str, images: int) -> tuple[str, Form]:
         """A first prompt as text, and how to encode it."""
@@ -176,20 +183,18 @@ class Artifact:
             return prompt, "plain"
         return self.processor.render(self.processor.messages(prompt, images)), "chat"
 
-    def pixels(self, images: Sequence[Picture]) -> tuple[Array | None, list[int]]:
-        """Pixel values, and how many vision tokens each image becomes."""
+    def image_inputs(self, images: Sequence[Picture]) -> ImageInputs | None:
+        """What the vision encoder is fed; None without images."""
         if not images:
-            return None, []
-        pixels = self.processor.pixel_values(images)
-        height, width = pixels.shape[-2:]
-        takes = self.model.image_size()
-        if any(size not in (None, now) for size, now in zip(takes, (height, width), strict=True)):
+            return None
+        inputs = self.processor.image_inputs(images)
+        if misfits := self.model.misfits(inputs.feeds):
             raise ArtifactError(
-                f"images are prepared as {width}x{height}, the vision encoder takes {takes[::-1]}",
+                f"images are prepared for another model: {misfits[0]}",
                 where=self.processor.images.where,
                 hint="the preprocessor's file belongs to another checkpoint",
             )
-        return pixels, [self.processor.image_tokens(height, width)] * len(images)
+        return inputs
 
     def answer(
         self, cache: Cache, prepared: Prepared, options: Options, stream: Stream | None = None
@@ -197,8 +202,7 @@ class Artifact:
         """Run the call and what follows; ``cache`` holds what came before."""
         start = time.perf_counter()
         limit = min(options.max_new_tokens, self._room(cache, prepared.rows))
-        pixels = prepared.pixel_values
-        features = None if pixels is None else self.model.encode(pixels)
+        features = None if prepared.images is None else self.model.encode(prepared.images.feeds)
         encoded = time.perf_counter() - start
         written = None if stream is None else Detokenizer(self.processor.tokenizer, stream)
         generated = generate(
@@ -206,6 +210,7 @@ class Artifact:
             cache,
             [row.ids for row in prepared.rows],
             features,
+            prepared.seen,
             options,
             ends=self.manifest.model.eos_token_ids,
             limit=limit,
@@ -227,14 +232,15 @@ class Artifact:
 
     def show_kept(self, images: Sequence[Picture] | Picture, answer: Answer) -> Image.Image:
         """The images of ``answer``'s call, one panel a stage, dropped patches darkened."""
-        pixels, counts = self.pixels(as_list(images))
-        vision = self.processor.facts.vision
-        if pixels is None or vision is None or sum(counts) != answer.vision_tokens:
+        inputs = self.image_inputs(as_list(images))
+        if inputs is None or inputs.tokens != answer.vision_tokens:
             raise InputError(
                 "the images are not those of this answer's call", hint="give those of that call"
             )
-        height, width = pixels.shape[-2:]
-        grid = Grid.of(height, width, vision.patch_size, counts[0])
+        kind, numbers = self.processor.images, range(len(inputs.seen))
+        views = [kind.view(inputs, number) for number in numbers]
+        grids = [Grid.of(*pair) for pair in zip(views, inputs.seen, strict=True)]
+        starts = np.cumsum([0, *(image.tokens for image in inputs.seen)]).tolist()
         kept = (np.arange(answer.vision_tokens), *answer.kept)
         stages = [
             (layers, left)
@@ -242,10 +248,10 @@ class Artifact:
             if layers[0] <= layers[1]
         ]
         panels = [
-            [_panel(layers, left, number * counts[0], counts[0]) for layers, left in stages]
-            for number in range(len(counts))
+            [_panel(layers, left, start, image.tokens) for layers, left in stages]
+            for start, image in zip(starts, inputs.seen, strict=False)
         ]
-        return draw([self.processor.images.view(one) for one in pixels], grid, panels)
+        return draw(views, grids, panels)
 
     def stage_layers(self) -> list[tuple[int, int]]:
         """First and last decoder layer of each stage; a stage without layers ends before it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from vtr_export.errors import InputError
 from vtr_export.runtime.artifact import Answer, Artifact, Prepared, Row, Stream, as_list
-from vtr_export.runtime.image import Picture
+from vtr_export.runtime.images import Picture
 from vtr_export.runtime.processor import Form
 from vtr_export.runtime.sampling import Options
 
@@ -65,10 +65,11 @@ class Conversation:
     def _prepare(self, prompt: str, images: Sequence[Picture], messages: Sequence[Any]) -> Prepared:
         start = time.perf_counter()
         text, form = self._text(prompt, messages)
-        pixels, counts = self.artifact.pixels(images)
-        ids = [*self._unfed, *self.artifact.processor.token_ids(text, counts, form)]
+        inputs = self.artifact.image_inputs(images)
+        seen = () if inputs is None else inputs.seen
+        ids = [*self._unfed, *self.artifact.processor.token_ids(text, seen, form)]
         rows = (Row(tuple(ids), len(images)),)
-        return Prepared(rows, pixels, time.perf_counter() - start)
+        return Prepared(rows, inputs, time.perf_counter() - start)
 
     def _text(self, prompt: str, messages: Sequence[Any]) -> tuple[str, Form]:
         """What is new in this turn."""

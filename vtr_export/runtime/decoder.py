@@ -7,6 +7,7 @@ import numpy as np
 
 from vtr_export.errors import ArtifactError
 from vtr_export.runtime.batch import Ints, positions
+from vtr_export.runtime.positions import Places
 from vtr_export.runtime.session import Array, Session, Value
 
 _CARRIED = {"present.": "past_key_values.", "present_mask.": "past_mask."}
@@ -19,12 +20,18 @@ class Cache:
 
     values: Mapping[str, Value] = field(repr=False)
     attention_mask: Ints  # [B, P] of all columns ever given, 1 = real
+    ahead: Ints  # [B] by how much the next position differs from the number of real tokens so far
 
     @property
     def lengths(self) -> Ints:
         """``[B]``: real tokens of each row so far."""
         total: Ints = self.attention_mask.sum(axis=1)
         return total
+
+    @property
+    def next_positions(self) -> Ints:
+        """``[B]``: what the rotary embedding of the next token turns by."""
+        return self.lengths + self.ahead
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Decoder:
             tail = (size if isinstance(size, int) else 0 for size in port.shape[1:])
             dtype = "float32" if port.dtype == "bfloat16" else port.dtype
             values[name] = np.zeros((batch, *tail), dtype)
-        return Cache(values, np.zeros((batch, 0), np.int64))
+        return Cache(values, np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64))
 
     def __call__(
         self,
@@ -85,18 +92,22 @@ class Decoder:
         inputs_embeds: Array,
         mask: Ints,
         vision_index: Ints,
+        places: Places | None = None,
         *,
         kept: bool = False,
     ) -> Step:
         """Feed columns ``[B, S, D]``; ``mask`` ``[B, S]`` and ``vision_index`` are of these.
 
-        ``kept`` asks what each cut kept.
+        ``places`` are their positions, where they do not count on. ``kept`` asks what each cut
+        kept.
         """
         whole = np.concatenate((cache.attention_mask, mask), axis=1)
+        ids = self._positions(cache, whole, mask.shape[1]) if places is None else places.ids
+        ahead = cache.ahead if places is None else places.following - whole.sum(axis=1)
         feeds: dict[str, Value] = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": whole,
-            "position_ids": positions(whole, mask.shape[1]),
+            "position_ids": ids,
             "vision_index": vision_index,
             **cache.values,
         }
@@ -108,4 +119,9 @@ class Decoder:
         values = {past: results[present] for present, past in self._carried.items()}
         logits = np.asarray(results["logits"], np.float32)[:, -1]
         reported = tuple(np.asarray(results[name]) for name in asked if name.startswith(_KEPT))
-        return Step(logits, Cache(values, whole), reported)
+        return Step(logits, Cache(values, whole, ahead), reported)
+
+    def _positions(self, cache: Cache, whole: Ints, length: int) -> Ints:
+        """Counted on from what came before; ``[B, S]``, or three times that."""
+        ids = positions(whole, length) + cache.ahead[:, None]
+        return np.stack([ids] * 3) if len(self.session.inputs["position_ids"].shape) == 3 else ids

@@ -9,6 +9,7 @@ import numpy as np
 
 from vtr_export.runtime.batch import Batch, Ints
 from vtr_export.runtime.decoder import Cache
+from vtr_export.runtime.images import Seen
 from vtr_export.runtime.model import Model
 from vtr_export.runtime.sampling import Options, Sampler
 from vtr_export.runtime.session import Array
@@ -34,6 +35,7 @@ def generate(
     cache: Cache,
     rows: Sequence[Sequence[int]],
     features: Array | None,
+    images: Sequence[Seen],
     options: Options,
     *,
     ends: Collection[int],
@@ -48,7 +50,7 @@ def generate(
     sampler = Sampler(options, len(rows))
     tokens, ended = [list[int]() for _ in rows], [False] * len(rows)
     batch = model.pad(rows)
-    step = model.prefill(cache, batch, features)
+    step = model.prefill(cache, batch, features, images)
     kept = tuple(survivors(batch, step.kept, row) for row in range(len(rows)))
     prefilled, steps = time.perf_counter(), 0
     while True:

@@ -1,6 +1,6 @@
 """The three graphs of an artifact as one model: images and token ids in, logits out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,8 @@ import numpy as np
 from vtr_export.errors import ArtifactError
 from vtr_export.runtime.batch import Batch, Ints, pad_batch
 from vtr_export.runtime.decoder import Cache, Decoder, Step
+from vtr_export.runtime.images import Seen
+from vtr_export.runtime.positions import mrope
 from vtr_export.runtime.session import Array, Session
 
 
@@ -20,24 +22,39 @@ class Model:
     decoder: Decoder
     image_token_id: int | None
     pad_token_id: int = 0
+    mrope: bool = False
 
-    def encode(self, pixel_values: Array) -> Array:
-        """``[images, tokens, D]`` of ``[images, 3, H, W]``."""
-        return _only(self.vision, pixel_values)
+    def encode(self, feeds: Mapping[str, Array]) -> Array:
+        """``[..., D]``: the vision tokens of all images, in order."""
+        (features,) = self.vision.run(dict(feeds)).values()
+        return np.asarray(features)
 
-    def image_size(self) -> tuple[int | None, int | None]:
-        """Height and width the vision encoder takes; None where any will do."""
-        height, width = next(iter(self.vision.inputs.values())).shape[-2:]
-        return tuple(size if isinstance(size, int) else None for size in (height, width))  # type: ignore[return-value]
+    def misfits(self, feeds: Mapping[str, Array]) -> list[str]:
+        """What the vision encoder does not take, in words."""
+        ports = self.vision.inputs
+        if ports.keys() != feeds.keys():
+            return [f"the vision encoder takes {', '.join(ports)}, not {', '.join(feeds)}"]
+        return [
+            f"{name} is {list(feeds[name].shape)}, the vision encoder takes {list(port.shape)}"
+            for name, port in ports.items()
+            if not _fits(feeds[name].shape, port.shape)
+        ]
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Rows of token ids as one call."""
         return pad_batch(rows, self.pad_token_id, self.image_token_id)
 
-    def prefill(self, cache: Cache, batch: Batch, features: Array | None) -> Step:
-        """Feed prompts; ``features`` ``[images, tokens, D]`` are in reading order of the rows."""
+    def prefill(
+        self, cache: Cache, batch: Batch, features: Array | None, images: Sequence[Seen] = ()
+    ) -> Step:
+        """Feed prompts; ``features`` of the ``images`` are in reading order of the rows."""
         embeds = self._embed(batch, features)
-        return self.decoder(cache, embeds, batch.attention_mask, batch.vision_index, kept=True)
+        places = None
+        if self.mrope:
+            places = mrope(batch, self.image_token_id, images, cache.next_positions)
+        return self.decoder(
+            cache, embeds, batch.attention_mask, batch.vision_index, places, kept=True
+        )
 
     def extend(self, cache: Cache, tokens: Ints) -> Step:
         """Feed one more token ``[B]`` to each row."""
@@ -51,7 +68,7 @@ class Model:
         is_vision = (batch.input_ids == self.image_token_id) & (batch.attention_mask == 1)
         ids = np.where(is_vision, self.pad_token_id, batch.input_ids)  # it may have no embedding
         embeds = np.array(_only(self.embedding, ids))
-        given = 0 if features is None else features.shape[0] * features.shape[1]
+        given = 0 if features is None else features.size // features.shape[-1]
         if (places := int(is_vision.sum())) != given:
             raise ArtifactError(
                 f"{given} image features for {places} places in the prompt",
@@ -60,6 +77,13 @@ class Model:
         if features is not None:
             embeds[is_vision] = features.reshape(-1, features.shape[-1]).astype(embeds.dtype)
         return embeds
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[object]) -> bool:
+    """Where a dimension is a number, it is that number."""
+    return len(shape) == len(wanted) and all(
+        not isinstance(want, int) or size == want for size, want in zip(shape, wanted, strict=True)
+    )
 
 
 def _only(session: Session, value: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from vtr_export.errors import ArtifactError, CheckpointError, InputError
 from vtr_export.families import ModelFacts, read_facts
 from vtr_export.runtime.chat import ChatTemplate, Message
-from vtr_export.runtime.image import PROCESSOR, ImageFacts, Picture, Pixels
+from vtr_export.runtime.images import PROCESSOR, ImageInputs, ImageKind, Picture, Seen, read_kind
 from vtr_export.runtime.json_files import read_json
 from vtr_export.runtime.text import Tokenizer
 
@@ -25,9 +25,9 @@ class Processor:
         self.folder = Path(folder)
 
     @cached_property
-    def images(self) -> ImageFacts:
+    def images(self) -> ImageKind:
         """How images are prepared."""
-        return ImageFacts.load(self.folder)
+        return read_kind(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -58,28 +58,27 @@ class Processor:
             )
         return ids[0]
 
-    def pixel_values(self, images: Sequence[Picture]) -> Pixels:
-        """``[images, 3, H, W]``, as the checkpoint's own image processor gives them."""
-        return self.images.pixel_values(images)
+    def image_inputs(self, images: Sequence[Picture]) -> ImageInputs:
+        """What the vision encoder is fed, as the checkpoint's own image processor prepares it.
 
-    def image_tokens(self, height: int, width: int) -> int:
-        """Vision tokens of an image whose pixel values are ``height`` x ``width``.
-
-        ArtifactError when the processor's file promises another number than the model gives.
+        ArtifactError when the processor's file promises other tokens than the model gives.
         """
-        fixed = self.facts.tokens_per_image
+        inputs = self.images.inputs(images, self.facts)
+        if self.facts.tokens_per_image is not None:
+            self._check_promise(*inputs.feeds["pixel_values"].shape[-2:])
+        return inputs
+
+    def _check_promise(self, height: int, width: int) -> None:
+        """The file's own count of the tokens of an image, where there is one."""
         patch = self._config.get("patch_size")
         if not isinstance(patch, int):
-            if fixed is None:
-                raise self._broken("patch_size is missing")
-            return fixed
+            return
         strategy = self._config.get("vision_feature_select_strategy")
         count = (height // patch) * (width // patch)
         count += int(self._config.get("num_additional_image_tokens") or 0)
         count -= strategy == "default"
-        if fixed is not None and count != fixed:
+        if count != (fixed := self.facts.tokens_per_image):
             raise self._broken(f"it counts {count} tokens for an image, the model {fixed}")
-        return count
 
     def messages(self, question: str, images: int) -> list[Message]:
         """One user turn: the images, then the question."""
@@ -103,19 +102,19 @@ class Processor:
         """Whether a prompt is to be taken as it is: it places its images itself."""
         return self.template is None or self.image_token in prompt
 
-    def token_ids(self, text: str, image_tokens: Sequence[int], form: Form = "plain") -> list[int]:
-        """Ids of a text whose n-th placeholder stands for ``image_tokens[n]`` vision tokens.
+    def token_ids(self, text: str, images: Sequence[Seen], form: Form = "plain") -> list[int]:
+        """Ids of a text whose n-th placeholder stands for ``images[n]``.
 
         ``form``: ``chat`` came from the template, which may write ``<s>`` itself; ``continued``
         follows what a cache holds already. InputError when placeholders and images differ in
         number.
         """
         parts = text.split(self.image_token)
-        if len(parts) - 1 != len(image_tokens):
-            raise self._miscounted(len(parts) - 1, len(image_tokens))
+        if len(parts) - 1 != len(images):
+            raise self._miscounted(len(parts) - 1, len(images))
         spread = parts[0]
-        for count, part in zip(image_tokens, parts[1:], strict=True):
-            spread += self.image_token * count + part
+        for image, part in zip(images, parts[1:], strict=True):
+            spread += self.image_token * image.tokens + part
         if form == "continued":
             return self.tokenizer.encode_continued(spread)
         bos = self.tokenizer.special.get("bos_token")

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vtr_export.errors import InputError
+from vtr_export.runtime.images import Seen
+
 WIDTH = 240  # of a panel's image, at least
 GAP, CAPTION = 8, 22
 DARK = 0.22
@@ -23,10 +26,15 @@ class Grid:
     leading: int = 0
 
     @classmethod
-    def of(cls, height: int, width: int, patch: int, tokens: int) -> "Grid":
-        """The grid of an image that becomes ``tokens`` tokens."""
-        rows, columns = height // patch, width // patch
-        return cls(rows, columns, patch, max(0, tokens - rows * columns))
+    def of(cls, view: Image.Image, image: Seen) -> "Grid":
+        """The grid of an image that is seen as ``view``; InputError where it has none."""
+        if image.grid is None or image.grid[0] > 1:
+            raise InputError(
+                "the tokens of this image lie in no single grid: what is kept cannot be drawn",
+                hint="leave --show-kept out; the answer's JSON lists the kept tokens",
+            )
+        _, rows, columns = image.grid
+        return cls(rows, columns, view.height // rows, image.tokens - rows * columns)
 
 
 @dataclass(frozen=True)
@@ -38,24 +46,25 @@ class Panel:
 
 
 def draw(
-    views: Sequence[Image.Image], grid: Grid, panels: Sequence[Sequence[Panel]]
+    views: Sequence[Image.Image], grids: Sequence[Grid], panels: Sequence[Sequence[Panel]]
 ) -> Image.Image:
     """One row an image: the view as it is, then ``panels[image]``."""
-    whole = Panel("what the model sees", range(grid.leading + grid.rows * grid.columns))
     rows = [
-        [_panel(view, grid, panel) for panel in (whole, *stages)]
-        for view, stages in zip(views, panels, strict=True)
+        [_panel(view, grid, panel) for panel in (_whole(grid), *stages)]
+        for view, grid, stages in zip(views, grids, panels, strict=True)
     ]
-    width, height = rows[0][0].size
-    sheet = Image.new(
-        "RGB",
-        (max(map(len, rows)) * (width + GAP) + GAP, len(rows) * (height + GAP) + GAP),
-        _BACK,
-    )
-    for y, row in enumerate(rows):
+    width = max(len(row) * (row[0].width + GAP) for row in rows)
+    sheet = Image.new("RGB", (width + GAP, sum(row[0].height + GAP for row in rows) + GAP), _BACK)
+    top = GAP
+    for row in rows:
         for x, panel in enumerate(row):
-            sheet.paste(panel, (GAP + x * (width + GAP), GAP + y * (height + GAP)))
+            sheet.paste(panel, (GAP + x * (panel.width + GAP), top))
+        top += row[0].height + GAP
     return sheet
+
+
+def _whole(grid: Grid) -> Panel:
+    return Panel("what the model sees", range(grid.leading + grid.rows * grid.columns))
 
 
 def darken(view: Image.Image, grid: Grid, kept: Collection[int], scale: int = 1) -> Image.Image:

@@ -1,10 +1,13 @@
 """One call with its decode steps, and what the reference made of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vtr_export.runtime.positions import Places
 
 Array: TypeAlias = NDArray[Any]
 Ints: TypeAlias = NDArray[np.int64]
@@ -18,11 +21,18 @@ class Question:
     """What goes in: B prompts side by side, left-padded, and their images in reading order."""
 
     name: str
-    pixel_values: Array  # [images, 3, H, W] fp32
+    images: Mapping[str, Array]  # what the vision encoder is fed, by name
+    given: Mapping[str, Array]  # what transformers' processor makes of the same images
     input_ids: Ints  # [B, S]
     attention_mask: Ints  # [B, S] 1 = real
-    position_ids: Ints  # [B, S]
+    position_ids: Ints  # [B, S], or [3, B, S]
+    following: Ints  # [B] the position after the prompt
     vision_index: Ints  # [B, V]
+
+    @property
+    def places(self) -> Places:
+        """The positions, as a decoder is given them."""
+        return Places(self.position_ids, self.following)
 
     @property
     def real_vision(self) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from vtr_export.verify.compare import compare
 from vtr_export.verify.first_layers import build_decoder, first_layers
 from vtr_export.verify.gates import BARS, at_most
 from vtr_export.verify.golden import FOLDER, write_golden
-from vtr_export.verify.oracle import Oracle, differing_inputs
+from vtr_export.verify.oracle import Oracle
 from vtr_export.verify.pictures import draw_picture
 from vtr_export.verify.questions import Asked, ask, question
 from vtr_export.verify.scope import layers_of
@@ -63,8 +63,9 @@ def check(job: Job) -> Findings:
             schedule = first_layers(schedule, count)
             parts = build_decoder(parts, checkpoint, manifest, schedule, folder)
             config = folder
-        gates = [*asked.gates, _inputs_gate(asked, questions, pad, facts.image_token_id)]
         oracle = Oracle(checkpoint.folder, config, schedule, job.dtype)
+        inputs = _inputs_gate(oracle, asked, questions, pad, facts.image_token_id)
+        gates = [*asked.gates, inputs]
         cases = _answers(oracle, questions)
         del oracle
         gates += compare(parts, cases, BARS[job.dtype])
@@ -82,11 +83,13 @@ def _answers(oracle: Oracle, questions: Sequence[Question]) -> list[Case]:
     ]
 
 
-def _inputs_gate(asked: Asked, questions: Sequence[Question], pad: int, image: int | None) -> Gate:
+def _inputs_gate(
+    oracle: Oracle, asked: Asked, questions: Sequence[Question], pad: int, image: int | None
+) -> Gate:
     """The runtime's batches, masks, positions and vision indices beside the reference's."""
     token = -1 if image is None else image
     counts = [
-        differing_inputs(each, [asked.rows[row] for row in rows], pad, token)
+        oracle.differing_inputs(each, [asked.rows[row] for row in rows], pad, token)
         for each, (rows, _) in zip(questions, CASES.values(), strict=True)
     ]
     return at_most("batch.differences", sum(counts), 0)

@@ -195,7 +195,8 @@ def _reply(opened: Opened, decoder: Decoder, case: Case) -> Reply:
     played, question = play(decoder, inputs), case.question
     nothing = np.full_like(inputs.embeds, np.nan)
     mask, index = question.attention_mask, question.vision_index
-    silent = decoder(decoder.empty(case.batch), nothing, mask, index, kept=True).kept
+    cache = decoder.empty(case.batch)
+    silent = decoder(cache, nothing, mask, index, question.places, kept=True).kept
     return Reply(inputs, played, silent)
 
 

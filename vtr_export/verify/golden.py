@@ -4,7 +4,6 @@ import io
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,8 @@ MAX_UNPACKED_BYTES = 256 << 20
 _UNREADABLE = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+_ASKED = ("input_ids", "attention_mask", "position_ids", "following", "vision_index")
+_IMAGES = ("images", "given")  # several arrays each: images.pixel_values, …
 _CUTS = ("kept", "kept_vision", "scores", "margins", "ties")  # one array a cut: kept.0, …
 
 
@@ -42,11 +43,9 @@ def write_golden(cases: Sequence[Case], folder: Path) -> tuple[str, ...]:
 
 
 def _pack(case: Case) -> dict[str, Array]:
-    arrays: dict[str, Array] = {
-        field.name: getattr(case.question, field.name)
-        for field in fields(Question)
-        if field.name != "name"
-    }
+    arrays: dict[str, Array] = {name: getattr(case.question, name) for name in _ASKED}
+    for part in _IMAGES:
+        arrays |= {f"{part}.{name}": x for name, x in getattr(case.question, part).items()}
     arrays |= {name: getattr(case, name) for name in ("tokens", "logits", "logit_ids", "features")}
     for name in _CUTS:
         arrays |= {f"{name}.{cut}": values for cut, values in enumerate(getattr(case, name))}
@@ -75,9 +74,9 @@ def _unpack(name: str, arrays: dict[str, Array]) -> Case:
     kept, kept_vision, scores, margins, ties = (
         tuple(arrays[f"{each}.{cut}"] for cut in range(count)) for each in _CUTS
     )
-    names = [field.name for field in fields(Question) if field.name != "name"]
+    images, given = (_below(arrays, part) for part in _IMAGES)
     return Case(
-        question=Question(name, **{each: arrays[each] for each in names}),
+        question=Question(name, images, given, *(arrays[each] for each in _ASKED)),
         tokens=arrays["tokens"],
         logits=arrays["logits"],
         logit_ids=arrays["logit_ids"],
@@ -88,6 +87,12 @@ def _unpack(name: str, arrays: dict[str, Array]) -> Case:
         margins=margins,
         ties=ties,
     )
+
+
+def _below(arrays: dict[str, Array], part: str) -> dict[str, Array]:
+    """Those that are called ``part.<name>``, by name."""
+    start = f"{part}."
+    return {n.removeprefix(start): x for n, x in arrays.items() if n.startswith(start)}
 
 
 def verify_artifact(path: str | Path) -> list[Gate]:

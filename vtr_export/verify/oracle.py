@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtr_export.reference import Reference, embed, pad_batch, positions_of, vision_index_of
+from vtr_export.reference import (
+    Reference,
+    embed,
+    image_features,
+    pad_batch,
+    positions_for,
+    vision_index_of,
+)
 from vtr_export.schedule import Resolved
 from vtr_export.verify.case import Array, Case, Question, Trace, noted, sampled
 from vtr_export.verify.gates import differing
@@ -33,23 +40,26 @@ class Oracle:
             use_safetensors=True,
         ).eval()
         self._dtype = DTYPES[dtype]
-        self._decoder = self._model.model.language_model
-        self._reference = Reference(self._decoder, self._model.lm_head, schedule)
+        self._decoder = self._model.get_decoder()
+        self._reference = Reference(self._decoder, self._model.get_output_embeddings(), schedule)
 
     @torch.no_grad()
     def answer(self, question: Question, steps: int) -> Case:
         """Prefill and ``steps`` greedy decode steps, which end tokens do not stop."""
         ids, mask = torch.tensor(question.input_ids), torch.tensor(question.attention_mask)
-        pixels = torch.tensor(question.pixel_values).to(self._dtype)
-        embeds, index = embed(self._model, ids, mask, pixels)
-        features = torch.cat(list(self._model.get_image_features(pixels).pooler_output))
+        embeds, index = embed(self._model, ids, mask, question.given)
+        features = image_features(self._model, question.given)
+        positions = positions_for(self._model, ids, mask, question.given)
         with self._streams() as streams:
             said = self._reference.generate(
-                self._model.get_input_embeddings(), embeds, mask, index, max_new_tokens=steps + 1
+                self._model.get_input_embeddings(),
+                embeds,
+                mask,
+                index,
+                max_new_tokens=steps + 1,
+                positions=positions,
             )
-        silent = self._reference(
-            torch.full_like(embeds, torch.nan), mask, positions_of(mask), index
-        )
+        silent = self._reference(torch.full_like(embeds, torch.nan), mask, positions[0], index)
         logits, logit_ids = noted(_numpy(said.logits))
         prefill = said.prefill
         return Case(
@@ -66,6 +76,25 @@ class Oracle:
             trace=Trace(self._text_embeds(ids), np.stack(streams)),
         )
 
+    def differing_inputs(
+        self, question: Question, rows: Sequence[Sequence[int]], pad: int, image: int
+    ) -> int:
+        """Entries in which the runtime's batch is not the reference's."""
+        ids, mask = pad_batch(rows, pad, image)
+        positions, ahead = positions_for(self._model, ids, mask, question.given)
+        following = mask.sum(1) + ahead
+        theirs = (ids, mask, positions, following, vision_index_of(ids == image, mask))
+        ours = (
+            question.input_ids,
+            question.attention_mask,
+            question.position_ids,
+            question.following,
+            question.vision_index,
+        )
+        return int(
+            sum(differing(mine, other.numpy()) for mine, other in zip(ours, theirs, strict=True))
+        )
+
     def _text_embeds(self, ids: Tensor) -> Array:
         embeds = self._model.get_input_embeddings()(ids).clone()
         embeds[ids == self._model.config.image_token_id] = 0
@@ -74,42 +103,24 @@ class Oracle:
     @contextmanager
     def _streams(self) -> Iterator[list[Array]]:
         """``[layers + 1, B, D]`` a call: the last row into each layer, and the final norm."""
-        norms = [layer.input_layernorm for layer in self._decoder.layers] + [self._decoder.norm]
+        places = [*self._decoder.layers, self._decoder.norm]
         rows: dict[int, Array] = {}
         calls: list[Array] = []
 
         def watch(number: int) -> Any:
             def note(_: object, args: tuple[Tensor, ...]) -> None:
                 rows[number] = _numpy(args[0][:, -1].clone())
-                if number == len(norms) - 1:  # the final norm ends a call
-                    calls.append(np.stack([rows[i] for i in range(len(norms))]))
+                if number == len(places) - 1:  # the final norm ends a call
+                    calls.append(np.stack([rows[i] for i in range(len(places))]))
 
             return note
 
-        handles = [norm.register_forward_pre_hook(watch(i)) for i, norm in enumerate(norms)]
+        handles = [place.register_forward_pre_hook(watch(i)) for i, place in enumerate(places)]
         try:
             yield calls
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def differing_inputs(
-    question: Question, rows: Sequence[Sequence[int]], pad: int, image: int
-) -> int:
-    """Entries in which the runtime's batch is not the reference's."""
-    ids, mask = pad_batch(rows, pad, image)
-    index = vision_index_of(ids == image, mask)
-    theirs = (ids, mask, positions_of(mask), index)
-    ours = (
-        question.input_ids,
-        question.attention_mask,
-        question.position_ids,
-        question.vision_index,
-    )
-    return int(
-        sum(differing(mine, other.numpy()) for mine, other in zip(ours, theirs, strict=True))
-    )
 
 
 def _numpy(tensor: Tensor) -> Array:

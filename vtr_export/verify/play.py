@@ -43,8 +43,9 @@ def encode(parts: Parts, cases: Sequence[Case]) -> list[Array]:
 
 
 def encode_case(session: Session, case: Case) -> Array:
-    """``[images, tokens, D]`` of one case."""
-    return _only(session, case.question.pixel_values)
+    """``[..., D]``, the vision tokens of one case."""
+    (features,) = session.run(dict(case.question.images)).values()
+    return np.asarray(features)
 
 
 def embed(parts: Parts, cases: Sequence[Case], features: Sequence[Array]) -> list[Inputs]:
@@ -134,7 +135,8 @@ def _scores(forced: Forced | None) -> tuple[Array, ...]:
 
 def _prefill(decoder: Decoder, question: Question, embeds: Array) -> Step:
     cache = decoder.empty(len(embeds))
-    return decoder(cache, embeds, question.attention_mask, question.vision_index, kept=True)
+    mask, index = question.attention_mask, question.vision_index
+    return decoder(cache, embeds, mask, index, question.places, kept=True)
 
 
 def _only(session: Session, value: Array) -> Array:

@@ -12,6 +12,9 @@ from vtr_export.errors import ArtifactError, InputError
 from vtr_export.families import ModelFacts
 from vtr_export.manifest import Gate
 from vtr_export.runtime.batch import pad_batch, positions
+from vtr_export.runtime.images import ImageInputs, Seen
+from vtr_export.runtime.images.inputs import repeated
+from vtr_export.runtime.positions import Places, mrope
 from vtr_export.runtime.processor import Processor
 from vtr_export.verify.case import Array, Question
 from vtr_export.verify.gates import at_most, differing
@@ -28,7 +31,7 @@ class Asked:
     """Rows of token ids, each about the same image; and whether we prepare them as we should."""
 
     rows: tuple[tuple[int, ...], ...]
-    pixel_values: Array  # [1, 3, H, W]
+    images: Mapping[int, ImageInputs]  # so many times the same image
     gates: tuple[Gate, ...] = ()
     warnings: tuple[str, ...] = field(default=())
 
@@ -41,36 +44,45 @@ def ask(
     Where the checkpoint has no processor or tokenizer, random values take their place.
     """
     processor, warnings = Processor(folder), list[str]()
-    pixels, pixel_gates = _pixels(processor, checkpoint, facts, image, warnings)
+    images, image_gates = _images(processor, checkpoint, facts, image, warnings)
     prompts = (prompt, PROMPTS[1]) if prompt is not None else PROMPTS
-    rows, id_gates = _rows(processor, checkpoint, facts, pixels, image, prompts, warnings)
-    return Asked(rows, pixels, (*pixel_gates, *id_gates), tuple(warnings))
+    rows, id_gates = _rows(processor, checkpoint, facts, images[1], image, prompts, warnings)
+    return Asked(rows, images, (*image_gates, *id_gates), tuple(warnings))
 
 
 def question(name: str, asked: Asked, rows: Sequence[int], facts: ModelFacts, pad: int) -> Question:
     """The prompts ``rows`` of ``asked`` as one call."""
     chosen = [asked.rows[row] for row in rows]
-    batch = pad_batch(chosen, pad, facts.image_token_id)
+    batch, images = pad_batch(chosen, pad, facts.image_token_id), asked.images[len(chosen)]
+    lengths = batch.attention_mask.sum(axis=1)
+    places = Places(positions(batch.attention_mask, batch.input_ids.shape[1]), lengths)
+    if facts.mrope:
+        places = mrope(batch, facts.image_token_id, images.seen, np.zeros_like(lengths))
     return Question(
         name=name,
-        pixel_values=np.repeat(asked.pixel_values, len(chosen), axis=0),
+        images=images.feeds,
+        given=images.given,
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        position_ids=positions(batch.attention_mask, batch.input_ids.shape[1]),
+        position_ids=places.ids,
+        following=places.following,
         vision_index=batch.vision_index,
     )
 
 
-def _pixels(
+def _images(
     processor: Processor, checkpoint: Path, facts: ModelFacts, image: Path, warnings: list[str]
-) -> tuple[Array, list[Gate]]:
+) -> tuple[dict[int, ImageInputs], list[Gate]]:
     from transformers import AutoImageProcessor
 
     try:
-        pixels = processor.pixel_values([image])
+        images = {count: processor.image_inputs([image] * count) for count in (1, 2)}
     except ArtifactError as error:
+        if facts.tokens_per_image is None:
+            raise
         warnings.append(f"pixel values were not checked: {error.message}")
-        return _random_pixels(facts), []
+        drawn = _random_images(facts)
+        return {1: drawn, 2: repeated(drawn, 2)}, []
     theirs = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
     counts = {str(image): _differing_pixels(processor, theirs, image)}
     with TemporaryDirectory() as folder:
@@ -78,50 +90,53 @@ def _pixels(
             counts[name] = _differing_pixels(processor, theirs, file)
     wrong = [name for name, count in counts.items() if count]
     detail = f"{len(wrong)} of {len(counts)} pictures, first {wrong[0]}" if wrong else ""
-    return pixels, [at_most("pixel_values", sum(counts.values()), 0, detail)]
+    return images, [at_most("pixel_values", sum(counts.values()), 0, detail)]
 
 
 def _differing_pixels(processor: Processor, theirs: Any, image: Path) -> float:
     """Values that differ, to the bit; 0 also where both refuse."""
     from transformers.image_utils import load_image
 
-    ours: Array | None
-    expected: Array | None
+    ours: Mapping[str, Array] | None
+    expected: Mapping[str, Array] | None
     try:
-        ours = processor.pixel_values([image])
+        ours = processor.image_inputs([image]).given
     except InputError:
         ours = None
     try:
-        expected = theirs(images=load_image(str(image)), return_tensors="np")["pixel_values"]
+        expected = theirs(images=load_image(str(image)), return_tensors="np")
     except ValueError:
         expected = None
     if ours is None or expected is None:
         return float(ours is not expected)
-    return differing(ours, expected)
+    return sum(differing(values, np.asarray(expected[name])) for name, values in ours.items())
 
 
-def _random_pixels(facts: ModelFacts) -> Array:
-    vision = facts.vision
+def _random_images(facts: ModelFacts) -> ImageInputs:
+    """One image of noise, of the one size that the model takes."""
+    vision, tokens = facts.vision, facts.tokens_per_image
     assert vision is not None
+    assert vision.image_size is not None
+    assert tokens is not None
     shape = (1, vision.channels, vision.image_size, vision.image_size)
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    pixels = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return ImageInputs({"pixel_values": pixels}, {"pixel_values": pixels}, (Seen(tokens),))
 
 
 def _rows(
     processor: Processor,
     checkpoint: Path,
     facts: ModelFacts,
-    pixels: Array,
+    images: ImageInputs,
     image: Path,
     prompts: Sequence[str],
     warnings: list[str],
 ) -> tuple[tuple[tuple[int, ...], ...], list[Gate]]:
     try:
-        tokens = processor.image_tokens(*pixels.shape[-2:])
-        ours = [_our_ids(processor, prompt, tokens) for prompt in prompts]
+        ours = [_our_ids(processor, prompt, images.seen) for prompt in prompts]
     except ArtifactError as error:
         warnings.append(f"token ids were not checked: {error.message}")
-        return _random_rows(facts), []
+        return _random_rows(facts, images.tokens), []
     rows = tuple(tuple(ids) for ids in ours)
     try:
         theirs = [_their_ids(processor, checkpoint, prompt, image) for prompt in prompts]
@@ -133,22 +148,21 @@ def _rows(
     return rows, [at_most("token_ids", len(wrong), 0, detail)]
 
 
-def _random_rows(facts: ModelFacts) -> tuple[tuple[int, ...], ...]:
+def _random_rows(facts: ModelFacts, tokens: int) -> tuple[tuple[int, ...], ...]:
     """Two prompts of random words with an image each, the second one longer."""
     random, image = np.random.default_rng(0), facts.image_token_id
     assert image is not None
-    assert facts.tokens_per_image is not None
     words = [int(i) for i in random.integers(0, facts.vocab - 1, 24)]
     words = [word + (word >= image) for word in words]
-    place = [image] * facts.tokens_per_image
+    place = [image] * tokens
     return (*words[:3], *place, *words[3:9]), (*words[9:11], *place, *words[11:24])
 
 
-def _our_ids(processor: Processor, prompt: str, tokens: int) -> list[int]:
+def _our_ids(processor: Processor, prompt: str, seen: Sequence[Seen]) -> list[int]:
     if processor.is_written_out(prompt):
-        return processor.token_ids(_written_out(processor, prompt), [tokens])
+        return processor.token_ids(_written_out(processor, prompt), seen)
     text = processor.render(processor.messages(prompt, 1))
-    return processor.token_ids(text, [tokens], "chat")
+    return processor.token_ids(text, seen, "chat")
 
 
 def _written_out(processor: Processor, prompt: str) -> str:

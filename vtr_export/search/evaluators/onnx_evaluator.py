@@ -134,16 +134,11 @@ class OnnxEvaluator:
         """Answer greedily; or be fed the drafts, whatever is best after each of their tokens."""
         model, ends = self._model(candidate), self.artifact.manifest.model.eos_token_ids
         features = [[self._feature(path) for path in each.images] for each in questions]
-        batch = model.pad(
-            [
-                self.prompts.ids(question, [one.shape[1] for one in own])
-                for question, own in zip(questions, features, strict=True)
-            ]
-        )
-        flat = [one for own in features for one in own]
-        step = model.prefill(
-            model.decoder.empty(len(questions)), batch, np.concatenate(flat) if flat else None
-        )
+        batch = model.pad([self.prompts.ids(question) for question in questions])
+        flat = [one.reshape(-1, one.shape[-1]) for own in features for one in own]
+        seen = [self.prompts.seen(path) for each in questions for path in each.images]
+        cache = model.decoder.empty(len(questions))
+        step = model.prefill(cache, batch, np.concatenate(flat) if flat else None, seen)
         logits, fed = [step.logits], _columns(drafts)
         limit = fed.shape[1] if drafts else self.max_new_tokens
         ended = np.zeros(len(questions), bool)
@@ -180,7 +175,7 @@ class OnnxEvaluator:
     def _feature(self, image: Path) -> Array:
         """Of one image, encoded when it is first asked for."""
         if image not in self._features:
-            self._features[image] = self.artifact.model.encode(self.prompts.pixels(image))
+            self._features[image] = self.artifact.model.encode(self.prompts.image(image).feeds)
         return self._features[image]
 
     def _draft(self, question: Question, said: _Said, row: int) -> _Draft:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vtr_export.runtime.image import Pixels
+from vtr_export.runtime.images import ImageInputs, Seen
 from vtr_export.runtime.processor import Processor
 from vtr_export.search.evaluator import Floats
 from vtr_export.search.questions.calibration import Question
@@ -26,20 +26,29 @@ class Prompts:
 
     def __init__(self, folder: str | Path) -> None:
         self.processor = Processor(folder)
+        self._seen: dict[Path, Seen] = {}
 
-    def pixels(self, image: Path) -> Pixels:
-        """``[1, 3, H, W]`` of one image."""
-        return self.processor.pixel_values([image])
+    def image(self, file: Path) -> ImageInputs:
+        """What the vision encoder is fed for one image."""
+        return self.processor.image_inputs([file])
 
-    def ids(self, question: Question, image_tokens: Sequence[int]) -> tuple[int, ...]:
+    def seen(self, file: Path) -> Seen:
+        """How many tokens an image becomes; it is read only where that depends on the image."""
+        if file not in self._seen:
+            tokens = self.processor.facts.tokens_per_image
+            self._seen[file] = Seen(tokens) if tokens is not None else self.image(file).seen[0]
+        return self._seen[file]
+
+    def ids(self, question: Question) -> tuple[int, ...]:
         """The question behind its images, in the chat template unless it places them itself."""
         processor, text = self.processor, question.text
+        images = [self.seen(file) for file in question.images]
         if processor.is_written_out(text):
             if processor.image_token not in text:
-                text = processor.image_token * len(image_tokens) + "\n" + text
-            return tuple(processor.token_ids(text, image_tokens))
-        rendered = processor.render(processor.messages(text, len(image_tokens)))
-        return tuple(processor.token_ids(rendered, image_tokens, "chat"))
+                text = processor.image_token * len(images) + "\n" + text
+            return tuple(processor.token_ids(text, images))
+        rendered = processor.render(processor.messages(text, len(images)))
+        return tuple(processor.token_ids(rendered, images, "chat"))
 
     def text(self, tokens: Sequence[int]) -> str:
         """An answer's text, without what ended it."""

@@ -6,12 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vtr_export.families import read_facts
-from vtr_export.reference import Held, Reference, pad_batch, positions_of, vision_index_of
+from vtr_export.reference import (
+    Held,
+    Reference,
+    image_features,
+    pad_batch,
+    positions_of,
+    vision_index_of,
+)
+from vtr_export.runtime.images.inputs import joined
 from vtr_export.schedule import Resolved
 from vtr_export.search.evaluators.prompts import Prompts
 from vtr_export.search.evaluators.work import Width
@@ -62,8 +69,8 @@ class TorchModel:
 
     def reference(self, schedule: Resolved) -> Reference:
         """The decoder under a schedule, with fused attention."""
-        decoder = self.model.model.language_model
-        return Reference(decoder, self.model.lm_head, schedule, attention="sdpa")
+        decoder = self.model.get_decoder()
+        return Reference(decoder, self.model.get_output_embeddings(), schedule, attention="sdpa")
 
     @torch.no_grad()
     def batch(self, questions: Sequence[Question], drafts: Sequence[Sequence[int]] = ()) -> Batch:
@@ -72,7 +79,7 @@ class TorchModel:
         assert image_id is not None, "a family without an image token has no prompts"
         self._encode({path for each in questions for path in each.images})
         features = [[self._features[path] for path in each.images] for each in questions]
-        rows = [self._tokens(one, own) for one, own in zip(questions, features, strict=True)]
+        rows = [self._tokens(question) for question in questions]
         ids, mask = pad_batch(rows, pad, image_id)
         is_vision = ids == image_id
         vision = vision_index_of(is_vision, mask)
@@ -95,10 +102,9 @@ class TorchModel:
             batch.embeds, batch.mask, positions, batch.vision, drafted=batch.drafted
         )
 
-    def _tokens(self, question: Question, features: Sequence[Tensor]) -> tuple[int, ...]:
+    def _tokens(self, question: Question) -> tuple[int, ...]:
         if question.sha256 not in self._ids:
-            counts = [len(one) for one in features]
-            self._ids[question.sha256] = self.prompts.ids(question, counts)
+            self._ids[question.sha256] = self.prompts.ids(question)
         return self._ids[question.sha256]
 
     @torch.no_grad()
@@ -107,10 +113,11 @@ class TorchModel:
         new = sorted(path for path in images if path not in self._features)
         for start in range(0, len(new), IMAGES):
             some = new[start : start + IMAGES]
-            pixels = torch.from_numpy(np.concatenate([self.prompts.pixels(path) for path in some]))
-            found = self.model.get_image_features(pixels.to(self.device, self.model.dtype))
-            for path, features in zip(some, found.pooler_output, strict=True):
-                self._features[path] = features.cpu()
+            given = joined([self.prompts.image(path) for path in some]).given
+            features = image_features(self.model, given, self.device)
+            counts = [self.prompts.seen(path).tokens for path in some]
+            for path, own in zip(some, torch.split(features, counts), strict=True):
+                self._features[path] = own.cpu()
 
 
 def describe(folder: Path, device: str, dtype: str, max_new_tokens: int) -> dict[str, str]:

@@ -69,16 +69,7 @@ class Naive:
         self, facts: ModelFacts, prompts: Prompts, blocks: Sequence[Sequence[Question]]
     ) -> None:
         self.facts = facts
-        each = facts.tokens_per_image or 0
-        self.widths = [
-            [
-                Width(
-                    1, len(prompts.ids(q, [each] * len(q.images))) - (v := each * len(q.images)), v
-                )
-                for q in block
-            ]
-            for block in blocks
-        ]
+        self.widths = [[_width(prompts, question) for question in block] for block in blocks]
         self._known: dict[tuple[str, Width], int] = {}
 
     @property
@@ -96,3 +87,9 @@ class Naive:
         if key not in self._known:
             self._known[key] = call_flops(self.facts, candidate, width, 0, self.facts.layers, 1)
         return self._known[key]
+
+
+def _width(prompts: Prompts, question: Question) -> Width:
+    """One question alone."""
+    vision = sum(prompts.seen(image).tokens for image in question.images)
+    return Width(1, len(prompts.ids(question)) - vision, vision)

@@ -13,7 +13,7 @@ from typing import Final
 from PIL import Image, UnidentifiedImageError
 
 from vtr_export.errors import CalibrationError, InputError
-from vtr_export.runtime import image as images
+from vtr_export.runtime import images
 from vtr_export.search.questions.file import SHOWN, Line, Problem, find_file, read_lines, refuse
 
 _ADDRESSES: Final = ("http:", "https:", "ftp:", "s3:", "gs:", "hf:", "file:", "data:")

@@ -33,14 +33,12 @@ def _example(
         _answer(model, batch, each, max_new_tokens)
         for each in (candidate, Space(model.facts).unpruned())
     )
-    pixels = model.prompts.pixels(question.images[0])[0]
-    height, width = pixels.shape[-2:]
-    assert model.facts.vision is not None, "a family without a vision tower has no questions"
-    tokens = batch.vision.shape[1] // len(question.images)
+    inputs = model.prompts.image(question.images[0])
+    view, tokens = model.prompts.processor.images.view(inputs, 0), inputs.tokens
     left = left_after(batch, pruned)
     return KeptImage(
-        view=model.prompts.processor.images.view(pixels),
-        grid=Grid.of(height, width, model.facts.vision.patch_size, tokens),
+        view=view,
+        grid=Grid.of(view, inputs.seen[0]),
         stages={
             layer: tuple(number for number in numbers if number < tokens)
             for layer, numbers in zip(candidate.cut_layers(), left, strict=True)

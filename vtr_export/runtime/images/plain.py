@@ -1,25 +1,21 @@
-"""Images become pixel values, to the bit those of transformers' PIL image processors."""
+"""Images of one size: CLIP, SigLIP, ViT and LLaVA processors."""
 
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from vtr_export.errors import ArtifactError, InputError
-from vtr_export.runtime.json_files import read_json
-from vtr_export.runtime.resize import Size, read_crop, read_size, target_size
+from vtr_export.families import ModelFacts
+from vtr_export.runtime.images.inputs import ImageInputs, Seen
+from vtr_export.runtime.images.picture import Picture, load, to_rgb
+from vtr_export.runtime.images.resize import Size, read_crop, read_size, target_size
 
-Picture: TypeAlias = str | Path | bytes | Image.Image  # a file, its content, or what Pillow opened
 Pixels: TypeAlias = NDArray[Any]  # [channels, height, width]
-
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _OPENAI: Final[Mapping[str, Any]] = {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
@@ -73,26 +69,8 @@ class ImageFacts:
     where: str = field(default="", compare=False)
 
     @classmethod
-    def load(cls, folder: Path) -> "ImageFacts":
-        """From ``processor_config.json`` or ``preprocessor_config.json``, as transformers looks.
-
-        ArtifactError when neither says anything of images, and for facts we cannot follow.
-        """
-        for name in (PROCESSOR, PREPROCESSOR):
-            data = read_json(folder / name)
-            facts = data.get("image_processor") if name == PROCESSOR else data
-            if facts:
-                return cls.read(facts, str(folder / name))
-        raise ArtifactError(
-            "the artifact does not say how images are prepared",
-            where=str(folder),
-            hint=f"put the checkpoint's {PREPROCESSOR} there, or export from a folder with it",
-        )
-
-    @classmethod
-    def read(cls, config: Mapping[str, Any], where: str) -> "ImageFacts":
-        """From an image processor's own JSON; a step we do not know is refused by name."""
-        kind = _kind(config, where)
+    def read(cls, kind: str, config: Mapping[str, Any], where: str) -> "ImageFacts":
+        """From the JSON of an image processor of class ``kind``; unknown steps are refused."""
         facts = dict(PROCESSORS[kind])
         facts |= {name: value for name, value in config.items() if value is not None}
         for name, value in facts.items():
@@ -173,9 +151,22 @@ class ImageFacts:
         resized = image.resize((width, height), resample=Image.Resampling(self.resample))
         return np.moveaxis(np.array(resized), -1, 0)
 
-    def view(self, pixels: Pixels) -> Image.Image:
-        """What the model sees: one image's pixel values ``[3, H, W]`` as a picture again."""
-        values = np.moveaxis(pixels.astype(np.float64), 0, -1)
+    def inputs(self, images: Sequence[Picture], facts: ModelFacts) -> ImageInputs:
+        """Pixel values, the same for the graph and for transformers."""
+        pixels = self.pixel_values(images)
+        height, width = pixels.shape[-2:]
+        tokens = facts.tokens_per_image
+        assert tokens is not None, "a family of images of one size"
+        assert facts.vision is not None, "it has a tower"
+        patch = facts.vision.patch_size * facts.vision.merge
+        rows, columns = height // patch, width // patch
+        grid = (1, rows, columns) if tokens >= rows * columns else None
+        values = {"pixel_values": pixels}
+        return ImageInputs(values, values, (Seen(tokens, grid),) * len(images))
+
+    def view(self, inputs: ImageInputs, number: int) -> Image.Image:
+        """One image's pixel values as a picture again."""
+        values = np.moveaxis(inputs.feeds["pixel_values"][number].astype(np.float64), 0, -1)
         if self.normalize is not None:
             mean, std = self.normalize
             values = values * np.array(std) + np.array(mean)
@@ -184,71 +175,11 @@ class ImageFacts:
         return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
-def load(image: Picture) -> Image.Image:
-    """An image decoded to its last pixel. InputError for what is none, truncated or too large."""
-    if isinstance(image, Image.Image):
-        with _decoding(str(getattr(image, "filename", ""))):
-            image.load()
-        return image
-    if isinstance(image, str | Path) and not Path(image).is_file():
-        hint = "give the path of an image file; addresses are not fetched"
-        raise InputError("no such image file", where=str(image), hint=hint)
-    where = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
-    with (
-        _decoding(where),
-        Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as file,
-    ):
-        _check_pixels(file, where)
-        return ImageOps.exif_transpose(file).convert("RGB")
-
-
-@contextmanager
-def _decoding(where: str) -> Iterator[None]:
-    """What a damaged file makes a decoder stumble over, as InputError."""
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:
-        _refuse_file(error, where)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, transparency laid on white."""
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
-
-
-def _kind(config: Mapping[str, Any], where: str) -> str:
-    """The processor's class without its backend; a model without one takes LLaVA's."""
-    legacy = str(config.get("feature_extractor_type", "LlavaImageProcessor"))
-    named = str(config.get("image_processor_type") or legacy)
-    kind = named.replace("FeatureExtractor", "ImageProcessor")
-    kind = kind.removesuffix("Fast").removesuffix("Pil")
-    if kind not in PROCESSORS:
-        known = ", ".join(sorted(PROCESSORS))
-        _refuse(f"image processor {named!r} is not supported", where, f"supported: {known}")
-    return kind
-
-
 def _channels(value: Any) -> tuple[float, ...]:
     values = value if isinstance(value, list | tuple) else [value] * 3
     if len(values) != 3:
         raise ValueError(f"{len(values)} values for 3 channels")
     return tuple(float(x) for x in values)
-
-
-def _check_pixels(image: Image.Image, where: str) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise InputError(
-            f"{image.width}x{image.height} pixels are more than Pillow's limit of {limit}",
-            where=where,
-            hint="scale the image down first",
-        )
 
 
 def _pad_square(pixels: Pixels, color: tuple[int, ...]) -> Pixels:
@@ -284,16 +215,6 @@ def _pad_end(pixels: Pixels, size: tuple[int, int]) -> Pixels:
             hint="scale the image down first",
         )
     return np.pad(pixels, [(0, 0), (0, missing[0]), (0, missing[1])])
-
-
-def _refuse_file(error: Exception, where: str) -> NoReturn:
-    if isinstance(error, Image.DecompressionBombError):
-        message, hint = f"too many pixels: {error}", "scale the image down first"
-    elif isinstance(error, UnidentifiedImageError):
-        message, hint = "not an image, or of a format Pillow does not know", "try a PNG or JPEG"
-    else:
-        message, hint = f"the image is damaged: {error}", "copy or download it again"
-    raise InputError(message, where=where, hint=hint) from error
 
 
 def _refuse(message: str, where: str, hint: str = _OTHERS) -> NoReturn:

@@ -1,0 +1,16 @@
+"""Images become what a vision encoder is fed, to the bit what transformers' processors give."""
+
+from vtr_export.runtime.images.inputs import ImageInputs, ImageKind, Seen
+from vtr_export.runtime.images.kinds import PREPROCESSOR, PROCESSOR, read_kind
+from vtr_export.runtime.images.picture import Picture, load
+
+__all__ = [
+    "PREPROCESSOR",
+    "PROCESSOR",
+    "ImageInputs",
+    "ImageKind",
+    "Picture",
+    "Seen",
+    "load",
+    "read_kind",
+]

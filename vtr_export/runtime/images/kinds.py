@@ -1,0 +1,46 @@
+"""Which way a checkpoint prepares its images: told by the processor's class."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from vtr_export.errors import ArtifactError
+from vtr_export.runtime.images.inputs import ImageKind
+from vtr_export.runtime.images.plain import PROCESSORS, ImageFacts
+from vtr_export.runtime.json_files import read_json
+
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+Read = Callable[[str, Mapping[str, Any], str], ImageKind]
+KINDS: Final[Mapping[str, Read]] = dict.fromkeys(PROCESSORS, ImageFacts.read)
+
+
+def read_kind(folder: Path) -> ImageKind:
+    """From ``processor_config.json`` or ``preprocessor_config.json``, as transformers looks.
+
+    ArtifactError when neither says anything of images, and for facts we cannot follow.
+    """
+    for name in (PROCESSOR, PREPROCESSOR):
+        data = read_json(folder / name)
+        facts = data.get("image_processor") if name == PROCESSOR else data
+        if facts:
+            return parse_kind(facts, str(folder / name))
+    raise ArtifactError(
+        "the artifact does not say how images are prepared",
+        where=str(folder),
+        hint=f"put the checkpoint's {PREPROCESSOR} there, or export from a folder with it",
+    )
+
+
+def parse_kind(config: Mapping[str, Any], where: str) -> ImageKind:
+    """From an image processor's own JSON; a model without a class takes LLaVA's."""
+    legacy = str(config.get("feature_extractor_type", "LlavaImageProcessor"))
+    named = str(config.get("image_processor_type") or legacy)
+    kind = named.replace("FeatureExtractor", "ImageProcessor")
+    kind = kind.removesuffix("Fast").removesuffix("Pil")
+    if kind not in KINDS:
+        raise ArtifactError(
+            f"image processor {named!r} is not supported",
+            where=where,
+            hint=f"supported: {', '.join(sorted(KINDS))}",
+        )
+    return KINDS[kind](kind, config, where)
