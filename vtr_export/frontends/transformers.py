@@ -1,6 +1,6 @@
 """A checkpoint folder to three graphs, traced by transformers' own code on fake tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from vtr_export.families import ModelFacts
 from vtr_export.frontends.skeleton import DTYPES, build_skeleton, name_tensors, read_config
 from vtr_export.frontends.trace import trace
 from vtr_export.frontends.uniform import Stack, truncated
+from vtr_export.frontends.vision import VisionEncoder, vision_graph
 from vtr_export.passes.fold_constants import FoldConstants
 from vtr_export.passes.stamp_layers import StampLayers
 from vtr_export.weights import CheckpointTensor
@@ -43,33 +44,6 @@ class Graphs:
             "embed_tokens": self.embed_tokens,
             "decoder_model_merged": self.decoder,
         }
-
-
-def llava_features(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """[images, channels, H, W] → [images, tokens, hidden]: LLaVA's selected layers, projected."""
-    config = model.config
-    layers = config.vision_feature_layer
-    hidden = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    first = 1 if config.vision_feature_select_strategy == "default" else 0
-    chosen = [layers] if isinstance(layers, int) else layers
-    features = torch.cat([hidden[layer][:, first:] for layer in chosen], dim=-1)
-    projected: Tensor = model.multi_modal_projector(features)
-    return projected
-
-
-FEATURES: dict[str, Callable[[PreTrainedModel, Tensor], Tensor]] = {"llava": llava_features}
-
-
-class VisionEncoder(Module):
-    """pixel_values [images, channels, H, W] → image_features [images, tokens, hidden]."""
-
-    def __init__(self, model: PreTrainedModel, model_type: str) -> None:
-        super().__init__()
-        self.model, self.features = model, FEATURES[model_type]
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode and project."""
-        return self.features(self.model.model, pixel_values)
 
 
 class EmbedTokens(Module):
@@ -100,14 +74,15 @@ class Decoder(Module):
     ) -> list[Tensor]:
         """Logits [B,1,vocab] in fp32, then key and value of every layer."""
         cache = DynamicCache([(key, value) for key, value in past])
-        output = self.model.model.language_model(
+        output = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,
         )
-        logits = self.model.lm_head(output.last_hidden_state[:, -1:]).float()
+        logits = output.logits.float()
         return [logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))]
 
 
@@ -143,16 +118,20 @@ def stamp(graph: ir.Model, stack: Stack) -> None:
 
 
 def _trace_vision(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
-    vision = facts.vision
-    assert vision is not None
-    pixels = torch.empty(2, vision.channels, vision.image_size, vision.image_size, dtype=dtype)
+    encoder = vision_graph(facts)
+    feeds = encoder.feeds(facts, dtype)
     return trace(
-        VisionEncoder(model, facts.model_type),
-        (pixels,),
-        ({0: Dim("images")},),
-        inputs=["pixel_values"],
+        VisionEncoder(model, encoder, list(feeds)),
+        tuple(feed.example for feed in feeds.values()),
+        (tuple(feed.dynamic for feed in feeds.values()),),
+        inputs=list(feeds),
         outputs=["image_features"],
-        dimensions={"images": ("pixel_values", 0)},
+        dimensions={
+            name: (feed_name, axis)
+            for feed_name, feed in feeds.items()
+            for axis, name in enumerate(feed.axes)
+            if name is not None
+        },
     )
 
 
@@ -169,22 +148,23 @@ def _trace_embedding(model: PreTrainedModel) -> ir.Model:
 
 def _trace_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
     batch, sequence, past = 2, 3, 5
+    lead = (3,) if facts.mrope else ()
     dims = Dim("batch"), Dim("sequence"), Dim("past")
     shape = (batch, facts.kv_heads, past, facts.head_dim)
-    layers = len(model.model.language_model.layers)
+    layers = len(model.get_decoder().layers)
     names = [f"{n}.{part}" for n in range(layers) for part in ("key", "value")]
     return trace(
         Decoder(model),
         (
             torch.empty(batch, sequence, facts.hidden, dtype=dtype),
             torch.ones(1, 1, 1, 1, dtype=torch.bool),
-            torch.zeros(batch, sequence, dtype=torch.long),
+            torch.zeros((*lead, batch, sequence), dtype=torch.long),
             [[torch.empty(shape, dtype=dtype) for _ in range(2)] for _ in range(layers)],
         ),
         (
             {0: dims[0], 1: dims[1]},
             None,
-            {0: dims[0], 1: dims[1]},
+            {len(lead): dims[0], len(lead) + 1: dims[1]},
             [[{0: dims[0], 2: dims[2]} for _ in range(2)] for _ in range(layers)],
         ),
         inputs=[

@@ -1,0 +1,86 @@
+"""How a family's images become features: what is traced, and on what inputs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from vtr_export.families import ModelFacts
+
+
+@dataclass(frozen=True)
+class Feed:
+    """An input of the encoder: an example, and the names of the axes that are not fixed."""
+
+    example: Tensor
+    axes: tuple[str | None, ...]
+
+    @property
+    def dynamic(self) -> dict[int, Any]:
+        """As torch.export wants it."""
+        return {axis: Dim(name) for axis, name in enumerate(self.axes) if name is not None}
+
+
+@dataclass(frozen=True)
+class VisionGraph:
+    """``forward(model, **feeds)`` gives the features ``[..., D]`` of all images, in order.
+
+    ``model`` is transformers'; the feeds' names are the graph's inputs, which the runtime's
+    ``ImageKind`` of the family makes.
+    """
+
+    forward: Callable[..., Tensor]
+    feeds: Callable[[ModelFacts, torch.dtype], Mapping[str, Feed]]
+
+
+class VisionEncoder(Module):
+    """The feeds in order → image_features [..., hidden]."""
+
+    def __init__(self, model: PreTrainedModel, graph: VisionGraph, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.graph, self.names = model, graph, names
+
+    def forward(self, *feeds: Tensor) -> Tensor:
+        """Encode and project."""
+        return self.graph.forward(self.model, **dict(zip(self.names, feeds, strict=True)))
+
+
+def one_size(facts: ModelFacts, dtype: torch.dtype) -> dict[str, Feed]:
+    """``pixel_values`` [images, channels, H, W] of the one size that the tower takes."""
+    vision = facts.vision
+    assert vision is not None
+    assert vision.image_size is not None
+    side = vision.image_size
+    pixels = torch.empty(2, vision.channels, side, side, dtype=dtype)
+    return {"pixel_values": Feed(pixels, ("images", None, None, None))}
+
+
+def whole_images(model: Any, pixel_values: Tensor) -> Tensor:
+    """[images, tokens, D], by the model's own accessor."""
+    found = model.get_image_features(pixel_values).pooler_output
+    return found if isinstance(found, Tensor) else torch.stack(list(found))
+
+
+def llava(model: Any, pixel_values: Tensor) -> Tensor:
+    """[images, tokens, D]: LLaVA's selected layers, projected."""
+    config, model = model.config, model.model
+    layers = config.vision_feature_layer
+    hidden = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    first = 1 if config.vision_feature_select_strategy == "default" else 0
+    chosen = [layers] if isinstance(layers, int) else layers
+    features = torch.cat([hidden[layer][:, first:] for layer in chosen], dim=-1)
+    projected: Tensor = model.multi_modal_projector(features)
+    return projected
+
+
+GRAPHS: Final[Mapping[str, VisionGraph]] = {"llava": VisionGraph(llava, one_size)}
+
+
+def vision_graph(facts: ModelFacts) -> VisionGraph:
+    """The family's own, or its model's accessor on images of one size."""
+    return GRAPHS.get(facts.model_type, VisionGraph(whole_images, one_size))
