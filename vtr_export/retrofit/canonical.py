@@ -22,6 +22,7 @@ from vtr_export.passes.name_inputs import NameInputs
 from vtr_export.passes.narrow_shapes import NarrowShapes
 from vtr_export.passes.raise_opset import RaiseOpset
 from vtr_export.passes.unfuse_skip_norms import UnfuseSkipNorms
+from vtr_export.retrofit.fold import fold
 from vtr_export.retrofit.masks import check_masks
 from vtr_export.retrofit.positions import explicit_positions
 
@@ -69,9 +70,12 @@ def canonicalise(model: ir.Model) -> Decoder:
             RaiseOpset(OPSET),
             UnfuseSkipNorms(),
             NameInputs(),
+            NarrowShapes(),
+            InferShapes(),
         ),
         model,
     )
+    fold(model)
     model.ir_version = max(model.ir_version or 0, IR_VERSION)
     forms = find_forms(model.graph)
     _check_found(model.graph, forms)

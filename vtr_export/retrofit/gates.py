@@ -8,7 +8,7 @@ import numpy as np
 
 from vtr_export.errors import AnalysisError, InputError, VtrError
 from vtr_export.manifest import Gate
-from vtr_export.retrofit.probe import Array, session
+from vtr_export.retrofit.probe import Array, cache_sizes, session
 from vtr_export.verify.gates import at_most
 
 # rows side by side → tokens of each call after the prefill: decode, decode, a later turn
@@ -72,7 +72,8 @@ class Player:
         dtype = _DTYPES[value.type]
         if name in self.carried:
             batch = len(call["attention_mask"])
-            return self.cache[name] if name in self.cache else _empty(value, dtype, batch)
+            empty = np.zeros(cache_sizes(value.shape, batch, 0), dtype)
+            return self.cache.get(name, empty)
         role = self.roles.get(name, name)
         if role == "position_ids" and len(value.shape) == 3:
             return np.broadcast_to(call[role], (value.shape[0], *call[role].shape)).astype(dtype)
@@ -110,16 +111,6 @@ def _open(file: Path) -> Any:
             where=str(file),
             hint="it must run in ONNX Runtime on the CPU, or --no-verify",
         ) from None
-
-
-def _empty(value: Any, dtype: Any, batch: int) -> Array:
-    """A cache without tokens: the first open axis counts rows, any other tokens."""
-    sizes, open_axes = list(value.shape), 0
-    for axis, size in enumerate(sizes):
-        if not isinstance(size, int):
-            sizes[axis] = 0 if open_axes else batch
-            open_axes += 1
-    return np.zeros(sizes, dtype)
 
 
 def conversations(

@@ -35,7 +35,10 @@ def _check(model: ir.Model, form: Form) -> None:
             raise _refusal(form, "has neither a mask nor is it causal")
         return
     part = Part(model, [mask.value for mask in form.masks])
+    knows_padding = any(value.name == "attention_mask" for value in part.inputs)
     for lengths in (*CALLS, *_long(part)):
+        if not knows_padding and not lengths.padding.all():
+            continue
         found = _together(form, part(lengths), lengths)
         expected = visible(lengths)
         real = lengths.padding[:, lengths.past :] != 0
@@ -75,8 +78,8 @@ def _together(form: Form, values: Sequence[Array], lengths: Lengths) -> Array:
 
 
 def _seen(form: Form, mask: Mask, value: Array) -> Array:
-    if mask.says != "added":
-        return np.asarray(value != 0 if mask.says == "visible" else value == 0)
+    if value.dtype == np.bool_ or mask.says != "added":
+        return np.asarray(value == 0 if mask.says == "hidden" else value != 0)
     values = value.astype(np.float64)
     between = (values != 0) & ~(values <= LOW)
     if between.any():

@@ -42,7 +42,15 @@ class Part:
         self.names = [_name(value) for value in values]
         self.model = _extract(model, values)
         self.inputs = list(self.model.graph.inputs)
-        self.session = open_bytes(ir.to_proto(self.model).SerializeToString())
+        try:
+            self.session = session(ir.to_proto(self.model).SerializeToString())
+        except UnavailableError:
+            raise
+        except Exception as error:  # ONNX Runtime has no class of its own for what a graph is
+            raise AnalysisError(
+                f"{self.names[0]!r} cannot be computed by itself: {str(error).splitlines()[0]}",
+                hint="export the decoder with attention_mask and position_ids as inputs",
+            ) from None
 
     def constants(self) -> list[int]:
         """Whole numbers that the part reads: a window would be one of them."""
@@ -58,20 +66,17 @@ class Part:
 
     def __call__(self, lengths: Lengths) -> list[Array]:
         """The values for a call; hidden states and past are zeros."""
-        feeds = {_name(value): _feed(value, lengths) for value in self.inputs}
+        return self.run({_name(value): _feed(value, lengths) for value in self.inputs})
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """The values for inputs."""
         try:
-            return list(self.session.run(self.names, feeds))
+            return list(self.session.run(self.names, dict(feeds)))
         except Exception as error:  # ONNX Runtime has no class of its own for what a graph does
             raise AnalysisError(
-                f"{self.names[0]!r} cannot be computed for {lengths.new} tokens after "
-                f"{lengths.past}: {str(error).splitlines()[0]}",
+                f"{self.names[0]!r} cannot be computed: {str(error).splitlines()[0]}",
                 hint="export the decoder with symbolic lengths",
             ) from None
-
-
-def open_bytes(model: bytes) -> Any:
-    """A session of one thread on the CPU, not optimised: it runs twice."""
-    return session(model)
 
 
 def session(model: bytes | str, *, optimise: bool = False) -> Any:
@@ -177,15 +182,16 @@ def _feed(value: ir.Value, lengths: Lengths) -> Array:
         return positions(lengths, len(value.shape or (0, 0))).astype(dtype)
     shape = [int(str(dim)) if str(dim).isdecimal() else None for dim in value.shape or ()]
     if name in ("inputs_embeds", "input_ids"):
-        sizes: list[int] = [batch, lengths.new]
-    else:
-        sizes = [batch, -1, lengths.past] if len(shape) == 4 else [-1, batch, -1, lengths.past]
-    full = [dim if dim is not None else size for dim, size in _paired(shape, sizes)]
-    return np.zeros(full, dtype)
+        return np.zeros([batch, lengths.new, *(dim or 1 for dim in shape[2:])], dtype)
+    return np.zeros(cache_sizes(shape, batch, lengths.past), dtype)
 
 
-def _paired(shape: Sequence[int | None], sizes: Sequence[int]) -> list[tuple[int | None, int]]:
-    return [(dim, sizes[axis] if axis < len(sizes) else 1) for axis, dim in enumerate(shape)]
+def cache_sizes(shape: Sequence[object], batch: int, past: int) -> list[int]:
+    """Sizes of a cache: of two open dimensions the first counts rows, the other tokens."""
+    open_axes = [axis for axis, dim in enumerate(shape) if not isinstance(dim, int)]
+    counts = [batch, past] if len(open_axes) > 1 else [past]
+    sizes = dict(zip(open_axes, [*counts, *[1] * len(shape)], strict=False))
+    return [sizes[axis] if axis in sizes else int(str(dim)) for axis, dim in enumerate(shape)]
 
 
 def positions(lengths: Lengths, width: int = 2) -> Array:
@@ -200,11 +206,6 @@ def visible(lengths: Lengths) -> Array:
     rows, keys = np.arange(lengths.past, total)[:, None], np.arange(total)[None]
     seen: Array = (keys <= rows)[None] & (lengths.padding[:, None] != 0)
     return seen
-
-
-def named(inputs: Mapping[str, Any]) -> list[str]:
-    """Names, sorted."""
-    return sorted(inputs)
 
 
 def _name(value: ir.Value) -> str:

@@ -44,7 +44,7 @@ def decomposed(node: ir.Node) -> Form | None:
         raise refusal(node, "its values are scaled")
     if rank(query) not in (4, None):
         raise refusal(node, "its heads lie beside its rows ([batch·heads, S, d])")
-    kv_heads, head_dim = cache_shape(node, _first(keys))
+    kv_heads, head_dim = cache_shape(node, _first(keys), is_turned=_is_turned(keys))
     return Form(
         kind="MatMul-Softmax-MatMul",
         node=node,

@@ -118,23 +118,26 @@ LAYOUT = {
 }  # fmt: skip
 
 
-def cache_shape(node: ir.Node, past: ir.Value) -> tuple[int, int]:
+def cache_shape(node: ir.Node, past: ir.Value, *, is_turned: bool = False) -> tuple[int, int]:
     """Heads and width of cached keys or values, from the shape that the graph's input declares."""
     source = cache_input(past)
     shape = source.shape if source is not None else None
     if shape is None or len(shape) < 4:
         raise refusal(node, f"the shape of its past {past.name!r} is unknown")
-    heads, width = _whole(shape[-3]), _whole(shape[-1])
-    if heads is None and source is not past:  # [B,P,heads,d], turned round before it is read
-        heads = _whole(shape[-2])
+    heads, width = _whole(shape[-2 if is_turned != _turns(past) else -3]), _whole(shape[-1])
     if heads is None or width is None:
-        raise refusal(
-            node,
-            f"heads and width of its past {past.name!r} are not in its shape {source.shape}"
-            if source is not None
-            else "its past is no input",
-        )
+        raise refusal(node, f"heads and width of its past {past.name!r} are not in {shape}")
     return heads, width
+
+
+def _turns(value: ir.Value | None) -> bool:
+    """Whether tokens and heads change places between a cache and ``value``."""
+    turned = False
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "Transpose" and "perm" in node.attributes:
+            turned ^= list(node.attributes["perm"].as_ints()) == [0, 2, 1, 3]
+        value = node.inputs[0]
+    return turned
 
 
 def _whole(dim: object) -> int | None:

@@ -1,0 +1,37 @@
+"""Decoders of other exporters, cut: equal to the given one unpruned, to the reference pruned."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+from foreign_decoders import Style, tiny_llama, write
+from foreign_parity import assert_parity, cut
+
+STYLES = {
+    "standard": Style(),
+    "standard opset 23, padding mask": Style(opset=23, mask="padding"),
+    "grouped": Style("gqa", "simplified", opset=21),
+    "grouped, rotary inside": Style("gqa_rotary", "skip", opset=20, positions="none"),
+    "grouped, packed": Style("gqa_packed", "skip", opset=18, positions="none"),
+    "grouped, lengths as inputs": Style("gqa_rotary", "skip", positions="none", mask="lengths"),
+    "multi head": Style("mha", "skip", opset=17),
+    "matmul": Style("matmul", "plain", opset=17),
+    "matmul opset 13, both scaled": Style("matmul_scaled", "plain", opset=13),
+    "matmul, where": Style("matmul", "plain", opset=18, mask="where"),
+    "matmul, merged cache": Style("matmul", "plain", cache="merged", opset=16),
+    "matmul, turned cache": Style("matmul_scaled", "plain", cache="turned", opset=14),
+    "grouped, merged cache": Style("gqa", "rms", cache="merged", opset=23),
+    "positions by length": Style("matmul", "plain", opset=17, positions="implied"),
+    "positions by counting": Style("matmul", "plain", opset=17, positions="counted"),
+    "token ids": Style("gqa_rotary", "skip", positions="none", source="input_ids"),
+    "another name": Style("standard", source="hidden_states"),
+}
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_cut_decoder_is_the_reference(name: str, tmp_path: Path) -> None:
+    style = STYLES[name]
+    model = tiny_llama(style.kv_heads)
+    file = tmp_path / "decoder.onnx"
+    ir.save(write(model, style), file, external_data="weights.bin")
+    assert_parity(cut(file, tmp_path), model)
