@@ -53,6 +53,10 @@ EXCEPTIONS: dict[str, Changes] = {
     "cohere_compass_text": _SLIDING | {  # the class gives no layer a window, its checkpoint does
         "rope_parameters": {f"{kind}_attention": _ANGLES["rope_parameters"]
                             for kind in ("full", "sliding")}},
+    "lfm2": {  # the same: its checkpoints convolve
+        "layer_types": ["conv", "conv", "full_attention", "full_attention"]},
+    "minimax_m3_vl_text": {  # the same: its checkpoints select keys
+        "layer_types": ["full_attention", *["minimax_m3_sparse"] * 3]},
     "step3p5": {"sliding_window": 8, **_layers("full", "sliding", "sliding", "full")},  # the same
     # fields that are None in the class and must be set
     "qwen4_exp_text": _MIXED_ANGLES | {"indexer_n_heads": 2, "indexer_kv_heads": 1,
@@ -71,7 +75,9 @@ EXCEPTIONS: dict[str, Changes] = {
     "instructblipvideo": {"video_token_index": 4},
     **_same("qwen2_5_omni_thinker qwen3_omni_moe_thinker", _OMNI),  # of the word before the image
     # wider heads in the last layer only
-    **_same("gemma4_text gemma4_unified_text", _GEMMA_4),
+    "gemma4_unified_text": _GEMMA_4,
+    "gemma4_unified_vision": {"mm_embed_dim": 16, "mm_posemb_size": 16},
+    "gemma4_text": _GEMMA_4 | {"use_bidirectional_attention": "vision"},  # as its larger models
     # the sum of the two parts of a head
     **_same("dots3_note_text mistral4", {"head_dim": 16}),
     "unlimited_ocr_text": {"num_key_value_heads": 4},  # eager attention repeats no keys
@@ -102,6 +108,21 @@ EXCEPTIONS: dict[str, Changes] = {
     "inkling2_vision": {"patch_size": 2},
     "inkling_audio": {"mel_vocab_size": 4},
     "muse_spark_audio": {"hidden_sizes": [8, 16]},
+    # towers of timm
+    "fast_vlm": {"vision_config": {"architecture": "fastvit_mci0", "hidden_size": 128,
+                                   "model_args": {"inference_mode": True, "layers": [1] * 4,
+                                                  "embed_dims": [8, 16, 32, 64]}}},
+    "perception_lm": {"vision_config": {"architecture": "vit_pe_core_tiny_patch16_384",
+                                        "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2,
+                                                       "img_size": [32, 32], "patch_size": 4}}},
+    "gemma3n_vision": {"hidden_size": 2048, "vocab_size": 8, "vocab_offset": 48,
+                       "model_args": {"channel_multiplier": 0.02}},
+    "gemma3n_audio": {"vocab_size": 8, "vocab_offset": 56},
+    "gemma3n": {"image_token_id": 49, "audio_token_id": 57},  # as published: behind the words
+    "gemma3n_text": {  # the last two layers read the keys of the first two
+        "vocab_size_per_layer_input": 48, "num_kv_shared_layers": 2, "sliding_window": 8,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+        **_layers("sliding", "full", "sliding", "full")},
     # projectors
     "aria": {"projector_patch_to_query_dict": {64: 16}},
     "kimi_k25": {"projection_hidden_size": 16},

@@ -18,10 +18,10 @@ def inputs(model: PreTrainedModel, seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     kind = model.config.model_type
     pixels = PIXELS.get(kind, _pixels_by_signature(model))(model.config, generator)
-    tokens = image_tokens(model, pixels)
-    ids = torch.tensor([[*BEFORE, *[IMAGE] * tokens, *AFTER]])
+    tokens, image = image_tokens(model, pixels), image_id(model.config)
+    ids = torch.tensor([[*BEFORE, *[image] * tokens, *AFTER]])
     known = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
-    is_image = (ids == IMAGE).long()
+    is_image = (ids == image).long()
     parameters = _parameters(model)
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in parameters:
@@ -29,6 +29,11 @@ def inputs(model: PreTrainedModel, seed: int = 0) -> Inputs:
     if "moe_mm_token_type_ids" in parameters:
         known["moe_mm_token_type_ids"] = is_image
     return known | MORE.get(kind, lambda _, __: {})(model.config, ids)
+
+
+def image_id(config: PretrainedConfig) -> int:
+    """The token that an image's features replace."""
+    return getattr(config, "image_token_id", None) or IMAGE
 
 
 def image_tokens(model: PreTrainedModel, pixels: Inputs) -> int:
@@ -300,12 +305,12 @@ PIXELS: dict[str, Callable[..., Inputs]] = {
     "emu3": lambda *args: square(*args) | {"image_sizes": torch.tensor([[IMAGE_SIZE] * 2])},
     "deepseek_vl_hybrid": two_sizes,
     "diffusion_gemma": nothing,
-    "florence2": large,
+    **dict.fromkeys(("florence2", "fast_vlm", "gemma3n"), large),
     "fuyu": patches,
     "granite_docling": tile_mask,
     "inkling_mm_model": blocks,
     "pi0": state,
-    "idefics": tile,
+    **dict.fromkeys(("idefics", "perception_lm"), tile),
     "inkling2": merged_patches,
     "instructblip": asked,
     "instructblipvideo": video,
@@ -324,7 +329,9 @@ MORE: dict[str, Callable[..., Inputs]] = {
         ("kosmos-2", "kosmos-2.5"),
         lambda config, ids: {"image_embeds_position_mask": (ids == IMAGE).long()},
     ),
-    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), lambda config, ids: {}),
+    "diffusion_gemma": lambda config, ids: {
+        "decoder_input_ids": torch.arange(20, 20 + config.canvas_length)[None]
+    },
     **dict.fromkeys(
         ("florence2", "pix2struct", "t5gemma2", "udop", "pp_formulanet", "vision-encoder-decoder"),
         lambda config, ids: {"decoder_input_ids": torch.tensor([[BOS, 20, 21, 22]])},
