@@ -1,0 +1,18 @@
+"""A tiny random checkpoint folder of every family, with its own processor: name → how to save it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import tiny_models
+from transformers import PreTrainedModel
+
+Save = Callable[[Path, int], PreTrainedModel]  # folder, seed → the model that was saved there
+
+
+def llava(folder: Path, seed: int = 0) -> PreTrainedModel:
+    model = tiny_models.tiny_llava(seed=seed)
+    tiny_models.save_checkpoint(model, folder)
+    return model
+
+
+TINY: Mapping[str, Save] = {"llava": llava}
