@@ -27,7 +27,7 @@ class Foreign(Builder):
         self.form = form
 
     def _attention(self, index: int, states: ir.Value, mask: ir.Value, tables: Tables) -> ir.Value:
-        it, pen = self.it, self.pen
+        it = self.it
         if self.form == "outside":
             return super()._attention(index, states, mask, tables)
         flat = self._project(index, states)

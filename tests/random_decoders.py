@@ -114,6 +114,8 @@ def drawn(rng: np.random.Generator) -> Decoder:
     """A decoder whose parts fit together."""
     found = {name: few[int(rng.integers(len(few)))] for name, few in CHOICES.items()}
     found["value_width"] = found["value_width"] or found["head_width"]
+    if found["fp16"]:  # rounding that grows from layer to layer is not what is tested
+        found["layers"] = min(found["layers"], 3)
     if found["rope"] == "none":
         found |= {"positions": "plain", "tables": "computed", "rope_form": "op", "partial": False}
     if found["rope_form"] == "op_cached" and (found["positions"] != "plain"):

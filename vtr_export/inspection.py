@@ -1,97 +1,37 @@
 """What an ONNX file or an artifact is made of: layers, token streams, cuts, and what is opaque."""
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it ships no types
 
 from vtr_export.analysis import Axes, Layer, find_layers, find_sites, label_axes, token_seeds
+from vtr_export.analysis.attentions import Attention, find_attentions
 from vtr_export.analysis.axes import NONE, OPAQUE
+from vtr_export.analysis.boundaries import Boundary, find_boundaries
 from vtr_export.analysis.layers import descendants
 from vtr_export.errors import AnalysisError, InputError
+from vtr_export.graph_facts import (
+    Crossing,
+    CutFound,
+    GraphFacts,
+    LayerFound,
+    Lost,
+    MaskFound,
+    StageFound,
+    StreamFound,
+    Tensor,
+)
 from vtr_export.manifest import Manifest
+from vtr_export.passes.infer_shapes import InferShapes
 from vtr_export.schedule import Cut, Keep, Resolved
 
 PRUNE, NARROW = "VtrTopKPrune", "VtrNarrow"
 MAX_TRAIL = 12
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output; ``axes`` says in words which of its axes count tokens."""
-
-    name: str
-    dtype: str
-    shape: str
-    axes: str = ""
-
-
-@dataclass(frozen=True)
-class LayerFound:
-    """A decoder layer: the stream that enters it, its attention node and what feeds that."""
-
-    index: int
-    entry: str
-    attention: str
-    past_key: str
-    mask: str
-
-
-@dataclass(frozen=True)
-class CutFound:
-    """A cut already in the graph: tokens dropped before a layer, and the streams narrowed there."""
-
-    before_layer: int | None
-    node: str
-    keep: str
-    streams: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Where tokens went in and the analysis lost them, and the way there from an input."""
-
-    value: str
-    node: str
-    operator: str
-    inputs: tuple[str, ...]
-    trail: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """What a cut before a layer would narrow."""
-
-    before_layer: int
-    entry: str
-    streams: tuple[str, ...]
-    masks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class GraphFacts:
-    """One ONNX file. ``why_no_layers`` is set where the layers could not be told."""
-
-    file: str
-    producer: str
-    opset: int | None
-    nodes: int
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    layers: tuple[LayerFound, ...]
-    why_no_layers: str
-    cuts: tuple[CutFound, ...]
-    lost: tuple[Lost, ...]
-    crossing: Crossing | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def inspect_path(path: Path, layer: int | None = None) -> tuple[Manifest | None, list[GraphFacts]]:
@@ -123,8 +63,14 @@ def inspect_file(file: Path, layer: int | None = None) -> GraphFacts:
 
 def _facts(file: Path, model: ir.Model, layer: int | None) -> GraphFacts:
     graph = model.graph
+    attentions = find_attentions(graph)
+    if any(each.query is not None and each.query.shape is None for each in attentions):
+        InferShapes()(model)
+        attentions = find_attentions(graph)
     labels = label_axes(graph, token_seeds(graph))
+    boundaries = find_boundaries(graph, attentions, labels)
     layers, why = _layers(graph, labels)
+    cuts = tuple(_cuts(graph, attentions))
     return GraphFacts(
         file=str(file),
         producer=f"{model.producer_name or 'unknown'} {model.producer_version or ''}".strip(),
@@ -132,9 +78,12 @@ def _facts(file: Path, model: ir.Model, layer: int | None) -> GraphFacts:
         nodes=len(graph),
         inputs=tuple(_tensor(value, labels) for value in graph.inputs),
         outputs=tuple(_tensor(value, labels) for value in graph.outputs),
-        layers=tuple(_layer(found) for found in layers),
-        why_no_layers=why,
-        cuts=tuple(_cuts(graph, layers)),
+        layers=tuple(_each_layer(graph, attentions, boundaries)),
+        streams=tuple(_streams(boundaries, labels)),
+        stages=tuple(_stages(len(attentions), cuts)),
+        masks=tuple(_masks(attentions)),
+        why_no_cuts=why,
+        cuts=cuts,
         lost=tuple(_lost(graph, labels)),
         crossing=None if layer is None else _crossing(graph, layers, labels, layer, why),
     )
@@ -177,7 +126,7 @@ def _without_external(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _layers(graph: ir.Graph, labels: Mapping[ir.Value, Axes]) -> tuple[list[Layer], str]:
-    """The decoder layers, or why there are none."""
+    """The layers as a cut needs them, or why it cannot be made as the graph stands."""
     if not any(value.name == "inputs_embeds" for value in graph.inputs):
         return [], "no input is called inputs_embeds: not a decoder that can be cut"
     try:
@@ -187,24 +136,76 @@ def _layers(graph: ir.Graph, labels: Mapping[ir.Value, Axes]) -> tuple[list[Laye
     return layers, "" if layers else "no Attention node reads a value with a token axis"
 
 
-def _layer(found: Layer) -> LayerFound:
-    return LayerFound(
-        found.index,
-        _name(found.entry),
-        found.attention.name or "",
-        _name(found.past_key),
-        _name(found.mask),
-    )
+def _each_layer(
+    graph: ir.Graph, attentions: Sequence[Attention], boundaries: Sequence[Boundary]
+) -> Iterator[LayerFound]:
+    """All that is said of each attention."""
+    inputs = {value.name: value for value in graph.inputs}
+    first = inputs.get("inputs_embeds", inputs.get("input_ids"))
+    entries = [first, *(boundary.entry for boundary in boundaries)]
+    for index, (found, entry) in enumerate(zip(attentions, entries, strict=False)):
+        yield LayerFound(
+            index=index,
+            attention=found.kind,
+            heads=found.heads,
+            kv_heads=found.kv_heads,
+            entry=_name(entry) or None,
+            node=found.last.name or "",
+            past_key=_name(found.past) or None,
+            masks=tuple(_name(mask) for mask in found.masks),
+            traits=found.traits,
+        )
 
 
-def _cuts(graph: ir.Graph, layers: list[Layer]) -> list[CutFound]:
+def _streams(
+    boundaries: Sequence[Boundary], labels: Mapping[ir.Value, Axes]
+) -> Iterator[StreamFound]:
+    """Residual streams first, then what else crosses, in the order of its name."""
+    crossed: dict[ir.Value, list[int]] = {}
+    for boundary in boundaries:
+        if boundary.entry is not None:
+            axes = labels.get(boundary.entry, NONE)
+            yield StreamFound(_name(boundary.entry), axes.token, "residual", (boundary.layer,))
+        for value in boundary.others:
+            crossed.setdefault(value, []).append(boundary.layer)
+    for value in sorted(crossed, key=_name):
+        axes, layers = labels.get(value, NONE), tuple(crossed[value])
+        if axes.key is not None:
+            yield StreamFound(_name(value), axes.key, "keys", layers)
+        elif axes.token is not None:
+            yield StreamFound(_name(value), axes.token, "tokens", layers)
+        else:
+            yield StreamFound(_name(value), None, "lost", layers)
+
+
+def _stages(layers: int, cuts: Sequence[CutFound]) -> Iterator[StageFound]:
+    """One more than cuts."""
+    keeps = {0: "all"}
+    keeps |= {cut.before_layer: cut.keep for cut in cuts if cut.before_layer is not None}
+    firsts = [*keeps, layers]
+    for first, following in pairwise(firsts if layers else ()):
+        yield StageFound(first, following - first, keeps[first])
+
+
+def _masks(attentions: Sequence[Attention]) -> Iterator[MaskFound]:
+    readers: dict[ir.Value, list[int]] = {}
+    for index, found in enumerate(attentions):
+        for mask in found.masks:
+            readers.setdefault(mask, []).append(index)
+    for mask, layers in readers.items():
+        producer = mask.producer()
+        made = "input" if producer is None else _operator(producer)
+        yield MaskFound(_name(mask), made, _shape(mask), tuple(layers))
+
+
+def _cuts(graph: ir.Graph, attentions: Sequence[Attention]) -> list[CutFound]:
     """Every prune node, from shallow to deep."""
     found = []
     for node in graph:
         if (node.domain, node.op_type) != ("vtr", PRUNE) or len(node.outputs) < 2:
             continue
         after = descendants(node.outputs[0])
-        deeper = (layer.index for layer in layers if layer.attention in after)
+        deeper = (index for index, each in enumerate(attentions) if each.last in after)
         narrowed = [use.node for use in node.outputs[1].uses() if use.node.op_type == NARROW]
         streams = tuple(sorted(_name(each.inputs[0]) for each in narrowed))
         found.append(CutFound(next(deeper, None), node.name or "", _keep(node), streams))
@@ -289,9 +290,12 @@ def _crossing(
 
 def _tensor(value: ir.Value, labels: Mapping[ir.Value, Axes]) -> Tensor:
     dtype = str(value.dtype).lower() if value.dtype is not None else "?"
-    shape = str(value.shape).replace(",", ", ") if value.shape is not None else "?"
     axes = labels.get(value, NONE)
-    return Tensor(_name(value), dtype, shape, _axes(axes) if axes else "")
+    return Tensor(_name(value), dtype, _shape(value), _axes(axes) if axes else "")
+
+
+def _shape(value: ir.Value) -> str:
+    return str(value.shape).replace(",", ", ") if value.shape is not None else "?"
 
 
 def _axes(axes: Axes) -> str:

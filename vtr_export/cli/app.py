@@ -14,6 +14,7 @@ from vtr_export.cli import (
     build,
     build_plugin,
     export,
+    inspect,
     machine,
     plan,
     run,
@@ -41,7 +42,7 @@ app.command()(plan.plan)
 app.command()(run.run)
 app.command()(verify.verify)
 app.command()(artifacts.bench)
-app.command()(artifacts.inspect)
+app.command()(inspect.inspect)
 app.command()(machine.doctor)
 app.add_typer(schedule.app)
 app.add_typer(search.app)

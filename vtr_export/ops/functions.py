@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 DOMAIN = "vtr"
 VERSION = 1
+OLDEST = 18  # opset whose operators a body can be read with: reductions take their axes as input
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def declare(model: ir.Model, name: str, choice: Choice | None = None) -> None:
     if (DOMAIN, name, "") in model.functions:
         return
     function = load(name, choice)
+    opset = model.opset_imports.get("", OLDEST)
+    function.opset_imports[""] = max(OLDEST, opset)  # onnx.checker refuses a mixture
     model.functions[function.identifier()] = function
     model.graph.opset_imports[DOMAIN] = VERSION
     for node in function:
