@@ -1,41 +1,15 @@
 """How a family's images become features: what is traced, and on what inputs."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.export import Dim
 from torch.nn import Module
 from transformers import PreTrainedModel
 
 from vtr_export.families import ModelFacts
-
-
-@dataclass(frozen=True)
-class Feed:
-    """An input of the encoder: an example, and the names of the axes that are not fixed."""
-
-    example: Tensor
-    axes: tuple[str | None, ...]
-
-    @property
-    def dynamic(self) -> dict[int, Any]:
-        """As torch.export wants it."""
-        return {axis: Dim(name) for axis, name in enumerate(self.axes) if name is not None}
-
-
-@dataclass(frozen=True)
-class VisionGraph:
-    """``forward(model, **feeds)`` gives the features ``[..., D]`` of all images, in order.
-
-    ``model`` is transformers'; the feeds' names are the graph's inputs, which the runtime's
-    ``ImageKind`` of the family makes.
-    """
-
-    forward: Callable[..., Tensor]
-    feeds: Callable[[ModelFacts, torch.dtype], Mapping[str, Feed]]
+from vtr_export.frontends.feeds import Feed, VisionGraph
 
 
 class VisionEncoder(Module):

@@ -1,0 +1,1 @@
+"""What some families 'code asks for: one module each."""
