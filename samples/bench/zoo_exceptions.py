@@ -76,7 +76,7 @@ EXCEPTIONS: dict[str, Changes] = {
     **_same("qwen2_5_omni_thinker qwen3_omni_moe_thinker", _OMNI),  # of the word before the image
     # wider heads in the last layer only
     "gemma4_unified_text": _GEMMA_4,
-    "gemma4_unified_vision": {"mm_embed_dim": 16, "mm_posemb_size": 16},
+    "gemma4_unified_vision": {"mm_embed_dim": 16, "output_proj_dims": 16, "mm_posemb_size": 16},
     "gemma4_text": _GEMMA_4 | {"use_bidirectional_attention": "vision"},  # as its larger models
     # the sum of the two parts of a head
     **_same("dots3_note_text mistral4", {"head_dim": 16}),
