@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
-from foreign_decoders import Style, tiny_llama, write
 from foreign_parity import assert_parity, cut
+from written_llama import Style, tiny_llama, write
 
 STYLES = {
     "standard": Style(),
@@ -35,3 +36,15 @@ def test_a_cut_decoder_is_the_reference(name: str, tmp_path: Path) -> None:
     file = tmp_path / "decoder.onnx"
     ir.save(write(model, style), file, external_data="weights.bin")
     assert_parity(cut(file, tmp_path), model)
+
+
+def test_half_precision_stays_half(tmp_path: Path) -> None:
+    model = tiny_llama()
+    for style in (
+        Style(dtype="float16"),
+        Style("gqa_rotary", "skip", opset=20, positions="none", dtype="float16"),
+    ):
+        file = tmp_path / "decoder.onnx"
+        ir.save(write(model, style), file, external_data="weights.bin")
+        report = cut(file, tmp_path, force=True)
+        assert_parity(report, model, atol=5e-2, dtype=np.float16)
