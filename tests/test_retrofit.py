@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from foreign_parity import assert_parity, cut
-from written_llama import Style, tiny_llama, write
+from int4 import meant, quantise
+from written_llama import LAYERS, Style, parts, tiny_llama, write
 
 STYLES = {
     "standard": Style(),
@@ -48,3 +49,18 @@ def test_half_precision_stays_half(tmp_path: Path) -> None:
         ir.save(write(model, style), file, external_data="weights.bin")
         report = cut(file, tmp_path, force=True)
         assert_parity(report, model, atol=5e-2, dtype=np.float16)
+
+
+@pytest.mark.parametrize("name", ["grouped, rotary inside", "matmul", "standard"])
+def test_an_int4_decoder_is_the_reference_with_its_weights(name: str, tmp_path: Path) -> None:
+    style, model = STYLES[name], tiny_llama()
+    given = tmp_path / "given.onnx"
+    ir.save(write(model, style), given, external_data="given.bin")
+    file = quantise(given, tmp_path / "int4" / "decoder.onnx")
+    weights = meant(file)
+    assert len(weights) == 1 + 7 * LAYERS
+    for index, layer in enumerate(model.model.layers):
+        for part, linear in parts(layer).items():
+            linear.weight.data = weights[f"w{part}_{index}"]
+    model.lm_head.weight.data = weights["head"]
+    assert_parity(cut(file, tmp_path), model)

@@ -78,6 +78,13 @@ def write(model: LlamaForCausalLM, style: Style, **changes: str) -> ir.Model:
     return made
 
 
+def parts(layer: Any) -> dict[str, torch.nn.Linear]:
+    """The products of a layer, by the names that the graphs give them."""
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    owners = (*[layer.self_attn] * 4, *[layer.mlp] * 3)
+    return {name: getattr(owner, f"{name}_proj") for name, owner in zip(names, owners, strict=True)}
+
+
 def _weights(model: LlamaForCausalLM, style: Style) -> Iterator[tuple[str, Any]]:
     kind = np.float16 if style.dtype == "float16" else np.float32
 
@@ -85,15 +92,12 @@ def _weights(model: LlamaForCausalLM, style: Style) -> Iterator[tuple[str, Any]]
         return np.ascontiguousarray(weight.detach().numpy()).astype(kind)
 
     for index, layer in enumerate(model.model.layers):
-        attention, mlp = layer.self_attn, layer.mlp
         yield f"norm_{index}", plain(layer.input_layernorm.weight)
         yield f"post_{index}", plain(layer.post_attention_layernorm.weight)
-        parts = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
-        parts |= {"o": attention.o_proj, "gate": mlp.gate_proj, "up": mlp.up_proj}
-        parts |= {"down": mlp.down_proj}
-        for name, part in parts.items():
+        linears = parts(layer)
+        for name, part in linears.items():
             yield f"w{name}_{index}", plain(part.weight.T)
-        packed = torch.cat([parts[name].weight for name in "qkv"]).T
+        packed = torch.cat([linears[name].weight for name in "qkv"]).T
         yield f"wqkv_{index}", plain(packed)
     yield "norm", plain(model.model.norm.weight)
     yield "head", plain(model.lm_head.weight.T)

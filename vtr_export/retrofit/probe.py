@@ -180,15 +180,16 @@ def _feed(value: ir.Value, lengths: Lengths) -> Array:
         return lengths.padding.astype(dtype)
     if name == "position_ids":
         return positions(lengths, len(value.shape or (0, 0))).astype(dtype)
-    shape = [int(str(dim)) if str(dim).isdecimal() else None for dim in value.shape or ()]
+    shape = list(value.shape or ())
     if name in ("inputs_embeds", "input_ids"):
-        return np.zeros([batch, lengths.new, *(dim or 1 for dim in shape[2:])], dtype)
+        rest = [int(str(dim)) if str(dim).isdecimal() else 1 for dim in shape[2:]]
+        return np.zeros([batch, lengths.new, *rest], dtype)
     return np.zeros(cache_sizes(shape, batch, lengths.past), dtype)
 
 
 def cache_sizes(shape: Sequence[object], batch: int, past: int) -> list[int]:
     """Sizes of a cache: of two open dimensions the first counts rows, the other tokens."""
-    open_axes = [axis for axis, dim in enumerate(shape) if not isinstance(dim, int)]
+    open_axes = [axis for axis, dim in enumerate(shape) if not str(dim).isdecimal()]
     counts = [batch, past] if len(open_axes) > 1 else [past]
     sizes = dict(zip(open_axes, [*counts, *[1] * len(shape)], strict=False))
     return [sizes[axis] if axis in sizes else int(str(dim)) for axis, dim in enumerate(shape)]
