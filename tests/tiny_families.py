@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import tiny_llavas
 import tiny_models
 from transformers import PreTrainedModel
 
@@ -15,4 +16,7 @@ def llava(folder: Path, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-TINY: Mapping[str, Save] = {"llava": llava}
+TINY: Mapping[str, Save] = {
+    "llava": llava,
+    "llava_next": tiny_llavas.llava_next,
+}

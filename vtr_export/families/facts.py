@@ -28,6 +28,19 @@ class VisionFacts:
 
 
 @dataclass(frozen=True)
+class Anyres:
+    """Images cut into tiles of the tower's size, and one tile more of the whole image.
+
+    An image is fitted into the best of ``pinpoints`` (height, width; pixels). A tile has ``side``
+    by ``side`` tokens. What has more tokens than ``max_tiles`` tiles is shrunk; None: nothing is.
+    """
+
+    pinpoints: tuple[tuple[int, int], ...]
+    side: int
+    max_tiles: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """The shape of a vision-language model; sizes in elements, ``dtype`` as torch spells it.
 
@@ -55,3 +68,4 @@ class ModelFacts:
     projector_macs: int
     layer_biases: int = 0
     mrope: bool = False
+    anyres: Anyres | None = None

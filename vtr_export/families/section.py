@@ -84,6 +84,18 @@ def section_of(config: Config, key: str, fallback: str, where: str) -> tuple[str
     return kind, Section({**defaults()[kind], **given}, f"{key}.", where)
 
 
+def filled(config: Config) -> Config:
+    """A whole configuration over what its class says where the file is silent."""
+    own = defaults()[config["model_type"]]
+    given = {name: value for name, value in config.items() if value is not None}
+    for alias, name in own.get("aliases", {}).items():
+        if alias in given:
+            given.setdefault(name, given[alias])
+    notes = ("absent", "derived", "aliases", "sub_configs")
+    plain = {name: value for name, value in own.items() if name not in notes}
+    return {**plain, **own.get("derived", {}), **own.get("absent", {}), **given}
+
+
 def image_token(config: Config, default: int, where: str) -> int:
     """The id of an image's places in a prompt."""
     value = config.get("image_token_index", config.get("image_token_id", default))

@@ -9,6 +9,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from vtr_export.families import ModelFacts
+from vtr_export.frontends.families import llava
 from vtr_export.frontends.feeds import Feed, VisionGraph
 
 
@@ -40,19 +41,10 @@ def whole_images(model: Any, pixel_values: Tensor) -> Tensor:
     return found if isinstance(found, Tensor) else torch.stack(list(found))
 
 
-def llava(model: Any, pixel_values: Tensor) -> Tensor:
-    """[images, tokens, D]: LLaVA's selected layers, projected."""
-    config, model = model.config, model.model
-    layers = config.vision_feature_layer
-    hidden = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    first = 1 if config.vision_feature_select_strategy == "default" else 0
-    chosen = [layers] if isinstance(layers, int) else layers
-    features = torch.cat([hidden[layer][:, first:] for layer in chosen], dim=-1)
-    projected: Tensor = model.multi_modal_projector(features)
-    return projected
-
-
-GRAPHS: Final[Mapping[str, VisionGraph]] = {"llava": VisionGraph(llava, one_size)}
+GRAPHS: Final[Mapping[str, VisionGraph]] = {
+    "llava": VisionGraph(llava.projected, one_size),
+    "llava_next": VisionGraph(llava.packed, llava.tiles),
+}
 
 
 def vision_graph(facts: ModelFacts) -> VisionGraph:

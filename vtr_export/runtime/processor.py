@@ -64,21 +64,23 @@ class Processor:
         ArtifactError when the processor's file promises other tokens than the model gives.
         """
         inputs = self.images.inputs(images, self.facts)
-        if self.facts.tokens_per_image is not None:
-            self._check_promise(*inputs.feeds["pixel_values"].shape[-2:])
+        anyres = self.facts.anyres
+        tokens = self.facts.tokens_per_image if anyres is None else anyres.side**2
+        if tokens is not None:
+            self._check_promise(tokens, *inputs.feeds["pixel_values"].shape[-2:])
         return inputs
 
-    def _check_promise(self, height: int, width: int) -> None:
-        """The file's own count of the tokens of an image, where there is one."""
-        patch = self._config.get("patch_size")
-        if not isinstance(patch, int):
+    def _check_promise(self, tokens: int, height: int, width: int) -> None:
+        """The file's own count of the tokens of an image, or a tile, where there is one."""
+        count, patch = self._config.get("num_image_tokens"), self._config.get("patch_size")
+        if isinstance(patch, int):
+            count = (height // patch) * (width // patch)
+            count += int(self._config.get("num_additional_image_tokens") or 0)
+        if not isinstance(count, int):
             return
-        strategy = self._config.get("vision_feature_select_strategy")
-        count = (height // patch) * (width // patch)
-        count += int(self._config.get("num_additional_image_tokens") or 0)
-        count -= strategy == "default"
-        if count != (fixed := self.facts.tokens_per_image):
-            raise self._broken(f"it counts {count} tokens for an image, the model {fixed}")
+        count -= self._config.get("vision_feature_select_strategy") == "default"
+        if count != tokens:
+            raise self._broken(f"it counts {count} tokens for an image, the model {tokens}")
 
     def messages(self, question: str, images: int) -> list[Message]:
         """One user turn: the images, then the question."""

@@ -1,1 +1,1 @@
-"""What some families 'code asks for: one module each."""
+"""What the code of some families asks for: one module each."""

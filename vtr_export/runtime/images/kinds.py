@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from vtr_export.errors import ArtifactError
+from vtr_export.runtime.images import anyres, plain
 from vtr_export.runtime.images.inputs import ImageKind
-from vtr_export.runtime.images.plain import PROCESSORS, ImageFacts
 from vtr_export.runtime.json_files import read_json
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Read = Callable[[str, Mapping[str, Any], str], ImageKind]
-KINDS: Final[Mapping[str, Read]] = dict.fromkeys(PROCESSORS, ImageFacts.read)
+KINDS: Final[Mapping[str, Read]] = {
+    **dict.fromkeys(plain.PROCESSORS, plain.ImageFacts.read),
+    **dict.fromkeys(anyres.PROCESSORS, anyres.AnyresFacts.read),
+}
 
 
 def read_kind(folder: Path) -> ImageKind:

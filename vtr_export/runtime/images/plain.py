@@ -45,6 +45,12 @@ _SQUARE: Final[Mapping[str, Any]] = {
 PROCESSORS: Final[Mapping[str, Mapping[str, Any]]] = {
     "CLIPImageProcessor": _CLIP,
     "LlavaImageProcessor": {**_CLIP, "do_pad": False},
+    "LlavaNextImageProcessor": _CLIP,
+    "LlavaOnevisionImageProcessor": {
+        **_CLIP,
+        "size": {"height": 384, "width": 384},
+        "do_center_crop": False,
+    },
     "SiglipImageProcessor": {**_SQUARE, "resample": 3, "do_convert_rgb": True},
     "ViTImageProcessor": {**_SQUARE, "resample": 2},
 }
@@ -108,7 +114,7 @@ class ImageFacts:
         is taken as it is and laid on white: so does transformers. InputError for what is no
         image, and for images that end in different sizes.
         """
-        prepared = [self._prepare(load(image)) for image in images]
+        prepared = [self.prepare(self.decode(image)) for image in images]
         if len(shapes := {one.shape for one in prepared}) > 1:
             sizes = ", ".join(f"{w}x{h}" for _, h, w in sorted(shapes))
             raise InputError(
@@ -117,7 +123,9 @@ class ImageFacts:
             )
         return np.stack(prepared)
 
-    def _prepare(self, image: Image.Image) -> Pixels:
+    def decode(self, picture: Picture) -> Pixels:
+        """``[3, height, width]`` uint8. InputError for what is no image, or not RGB as it is."""
+        image = load(picture)
         pixels = np.moveaxis(np.array(to_rgb(image) if self.convert_rgb else image), -1, 0)
         if pixels.ndim != 3 or pixels.dtype != np.uint8 or len(pixels) != 3:
             raise InputError(
@@ -125,10 +133,15 @@ class ImageFacts:
                 where=self.where,
                 hint="convert it to RGB first",
             )
+        return pixels
+
+    def prepare(self, pixels: Pixels) -> Pixels:
+        """What is done to a decoded image, in order."""
         if self.pad_square is not None:
-            pixels = _pad_square(pixels, self.pad_square)
+            pixels = pad_square(pixels, self.pad_square)
         if self.resize is not None:
-            pixels = self._resize(pixels)
+            height, width = target_size(self.resize, pixels.shape[1], pixels.shape[2])
+            pixels = self.resized(pixels, height, width)
         if self.crop is not None:
             pixels = _center_crop(pixels, self.crop)
         if self.rescale is not None:
@@ -137,9 +150,8 @@ class ImageFacts:
             pixels = _normalize(pixels, *self.normalize)
         return pixels if self.pad is None else _pad_end(pixels, self.pad)
 
-    def _resize(self, pixels: Pixels) -> Pixels:
-        assert self.resize is not None
-        height, width = target_size(self.resize, pixels.shape[1], pixels.shape[2])
+    def resized(self, pixels: Pixels, height: int, width: int) -> Pixels:
+        """By Pillow's filter; InputError for no pixels, and for more than its limit."""
         limit = Image.MAX_IMAGE_PIXELS or math.inf
         if not 0 < height * width <= limit:
             raise InputError(
@@ -166,7 +178,11 @@ class ImageFacts:
 
     def view(self, inputs: ImageInputs, number: int) -> Image.Image:
         """One image's pixel values as a picture again."""
-        values = np.moveaxis(inputs.feeds["pixel_values"][number].astype(np.float64), 0, -1)
+        return self.picture(inputs.feeds["pixel_values"][number])
+
+    def picture(self, prepared: Pixels) -> Image.Image:
+        """Pixel values as a picture again."""
+        values = np.moveaxis(prepared.astype(np.float64), 0, -1)
         if self.normalize is not None:
             mean, std = self.normalize
             values = values * np.array(std) + np.array(mean)
@@ -182,7 +198,8 @@ def _channels(value: Any) -> tuple[float, ...]:
     return tuple(float(x) for x in values)
 
 
-def _pad_square(pixels: Pixels, color: tuple[int, ...]) -> Pixels:
+def pad_square(pixels: Pixels, color: tuple[int, ...]) -> Pixels:
+    """The image in the middle of a square of ``color`` (by channel)."""
     channels, height, width = pixels.shape
     if height == width:
         return pixels

@@ -1,0 +1,78 @@
+"""Tiny random checkpoints of what came of LLaVA."""
+
+from pathlib import Path
+from typing import Any
+
+import tiny_models
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+TILE, PATCH = 28, 7  # pixels
+PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+
+
+def text_sizes(**others: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "pad_token_id": tiny_models.PAD,
+        "bos_token_id": tiny_models.BOS,
+        "eos_token_id": tiny_models.EOS,
+        **others,
+    }
+
+
+def vision_sizes(**others: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": TILE,
+        "patch_size": PATCH,
+        **others,
+    }
+
+
+def save(
+    model: PreTrainedModel, processor: ProcessorMixin, folder: Path, seed: int
+) -> PreTrainedModel:
+    tiny_models.randomize(model, seed)
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model
+
+
+def llava_next(folder: Path, seed: int = 0) -> PreTrainedModel:
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(projection_dim=16, **vision_sizes()),
+        text_config=LlamaConfig(**text_sizes()),
+        image_token_index=tiny_models.IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(
+            size={"shortest_edge": TILE},
+            crop_size={"height": TILE, "width": TILE},
+            image_grid_pinpoints=PINPOINTS,
+        ),
+        tokenizer=tiny_models.tiny_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tiny_models.CHAT_TEMPLATE,
+    )
+    return save(LlavaNextForConditionalGeneration(config), processor, folder, seed)

@@ -1,0 +1,45 @@
+"""LLaVA and what came of it: a tower's selected layers, projected; tiles packed to one row."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtr_export.families import ModelFacts
+from vtr_export.frontends.feeds import Feed
+
+
+def projected(model: Any, pixel_values: Tensor) -> Tensor:
+    """[images or tiles, tokens, D]: the selected layers of the tower, side by side, projected."""
+    config, model = model.config, model.model
+    layers = config.vision_feature_layer
+    hidden = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    first = 1 if strategy == "default" else 0
+    chosen = [layers] if isinstance(layers, int) else layers
+    features = torch.cat([hidden[layer][:, first:] for layer in chosen], dim=-1)
+    found: Tensor = model.multi_modal_projector(features)
+    return found
+
+
+def packed(model: Any, pixel_values: Tensor, pack_index: Tensor) -> Tensor:
+    """[tokens, D]: row 0 is the newline, the others are the tiles' tokens in order."""
+    return torch.index_select(_rows(model, pixel_values), 0, pack_index)
+
+
+def _rows(model: Any, pixel_values: Tensor) -> Tensor:
+    tiles = projected(model, pixel_values)
+    return torch.cat((model.model.image_newline[None], tiles.flatten(0, 1)))
+
+
+def tiles(facts: ModelFacts, dtype: torch.dtype) -> dict[str, Feed]:
+    """``pixel_values`` [tiles, channels, H, W], and ``pack_index`` [tokens] int64."""
+    vision = facts.vision
+    assert vision is not None
+    assert vision.image_size is not None, "tiles have one size"
+    side = vision.image_size
+    pixels = torch.empty(2, vision.channels, side, side, dtype=dtype)
+    return {
+        "pixel_values": Feed(pixels, ("tiles", None, None, None)),
+        "pack_index": Feed(torch.zeros(3, dtype=torch.long), ("tokens",)),
+    }
