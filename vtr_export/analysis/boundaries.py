@@ -1,6 +1,6 @@
 """What flows from layer to layer: the stream that enters each, and all else that has tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from vtr_export.analysis.attentions import Attention
 from vtr_export.analysis.axes import LENGTH, NONE, Axes, Labels
-from vtr_export.analysis.layers import descendants, residual
+from vtr_export.analysis.layers import descendants, order_of, residual
 from vtr_export.errors import AnalysisError
 
 
@@ -28,17 +28,19 @@ def find_boundaries(
     graph: ir.Graph, attentions: Sequence[Attention], labels: Labels
 ) -> list[Boundary]:
     """One before each layer but the first."""
-    found = []
+    found, order = [], order_of(graph)
     for number, (before, after) in enumerate(pairwise(attentions), start=1):
-        entry = _entry(graph, before.last, after.first)
+        entry = _entry(graph, before.last, after.first, order)
         others = () if entry is None else _others(entry, labels)
         found.append(Boundary(number, entry, others))
     return found
 
 
-def _entry(graph: ir.Graph, before: ir.Node, after: ir.Node) -> ir.Value | None:
+def _entry(
+    graph: ir.Graph, before: ir.Node, after: ir.Node, order: Mapping[ir.Node, int]
+) -> ir.Value | None:
     try:
-        return residual(graph, before, after)
+        return residual(graph, before, after, order)
     except AnalysisError:
         return None
 

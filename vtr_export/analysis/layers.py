@@ -1,7 +1,7 @@
 """Decoder layers: one attention node each, and the residual stream that enters it."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -39,8 +39,9 @@ def find_layers(graph: ir.Graph, labels: Labels) -> list[Layer]:
         raise AnalysisError("the graph has no input inputs_embeds", hint="give it a decoder")
     _check_followed(graph, labels)
     layers: list[Layer] = []
+    order = order_of(graph)
     for index, node in enumerate(sites):
-        entry = source if index == 0 else residual(graph, layers[-1].attention, node)
+        entry = source if index == 0 else residual(graph, layers[-1].attention, node, order)
         layers.append(_layer(index, entry, node, labels))
     return layers
 
@@ -126,11 +127,24 @@ def _refusal(index: int, why: str, node: ir.Node) -> AnalysisError:
     )
 
 
-def residual(graph: ir.Graph, before: ir.Node, after: ir.Node) -> ir.Value:
-    """The last value before ``after`` that everything computed from ``before`` passes through."""
-    ahead = ancestors(after.inputs, before)
-    between = {node for value in before.outputs for node in descendants(value, ahead)}
-    for node in reversed([node for node in graph if node in between]):
+def order_of(graph: ir.Graph) -> Mapping[ir.Node, int]:
+    """The place of each node in the topological order of ``graph``."""
+    return {node: place for place, node in enumerate(graph)}
+
+
+def residual(
+    graph: ir.Graph,
+    before: ir.Node,
+    after: ir.Node,
+    order: Mapping[ir.Node, int] | None = None,
+) -> ir.Value:
+    """The last value before ``after`` that everything computed from ``before`` passes through.
+
+    ``order`` is ``order_of(graph)``, for who asks often.
+    """
+    order = order if order is not None else order_of(graph)
+    between = _between(before, after, order)
+    for node in sorted(between, key=order.__getitem__, reverse=True):
         for value in node.outputs:
             if _carries_all(value, before, between):
                 return value
@@ -138,6 +152,27 @@ def residual(graph: ir.Graph, before: ir.Node, after: ir.Node) -> ir.Value:
         f"no single stream of tokens leads to attention node {after.name!r}",
         hint="vtr inspect shows what was found",
     )
+
+
+def _between(before: ir.Node, after: ir.Node, order: Mapping[ir.Node, int]) -> set[ir.Node]:
+    """Nodes computed from ``before`` that ``after`` is computed from; no other is looked at."""
+    end = order[after]
+    behind: set[ir.Node] = set()
+    stack = [use.node for value in before.outputs for use in value.uses()]
+    while stack:
+        node = stack.pop()
+        if node not in behind and order.get(node, end) < end:
+            behind.add(node)
+            stack.extend(use.node for value in node.outputs for use in value.uses())
+    found: set[ir.Node] = set()
+    stack = [after]
+    while stack:
+        for value in stack.pop().inputs:
+            node_before = value.producer() if value is not None else None
+            if node_before in behind and node_before not in found:
+                found.add(node_before)
+                stack.append(node_before)
+    return found
 
 
 def _carries_all(candidate: ir.Value, before: ir.Node, between: set[ir.Node]) -> bool:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from vtr_export import ops
 from vtr_export.analysis.axes import NONE, Axes, Labels, rank
-from vtr_export.analysis.layers import Layer, descendants
+from vtr_export.analysis.layers import Layer
 from vtr_export.errors import AnalysisError
 from vtr_export.schedule import Cut, Resolved
 
@@ -45,23 +45,67 @@ def find_sites(layers: list[Layer], labels: Labels, schedule: Resolved) -> list[
             f"the graph has {len(layers)} attention layers, the model {schedule.layers}",
             hint="vtr inspect lists the layers that were found",
         )
-    return [_find(layers, labels, schedule, cut) for cut in schedule.cuts]
+    entries = [_entry(layers, labels, schedule, cut) for cut in schedule.cuts]
+    reaches: list[_Reach] = []
+    for entry in reversed(entries):
+        reaches.insert(0, _reach(entry, reaches[0] if reaches else None))
+    each = zip(schedule.cuts, reaches, strict=True)
+    return [_find(layers, labels, schedule, cut, reach) for cut, reach in each]
 
 
-def _find(layers: list[Layer], labels: Labels, schedule: Resolved, cut: Cut) -> Site:
+@dataclass(frozen=True)
+class _Reach:
+    """All nodes computed from ``entry``, and the values that they read and do not make."""
+
+    entry: ir.Value
+    nodes: frozenset[ir.Node]
+    read: tuple[ir.Value, ...]
+
+    def makes(self, value: ir.Value | None) -> bool:
+        """Whether ``value`` follows from the entry; masks count as made before it."""
+        producer = value.producer() if value is not None else None
+        return producer is not None and producer in self.nodes and not _is_mask(producer)
+
+
+def _reach(entry: ir.Value, deeper: _Reach | None) -> _Reach:
+    """What a deeper entry reaches is not walked again."""
+    known = deeper.nodes if deeper is not None else frozenset()
+    nodes: set[ir.Node] = set()
+    stack = [entry]
+    while stack:
+        for use in stack.pop().uses():
+            if use.node not in nodes and use.node not in known:
+                nodes.add(use.node)
+                stack.extend(use.node.outputs)
+    if deeper is not None and deeper.entry is not entry and deeper.entry.producer() not in nodes:
+        return _reach(entry, None)
+    found = _Reach(entry, known | nodes, ())
+    read: dict[ir.Value, None] = {}
+    inputs = [value for node in nodes if not _is_mask(node) for value in node.inputs]
+    for value in (*inputs, *(deeper.read if deeper is not None else ())):
+        if value is not None and value is not entry and not found.makes(value):
+            read[value] = None
+    return _Reach(entry, found.nodes, tuple(read))
+
+
+def _entry(layers: list[Layer], labels: Labels, schedule: Resolved, cut: Cut) -> ir.Value:
+    """What the cut narrows by score."""
     layer = cut.before_layer
-    scored = layers[layer - 1 if schedule.source == "previous" else layer]
     if schedule.drop_point == "inside":
-        entry = _attended(layers[layer - 1], labels)
-    else:
-        entry = layers[layer].entry
+        return _attended(layers[layer - 1], labels)
+    return layers[layer].entry
+
+
+def _find(layers: list[Layer], labels: Labels, schedule: Resolved, cut: Cut, reach: _Reach) -> Site:
+    layer, entry = cut.before_layer, reach.entry
+    scored = layers[layer - 1 if schedule.source == "previous" else layer]
     _check_entry(layer, entry, labels)
     for reader in (scored, *layers[layer:]):
         _check_mask(reader)
     if schedule.source == "next":
-        _check_projections(scored, entry)
-    after = frozenset(node for node in descendants(entry) if not _is_mask(node))
-    streams, masks = _live_outs(layer, entry, after, labels)
+        _check_projections(scored, reach)
+    streams, masks = _live_outs(layer, reach, labels)
+    after = frozenset(node for node in reach.nodes if not _is_mask(node))
     return Site(cut, scored, entry, after, streams, masks)
 
 
@@ -85,10 +129,10 @@ def _check_mask(layer: Layer) -> None:
         )
 
 
-def _check_projections(layer: Layer, entry: ir.Value) -> None:
+def _check_projections(layer: Layer, reach: _Reach) -> None:
     """The layer after a cut can be asked before it runs if all it projects follows from there."""
     for value in (layer.query, layer.key):
-        if value.producer() not in descendants(entry):
+        if value.producer() not in reach.nodes:
             raise AnalysisError(
                 f"layer {layer.index}: {value.name!r} is not computed from the stream that enters",
                 where=_place(value),
@@ -117,22 +161,19 @@ def _attended(layer: Layer, labels: Labels) -> ir.Value:
 
 
 def _live_outs(
-    layer: int, entry: ir.Value, after: frozenset[ir.Node], labels: Labels
+    layer: int, reach: _Reach, labels: Labels
 ) -> tuple[tuple[Stream, ...], tuple[ir.Value, ...]]:
     streams: dict[ir.Value, Stream] = {}
     masks: dict[ir.Value, None] = {}
-    for node in after:
-        for value in node.inputs:
-            if value is None or value is entry or value.producer() in after:
-                continue
-            axes = labels.get(value, NONE)
-            if not axes:
-                continue
-            _check(layer, entry, value, axes)
-            if axes.key is not None:
-                masks[value] = None
-            elif axes.token is not None:
-                streams[value] = Stream(value, axes.token)
+    for value in reach.read:
+        axes = labels.get(value, NONE)
+        if not axes:
+            continue
+        _check(layer, reach.entry, value, axes)
+        if axes.key is not None:
+            masks[value] = None
+        elif axes.token is not None:
+            streams[value] = Stream(value, axes.token)
     order = sorted(streams.values(), key=lambda stream: stream.value.name or "")
     return tuple(order), tuple(masks)
 

@@ -1,11 +1,12 @@
 """Append named nodes to a graph; the caller's topological sort puts them in order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 
 import onnx_ir as ir
 
 from vtr_export import ops
-from vtr_export.analysis.layers import ancestors, descendants
+from vtr_export.analysis.layers import order_of
 
 
 class Build:
@@ -13,6 +14,11 @@ class Build:
 
     def __init__(self, model: ir.Model, choice: ops.Choice, prefix: str = "") -> None:
         self.model, self.graph, self.choice, self.prefix = model, model.graph, choice, prefix
+
+    @cached_property
+    def order(self) -> Mapping[ir.Node, int]:
+        """Where the nodes stood before any was added."""
+        return order_of(self.graph)
 
     def op(self, op_type: str, inputs: Sequence[ir.Value], name: str, **attrs: int) -> ir.Value:
         """One standard operator with integer attributes."""
@@ -103,11 +109,6 @@ def _integers(attributes: Mapping[str, int]) -> list[ir.Attr]:
     return [ir.AttrInt64(name, value) for name, value in attributes.items()]
 
 
-def depends(value: ir.Value, source: ir.Value) -> bool:
-    """Whether ``value`` is computed from ``source``."""
-    return value.producer() in descendants(source)
-
-
 def replay(
     build: Build,
     value: ir.Value,
@@ -119,9 +120,8 @@ def replay(
 
     The copies are called ``<prefix>.<name>.<original>``.
     """
-    path = ancestors([value]) & descendants(source)
     copies = dict(substitutes)
-    for node in [node for node in build.graph if node in path]:
+    for node in sorted(_path(value, source, copies), key=build.order.__getitem__):
         inputs = [copies.get(v, v) if v is not None else None for v in node.inputs]
         clone = ir.Node(
             node.domain,
@@ -137,3 +137,24 @@ def replay(
             copies[old] = new
         build.graph.append(clone)
     return copies[value]
+
+
+def _path(value: ir.Value, source: ir.Value, known: Collection[ir.Value]) -> list[ir.Node]:
+    """Nodes between ``source`` and ``value``; behind ``known`` values nothing is looked at."""
+    depends: dict[ir.Node | None, bool] = {None: False}
+    path: list[ir.Node] = []
+    stack: list[tuple[ir.Node | None, bool]] = [(value.producer(), False)]
+    while stack:
+        node, is_done = stack.pop()
+        if node is None or (node in depends and not is_done):
+            continue
+        before = [(v, v.producer()) for v in node.inputs if v is not None]
+        if is_done:
+            depends[node] = any(v is source or (v not in known and depends[p]) for v, p in before)
+            if depends[node]:
+                path.append(node)
+            continue
+        depends[node] = False
+        stack.append((node, True))
+        stack.extend((p, False) for v, p in before if v not in known)
+    return path

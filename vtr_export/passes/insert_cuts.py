@@ -8,8 +8,9 @@ import onnx_ir as ir
 from vtr_export import ops
 from vtr_export.analysis import Site, find_layers, find_sites, label_axes, token_seeds
 from vtr_export.analysis.axes import symbol
+from vtr_export.analysis.layers import descendants
 from vtr_export.errors import AnalysisError
-from vtr_export.passes.build import Build, depends, replay
+from vtr_export.passes.build import Build, replay
 from vtr_export.schedule import Resolved
 
 
@@ -102,6 +103,8 @@ class _Surgeon:
         self.tokens = str(symbol(self.inputs["inputs_embeds"]))
         self.total = symbol(self.inputs["attention_mask"]) or "total"
         self.past = ""
+        self.positional = descendants(self.positions)
+        self.embedded = descendants(self.inputs["inputs_embeds"])
         self.keep = (
             self.build.graph_input("keep", [len(schedule.cuts)], ir.DataType.INT64)
             if tunable
@@ -229,7 +232,7 @@ class _Surgeon:
 
     def _is_position(self, value: ir.Value) -> bool:
         """Whether ``value`` follows from positions alone (what attention rotated does not)."""
-        return depends(value, self.positions) and not depends(value, self.inputs["inputs_embeds"])
+        return value.producer() in self.positional and value.producer() not in self.embedded
 
     def _name_pasts(self, sites: list[Site]) -> None:
         """Say in the signature that each stage has a past of its own length."""
