@@ -5,12 +5,14 @@ from typing import Final
 
 from vtr_export.errors import CheckpointError
 from vtr_export.families.facts import ModelFacts
+from vtr_export.families.internvl import internvl
 from vtr_export.families.llava import llava
 from vtr_export.families.llava_next import llava_next
 from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl
 from vtr_export.families.section import FRESH, Config
 
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
+    "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,
     "qwen2_vl": qwen2_vl,

@@ -62,7 +62,7 @@ def _name(model: PreTrainedModel, part: str) -> str:
     """The dotted name of the list of layers inside ``part``, or an empty one."""
     for name, module in model.named_modules():
         steps = name.split(".")
-        if isinstance(module, ModuleList) and part in steps and steps[-1] == "layers":
+        if isinstance(module, ModuleList) and part in steps and steps[-1] in ("layers", "layer"):
             return str(name)
     return ""
 
@@ -75,7 +75,8 @@ def _layers(model: PreTrainedModel, name: str) -> ModuleList:
 
 def _replace(model: PreTrainedModel, name: str, layers: ModuleList) -> None:
     if name:
-        model.get_submodule(name.rpartition(".")[0]).layers = layers
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layers)
 
 
 def _stack(model: PreTrainedModel, name: str, unused: int, *, may: bool = True) -> Stack:

@@ -10,6 +10,8 @@ from vtr_export.families import ModelFacts, read_facts
 from vtr_export.runtime.chat import ChatTemplate, Message
 from vtr_export.runtime.images import PROCESSOR, ImageInputs, ImageKind, Picture, Seen, read_kind
 from vtr_export.runtime.json_files import read_json
+from vtr_export.runtime.placeholders import Placeholder, read_placeholder
+from vtr_export.runtime.processor_class import processor_class
 from vtr_export.runtime.text import Tokenizer
 
 Form: TypeAlias = Literal["plain", "chat", "continued"]
@@ -40,19 +42,24 @@ class Processor:
         return ChatTemplate.load(self.folder)
 
     @cached_property
+    def placeholder(self) -> Placeholder:
+        """What an image becomes in a prompt."""
+        kind = processor_class(self.folder)
+        return read_placeholder(kind, self.tokenizer.special, self._config)
+
+    @property
     def image_token(self) -> str:
-        """The placeholder of an image in a prompt."""
-        named = self.tokenizer.special.get("image_token") or self._config.get("image_token")
-        return str(named or "<image>")
+        """What stands for an image in a prompt."""
+        return self.placeholder.place
 
     @cached_property
     def image_token_id(self) -> int:
-        """Its id; ArtifactError when the tokenizer and the model mean different ones."""
-        ids = self.tokenizer.encode(self.image_token, special=False)
-        wanted = self.facts.image_token_id
+        """The id of a vision token; ArtifactError when tokenizer and model mean different ones."""
+        token, wanted = self.placeholder.token, self.facts.image_token_id
+        ids = self.tokenizer.encode(token, special=False)
         if wanted is not None and ids[:1] != [wanted]:
             raise ArtifactError(
-                f"the model's image token is {wanted}, but {self.image_token!r} becomes {ids}",
+                f"the model's image token is {wanted}, but {token!r} becomes {ids}",
                 where=str(self.folder),
                 hint="the tokenizer belongs to another checkpoint",
             )
@@ -116,7 +123,7 @@ class Processor:
             raise self._miscounted(len(parts) - 1, len(images))
         spread = parts[0]
         for image, part in zip(images, parts[1:], strict=True):
-            spread += self.image_token * image.tokens + part
+            spread += self.placeholder.written(image) + part
         if form == "continued":
             return self.tokenizer.encode_continued(spread)
         bos = self.tokenizer.special.get("bos_token")

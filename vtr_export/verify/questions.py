@@ -73,7 +73,7 @@ def question(name: str, asked: Asked, rows: Sequence[int], facts: ModelFacts, pa
 def _images(
     processor: Processor, checkpoint: Path, facts: ModelFacts, image: Path, warnings: list[str]
 ) -> tuple[dict[int, ImageInputs], list[Gate]]:
-    from transformers import AutoImageProcessor
+    from vtr_export.verify.processors import load_image_processor
 
     try:
         images = {count: processor.image_inputs([image] * count) for count in (1, 2)}
@@ -83,7 +83,7 @@ def _images(
         warnings.append(f"pixel values were not checked: {error.message}")
         drawn = _random_images(facts)
         return {1: drawn, 2: repeated(drawn, 2)}, []
-    theirs = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
+    theirs = load_image_processor(checkpoint)
     counts = {str(image): _differing_pixels(processor, theirs, image)}
     with TemporaryDirectory() as folder:
         for name, file in draw_odd_pictures(Path(folder)):
@@ -173,10 +173,11 @@ def _written_out(processor: Processor, prompt: str) -> str:
 
 def _their_ids(processor: Processor, checkpoint: Path, prompt: str, image: Path) -> list[int]:
     """By transformers' own processor; a template of the tokenizer alone is rendered by that."""
-    from transformers import AutoProcessor
     from transformers.image_utils import load_image
 
-    theirs: Any = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+    from vtr_export.verify.processors import load_processor
+
+    theirs = load_processor(checkpoint)
     picture, options = load_image(str(image)), dict[str, Any]()
     if processor.is_written_out(prompt):
         text = _written_out(processor, prompt)

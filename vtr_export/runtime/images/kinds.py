@@ -5,15 +5,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from vtr_export.errors import ArtifactError
-from vtr_export.runtime.images import anyres, plain
+from vtr_export.runtime.images import anyres, plain, tiles
 from vtr_export.runtime.images.inputs import ImageKind
 from vtr_export.runtime.json_files import read_json
+from vtr_export.runtime.processor_class import processor_class
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Read = Callable[[str, Mapping[str, Any], str], ImageKind]
 KINDS: Final[Mapping[str, Read]] = {
     **dict.fromkeys(plain.PROCESSORS, plain.ImageFacts.read),
     **dict.fromkeys(anyres.PROCESSORS, anyres.AnyresFacts.read),
+    **dict.fromkeys(tiles.PROCESSORS, tiles.TileFacts.read),
+}
+ASKED: Final[Mapping[str, Mapping[str, Any]]] = {  # what a processor asks, whatever its file says
+    "InternVLProcessor": {"crop_to_patches": True},
 }
 
 
@@ -26,7 +31,9 @@ def read_kind(folder: Path) -> ImageKind:
         data = read_json(folder / name)
         facts = data.get("image_processor") if name == PROCESSOR else data
         if facts:
-            return parse_kind(facts, str(folder / name))
+            return parse_kind(
+                {**facts, **ASKED.get(processor_class(folder), {})}, str(folder / name)
+            )
     raise ArtifactError(
         "the artifact does not say how images are prepared",
         where=str(folder),

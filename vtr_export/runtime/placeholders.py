@@ -1,0 +1,55 @@
+"""What a processor writes into a prompt where an image belongs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+from vtr_export.runtime.images import Seen
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """``place`` stands for an image in a prompt; ``written`` is what it becomes.
+
+    ``token`` is what is written once for each vision token.
+    """
+
+    place: str
+    token: str
+    written: Callable[[Seen], str]
+
+
+Special: TypeAlias = Mapping[str, str]  # the tokenizer's special tokens by name
+Read: TypeAlias = Callable[[Special, Mapping[str, Any]], Placeholder]
+
+
+def plain(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """The image token, so many times; ``config`` is ``processor_config.json``."""
+    token = str(special.get("image_token") or config.get("image_token") or "<image>")
+    return Placeholder(token, token, lambda image: token * image.tokens)
+
+
+def qwen_vl(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """The pad token, so many times; what stands around it is written in the prompt."""
+    return plain({"image_token": "<|image_pad|>", **special}, config)
+
+
+def internvl(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """The context token, so many times, between start and end."""
+    token = special.get("context_image_token", "<IMG_CONTEXT>")
+    start = special.get("start_image_token", "<img>")
+    end = special.get("end_image_token", "</img>")
+    return Placeholder(token, token, lambda image: start + token * image.tokens + end)
+
+
+PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
+    "InternVLProcessor": internvl,
+    "Qwen2VLProcessor": qwen_vl,
+    "Qwen2_5_VLProcessor": qwen_vl,
+    "Qwen3VLProcessor": qwen_vl,
+}
+
+
+def read_placeholder(kind: str, special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """Of the processor class ``kind``."""
+    return PLACEHOLDERS.get(kind, plain)(special, config)
