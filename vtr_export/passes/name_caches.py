@@ -4,6 +4,7 @@ import onnx_ir as ir
 
 from vtr_export.analysis.forms import Form, find_forms
 from vtr_export.analysis.forms.form import LAYOUT, cache_input
+from vtr_export.analysis.layers import descendants
 from vtr_export.errors import AnalysisError
 
 JOINED = {("", "Concat"), ("", "SequenceConstruct")}
@@ -29,14 +30,15 @@ class NameCaches(ir.passes.InPlacePass):
         forms = find_forms(graph)
         was = [value.name for value in (*graph.inputs, *graph.outputs)]
         _check_places(forms)
-        sources = {cache_input(value) for form in forms for value in form.past}
+        own = {value for form in forms for value in form.past}
+        joined = {cache_input(value) for value in own} - own
         _drop_joined(graph, forms)
         for layer, form in enumerate(forms):
             for past, present, what in zip(form.past, form.present, ("key", "value"), strict=True):
                 _past(graph, past, f"past_key_values.{layer}.{what}", form)
                 _present(graph, present, f"present.{layer}.{what}", form)
-        for source in sources:
-            if source is not None and not source.is_graph_output() and _is_idle(source):
+        for source in joined:
+            if source is not None and _is_idle(source):
                 graph.inputs.remove(source)
         names = [value.name for value in (*graph.inputs, *graph.outputs)]
         return ir.passes.PassResult(model, modified=names != was)
@@ -97,8 +99,4 @@ def _present(graph: ir.Graph, present: ir.Value, name: str, form: Form) -> None:
 
 def _is_idle(value: ir.Value) -> bool:
     """Whether all that reads ``value`` leads nowhere."""
-    return all(
-        _is_idle(output) and not output.is_graph_output()
-        for use in value.uses()
-        for output in use.node.outputs
-    )
+    return not any(each.is_graph_output() for node in descendants(value) for each in node.outputs)

@@ -84,12 +84,12 @@ def canonicalise(model: ir.Model) -> Decoder:
     check_masks(model, forms)
     inputs = {names[id(v)]: v.name or "" for v in model.graph.inputs if id(v) in names}
     first = forms[0]
-    model = run((CanonicalAttention(), common.RemoveUnusedNodesPass()), model)
+    sweep = common.RemoveUnusedNodesPass(), common.TopologicalSortPass()
+    model = run((CanonicalAttention(), *sweep), model)
     explicit_positions(model)
     model = run(
         (
-            common.RemoveUnusedNodesPass(),
-            common.TopologicalSortPass(),
+            *sweep,
             NameCaches(),
             common.RemoveUnusedNodesPass(),
         ),
