@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from tiny_families import TINY
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from vtr_export import Artifact, Schedule, export
 from vtr_export.families import read_facts
 from vtr_export.memory import parameters
 from vtr_export.runtime.artifact import Request
 from vtr_export.runtime.sampling import Options
+from vtr_export.verify.processors import load_processor
 from vtr_export.runtime.session import Resident
 
 QUESTION, OTHER, STEPS = "what colour is the digit ?", "how many are there", 16
@@ -97,7 +98,7 @@ def test_unpruned_it_answers_as_transformers_does(family: Family, images: int) -
 def generated(checkpoint: Path, question: str, images: Sequence[Image.Image]) -> list[int]:
     """The tokens of transformers' own answer, without the one that ended it."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
-    processor = AutoProcessor.from_pretrained(checkpoint, backend="pil")
+    processor = load_processor(checkpoint, backend="pil")
     content: list[Any] = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     inputs = processor.apply_chat_template(

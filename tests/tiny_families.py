@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import tiny_internvl
 import tiny_llavas
 import tiny_models
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ def llava(folder: Path, seed: int = 0) -> PreTrainedModel:
 
 
 TINY: Mapping[str, Save] = {
+    "internvl": tiny_internvl.internvl,
     "llava": llava,
     "llava_next": tiny_llavas.llava_next,
 }

@@ -28,7 +28,8 @@ def _merge(top: Section) -> int:
     ratio = top.values.get("downsample_ratio", 0.5)
     if type(ratio) not in (int, float) or not 0 < ratio <= 1 or (1 / ratio) % 1:
         raise top.error(f"downsample_ratio is {ratio!r}, not 1 divided by a whole number")
-    return round(1 / ratio)
+    merge: int = round(1 / ratio)
+    return merge
 
 
 def _tower(config: Config, where: str, merge: int) -> VisionFacts:
