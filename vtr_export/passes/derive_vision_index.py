@@ -20,7 +20,7 @@ class DeriveVisionIndex(ir.passes.InPlacePass):
         cut(…, vision_index)
 
     V is the most that a row has. A row with fewer begins with its leftmost pads, as a caller would
-    fill it.
+    fill it; where it lacks pads, an index is out of range and the call fails.
     """
 
     def __init__(self, image_token_id: int | None) -> None:
@@ -69,7 +69,9 @@ def _derive(build: Build, ids: ir.Value, mask: ir.Value, token: int) -> ir.Value
     others = build.op("Where", [is_real, build.op("Sub", [zero, one], "never"), pads], "others")
     twice = build.op("Add", [length, length], "first")
     order = build.op("Where", [is_vision, twice, others], "order")
-    best = _top(build, order, width, "chosen", largest=1)[1]
+    ranks, places = _top(build, order, width, "chosen", largest=1)
+    is_text = build.op("Less", [ranks, zero], "is_text")
+    best = build.op("Where", [is_text, length, places], "best")
     return _top(build, best, width, "index", largest=0)[0]
 
 

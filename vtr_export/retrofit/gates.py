@@ -114,15 +114,24 @@ def _open(file: Path) -> Any:
 
 
 def conversations(
-    width: int | None, vocabulary: int, vision: int | None
+    width: int | None, vocabulary: int, vision: int | None, token: int | None = None
 ) -> list[list[dict[str, Array]]]:
-    """Random tokens, one image of ``vision`` tokens first; every row is real."""
+    """Random tokens, an image of ``vision`` tokens in the prefill; every row is real.
+
+    With ``token``, those ids and no others are ``token``.
+    """
     rng = np.random.default_rng(0)
     image = vision or VISION
-    return [
+    found = [
         list(_calls(rng, batch, (TEXT + image, *steps), image, (width, vocabulary)))
         for batch, steps in STEPS.items()
     ]
+    for call in (call for calls in found for call in calls if token is not None):
+        call["input_ids"] = np.where(
+            call["input_ids"] == token, 0 if token else 1, call["input_ids"]
+        )
+        np.put_along_axis(call["input_ids"], call["vision_index"], token, 1)
+    return found
 
 
 def _calls(
