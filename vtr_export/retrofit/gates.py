@@ -126,11 +126,12 @@ def conversations(
         list(_calls(rng, batch, (TEXT + image, *steps), image, (width, vocabulary)))
         for batch, steps in STEPS.items()
     ]
-    for call in (call for calls in found for call in calls if token is not None):
-        call["input_ids"] = np.where(
-            call["input_ids"] == token, 0 if token else 1, call["input_ids"]
-        )
-        np.put_along_axis(call["input_ids"], call["vision_index"], token, 1)
+    if token is None:
+        return found
+    for call in (call for calls in found for call in calls):
+        ids = call["input_ids"]
+        ids[ids == token] = 0 if token else 1
+        np.put_along_axis(ids, call["vision_index"], token, 1)
     return found
 
 
