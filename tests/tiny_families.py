@@ -6,6 +6,7 @@ from pathlib import Path
 import tiny_internvl
 import tiny_llavas
 import tiny_models
+import tiny_qwen
 from transformers import PreTrainedModel
 
 Save = Callable[[Path, int], PreTrainedModel]  # folder, seed → the model that was saved there
@@ -21,4 +22,6 @@ TINY: Mapping[str, Save] = {
     "internvl": tiny_internvl.internvl,
     "llava": llava,
     "llava_next": tiny_llavas.llava_next,
+    "qwen2_5_vl": tiny_qwen.qwen2_5_vl,
+    "qwen2_vl": tiny_qwen.qwen2_vl,
 }

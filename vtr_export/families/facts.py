@@ -10,7 +10,8 @@ class VisionFacts:
     ``tokens`` is the tower's own sequence length per image or tile, CLS included; None, as
     ``image_size``, where images keep their size. ``merge`` by ``merge`` of them become one vision
     token. ``parameters`` counts what the exported encoder holds (embeddings and ``layers_run``
-    layers).
+    layers). Where some layers attend in windows, those are ``window`` by ``window`` vision tokens.
+    A patch spans ``frames`` frames.
     """
 
     layers: int
@@ -25,6 +26,13 @@ class VisionFacts:
     has_cls: bool
     parameters: int
     merge: int = 1
+    window: int | None = None
+    frames: int = 1
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one patch."""
+        return self.channels * self.frames * self.patch_size**2
 
 
 @dataclass(frozen=True)

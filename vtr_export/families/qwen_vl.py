@@ -1,5 +1,7 @@
 """Qwen2-VL and Qwen2.5-VL: images keep their size, patches are merged, positions are triples."""
 
+from dataclasses import replace
+
 from vtr_export.families.decoders import read_decoder
 from vtr_export.families.facts import ModelFacts, VisionFacts
 from vtr_export.families.section import Config, Section, image_token, section_of
@@ -22,7 +24,10 @@ def qwen2_5_vl(config: Config, where: str) -> ModelFacts:
     inner = vision.size("intermediate_size")
     norms, mlp = 2 * width, 3 * width * inner + 2 * inner + width
     tower = _tower(vision, width, inner, norms + mlp)
-    return _facts("qwen2_5_vl", config, where, tower, out, merger_norm=width)
+    window = vision.size("window_size") // tower.merge // tower.patch_size
+    return _facts(
+        "qwen2_5_vl", config, where, replace(tower, window=window), out, merger_norm=width
+    )
 
 
 def _tower(vision: Section, width: int, inner: int, rest: int) -> VisionFacts:
@@ -30,7 +35,7 @@ def _tower(vision: Section, width: int, inner: int, rest: int) -> VisionFacts:
     layers, patch = vision.size("depth"), vision.size("patch_size")
     channels = vision.size("in_channels" if "in_channels" in vision.values else "in_chans")
     attention = 4 * width * width + 4 * width
-    embedding = channels * vision.size("temporal_patch_size") * patch**2 * width
+    frames = vision.size("temporal_patch_size")
     return VisionFacts(
         layers=layers,
         layers_run=layers,
@@ -42,8 +47,9 @@ def _tower(vision: Section, width: int, inner: int, rest: int) -> VisionFacts:
         patch_size=patch,
         channels=channels,
         has_cls=False,
-        parameters=embedding + layers * (attention + rest),
+        parameters=channels * frames * patch**2 * width + layers * (attention + rest),
         merge=vision.size("spatial_merge_size"),
+        frames=frames,
     )
 
 

@@ -9,7 +9,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from vtr_export.families import ModelFacts
-from vtr_export.frontends.families import llava
+from vtr_export.frontends.families import llava, qwen_vl
 from vtr_export.frontends.feeds import Feed, VisionGraph
 
 
@@ -44,6 +44,7 @@ def whole_images(model: Any, pixel_values: Tensor) -> Tensor:
 GRAPHS: Final[Mapping[str, VisionGraph]] = {
     "llava": VisionGraph(llava.projected, one_size),
     "llava_next": VisionGraph(llava.packed, llava.tiles),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), VisionGraph(qwen_vl.merged, qwen_vl.patches)),
 }
 
 

@@ -14,11 +14,14 @@ class FixReshapes(ir.passes.InPlacePass):
     After::
 
         Reshape(x, [0, 0, 4, 8])
+
+    An Expand to the shape that its input has goes.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite every Reshape whose symbolic shapes leave at most one dimension open."""
         plans = []
+        idle = [(node, same) for node in model.graph if (same := _unchanged(node)) is not None]
         for node in model.graph:
             if node.op_type == "Reshape" and node.domain == "":
                 target = constant_target(node)
@@ -26,7 +29,10 @@ class FixReshapes(ir.passes.InPlacePass):
                     plans.append((node, target))
         for node, target in plans:
             _set_target(model.graph, node, target, f"{node.outputs[0].name}.shape")
-        return ir.passes.PassResult(model, modified=bool(plans))
+        for node, entering in idle:
+            node.outputs[0].replace_all_uses_with(entering, replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
+        return ir.passes.PassResult(model, modified=bool(plans or idle))
 
 
 def constant_target(node: ir.Node) -> list[int] | None:
@@ -44,6 +50,17 @@ def constant_target(node: ir.Node) -> list[int] | None:
             target.append(-1)
     is_empty = any(dim == 0 for dim in after.shape)  # a target cannot say so
     return None if is_empty or target.count(-1) > 1 else target
+
+
+def _unchanged(node: ir.Node) -> ir.Value | None:
+    """What an Expand is given, where its output has that shape already."""
+    before, after = node.inputs[0] if node.inputs else None, node.outputs[0].shape
+    if node.op_type != "Expand" or node.domain != "" or before is None:
+        return None
+    if before.shape is None or after is None or len(before.shape) != len(after):
+        return None
+    pairs = list(zip(before.shape, after, strict=True))
+    return before if all(str(dim) == str(other) != "None" for dim, other in pairs) else None
 
 
 def _kept(before: ir.Shape, dim: ir.SymbolicDim, axis: int) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vtr_export.errors import ArtifactError
-from vtr_export.runtime.images import anyres, plain, tiles
+from vtr_export.runtime.images import anyres, patches, plain, tiles
 from vtr_export.runtime.images.inputs import ImageKind
 from vtr_export.runtime.json_files import read_json
 from vtr_export.runtime.processor_class import processor_class
@@ -15,6 +15,7 @@ Read = Callable[[str, Mapping[str, Any], str], ImageKind]
 KINDS: Final[Mapping[str, Read]] = {
     **dict.fromkeys(plain.PROCESSORS, plain.ImageFacts.read),
     **dict.fromkeys(anyres.PROCESSORS, anyres.AnyresFacts.read),
+    **dict.fromkeys(patches.PROCESSORS, patches.PatchFacts.read),
     **dict.fromkeys(tiles.PROCESSORS, tiles.TileFacts.read),
 }
 ASKED: Final[Mapping[str, Mapping[str, Any]]] = {  # what a processor asks, whatever its file says

@@ -1,0 +1,127 @@
+"""Tiny random Qwen vision-language models and the checkpoint folders that go with them."""
+
+from pathlib import Path
+from typing import Any
+
+from tiny_models import WORDS_LINE, randomize
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+)
+
+from vtr_export.verify.processors import without_videos
+
+VOCAB, HEADS, HEAD_DIM = 64, 4, 16
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+IDS = {
+    "image_token_id": SPECIAL.index("<|image_pad|>"),
+    "video_token_id": SPECIAL.index("<|video_pad|>"),
+    "vision_start_token_id": SPECIAL.index("<|vision_start|>"),
+    "vision_end_token_id": SPECIAL.index("<|vision_end|>"),
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words; nothing is put in front."""
+    words = [*SPECIAL, "<unk>", *WORDS_LINE.split()]
+    words += [f"word{index}" for index in range(len(words), VOCAB)]
+    ids = {word: index for index, word in enumerate(words)}
+    raw = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(SPECIAL[1:]),
+        padding_side="left",
+        model_max_length=4096,
+    )
+
+
+def text_config(**more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": HEADS * HEAD_DIM,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        "bos_token_id": 0,
+        "eos_token_id": SPECIAL.index("<|im_end|>"),
+        "pad_token_id": 0,
+        **more,
+    }
+
+
+def save(model: PreTrainedModel, processor: Any, folder: Path, patch: int = 4) -> PreTrainedModel:
+    """Small patches, so that a picture is a few hundred tokens at most."""
+    images = Qwen2VLImageProcessorPil(
+        patch_size=patch, size={"shortest_edge": 16 * patch**2, "longest_edge": 300 * patch**2}
+    )
+    model.save_pretrained(folder)
+    without_videos(processor)(
+        image_processor=images,
+        tokenizer=tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    return model
+
+
+def qwen2_5_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
+    config = Qwen2_5_VLConfig(
+        text_config=text_config(),
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_heads": 2,
+            "out_hidden_size": HEADS * HEAD_DIM,
+            "patch_size": 4,
+            "window_size": 24,
+            "fullatt_block_indexes": [1, 3],
+        },
+        **IDS,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    randomize(model, seed)
+    return save(model, Qwen2_5_VLProcessor, folder)
+
+
+def qwen2_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
+    config = Qwen2VLConfig(
+        text_config=text_config(),
+        vision_config={
+            "depth": 3,
+            "embed_dim": 32,
+            "hidden_size": HEADS * HEAD_DIM,
+            "mlp_ratio": 2,
+            "num_heads": 2,
+            "patch_size": 4,
+        },
+        **IDS,
+    )
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    randomize(model, seed)
+    return save(model, Qwen2VLProcessor, folder)

@@ -1,0 +1,59 @@
+"""Patches of all images in one row: where each stands, and which of them see each other.
+
+Patches lie frame by frame, the ``merge`` by ``merge`` of a token together, tokens row by row. A
+group is what sees itself; groups are rows of patch numbers, filled up with -1 to one length.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Grid: TypeAlias = tuple[int, int, int]  # frames, rows and columns of patches
+Ints: TypeAlias = NDArray[np.int64]
+
+
+def positions(grids: Sequence[Grid], merge: int) -> Ints:
+    """``[patches, 2]``: row and column of each patch in its image."""
+    parts = []
+    for time, rows, columns in grids:
+        places = np.indices((rows, columns)).reshape(2, rows // merge, merge, columns // merge, -1)
+        parts += [places.transpose(1, 3, 2, 4, 0).reshape(-1, 2)] * time
+    return np.concatenate(parts).astype(np.int64)
+
+
+def frames(grids: Sequence[Grid], merge: int) -> dict[str, Ints]:
+    """A frame of an image sees itself: ``frames`` and ``frame_places``."""
+    lengths = np.array([rows * columns for time, rows, columns in grids for _ in range(time)])
+    ends = np.cumsum(lengths)
+    within = np.arange(lengths.max())
+    groups = np.where(within < lengths[:, None], (ends - lengths)[:, None] + within, -1)
+    return {"frames": groups, "frame_places": places_in(groups, merge**2)}
+
+
+def windows(grids: Sequence[Grid], merge: int, side: int) -> dict[str, Ints]:
+    """A window of ``side`` by ``side`` tokens sees itself: ``windows`` and ``window_places``."""
+    parts, start = [], 0
+    for time, rows, columns in grids:
+        shape = time, rows // merge, columns // merge
+        tokens = np.arange(start, start + np.prod(shape)).reshape(shape)
+        start += tokens.size
+        gaps = [(0, 0), *((0, -length % side) for length in shape[1:])]
+        padded = np.pad(tokens, gaps, constant_values=-1)
+        high, wide = (length // side for length in padded.shape[1:])
+        cut = padded.reshape(time, high, side, wide, side).transpose(0, 1, 3, 2, 4)
+        parts.append(cut.reshape(-1, side * side))
+    tokens = np.concatenate(parts)[:, :, None]
+    patches = np.where(tokens < 0, -1, tokens * merge**2 + np.arange(merge**2))
+    groups = patches.reshape(len(patches), -1)
+    return {"windows": groups, "window_places": places_in(groups, merge**2)}
+
+
+def places_in(groups: Ints, unit: int) -> Ints:
+    """``[tokens, unit]``: where each patch lies among all entries of ``groups``."""
+    flat = groups.reshape(-1)
+    places = np.flatnonzero(flat >= 0)
+    found = np.empty(len(places), np.int64)
+    found[flat[places]] = places
+    return found.reshape(-1, unit)
