@@ -28,7 +28,11 @@ _DAMAGED = "the file is damaged: download or copy it again"
 
 @dataclass(frozen=True)
 class TensorRef:
-    """One tensor: ``size_bytes`` bytes at ``offset`` from the start of the file ``shard``."""
+    """One tensor: ``size_bytes`` bytes at ``offset`` from the start of the file ``shard``.
+
+    A part of a fused tensor may lie in several ``blocks`` of equal size, the first at ``offset``
+    and each next one ``step_bytes`` behind the start of the one before.
+    """
 
     name: str
     shard: Path
@@ -36,6 +40,8 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int
     size_bytes: int
+    blocks: int = 1
+    step_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -189,9 +189,21 @@ def cast(values: Array, dtype: ir.DataType) -> Array:
 def _load(ref: TensorRef, dtype: ir.DataType, transpose: bool) -> ir.TensorProtocol:
     values = np.empty(ref.shape, source_dtype(ref).numpy())
     with open_shard(ref.shard) as file:
-        fill(file, values, ref.offset, ref.shard)
+        for part, offset in _runs(ref, values, 0):
+            fill(file, part, offset, ref.shard)
     values = cast(values, dtype)
     return ir.Tensor(np.ascontiguousarray(values.T) if transpose else values, dtype=dtype)
+
+
+def _runs(ref: TensorRef, values: Array, start: int) -> Iterator[tuple[Array, int]]:
+    """Parts of ``values`` (contiguous; ``start`` elements into the tensor), and where each lies."""
+    flat, done = values.reshape(-1), 0
+    while done < flat.size:
+        own = ref.size_bytes // ref.blocks
+        block, inside = divmod((start + done) * flat.itemsize, own)
+        part = flat[done : done + (own - inside) // flat.itemsize]
+        yield part, ref.offset + block * ref.step_bytes + inside
+        done += part.size
 
 
 def _users(models: Mapping[str, ir.Model]) -> _Users:
@@ -250,6 +262,9 @@ def _check_linkable(weight: _Weight, folder: Path) -> None:
     if ref.dtype not in LINKABLE:
         message = f"tensor {ref.name!r} is stored as {ref.dtype}, which no kernel takes: not linked"
         raise CheckpointError(message, where=str(ref.shard), hint=hint)
+    if ref.blocks > 1:
+        message = f"a part of tensor {ref.name!r} lies in {ref.blocks} pieces: not linked"
+        raise CheckpointError(message, where=str(ref.shard), hint=hint)
     if ref.shard.parent != folder:
         message = f"tensor {ref.name!r} lies outside {folder}: one folder holds all linked shards"
         raise CheckpointError(message, where=str(ref.shard), hint=hint)
@@ -284,7 +299,8 @@ def _parts(weight: _Weight, reader: ShardReader) -> Iterator[Array]:
     yield np.empty(0, weight.dtype.numpy())
     for start in range(0, count, step):
         values = np.empty(min(step, count - start), dtype)
-        reader.fill(values, weight.ref.offset + start * dtype.itemsize)
+        for part, offset in _runs(weight.ref, values, start):
+            reader.fill(part, offset)
         _scan(values, weight, start)
         yield cast(values, weight.dtype)
 
@@ -297,7 +313,8 @@ def _transposed(weight: _Weight, reader: ShardReader) -> Iterator[Array]:
     step = max(1, CHUNK_BYTES // max(1, columns * dtype.itemsize))
     for start in range(0, rows, step):
         values = matrix[start : start + step]
-        reader.fill(values, weight.ref.offset + start * columns * dtype.itemsize)
+        for part, offset in _runs(weight.ref, values, start * columns):
+            reader.fill(part, offset)
         _scan(values.reshape(-1), weight, start * columns)
     width = max(TILE, CHUNK_BYTES // max(1, rows * dtype.itemsize))
     for start in range(0, columns, width):
