@@ -22,6 +22,7 @@ TINY: Mapping[str, Save] = {
     "internvl": tiny_internvl.internvl,
     "llava": llava,
     "llava_next": tiny_llavas.llava_next,
+    "llava_onevision": tiny_llavas.llava_onevision,
     "qwen2_5_vl": tiny_qwen.qwen2_5_vl,
     "qwen2_vl": tiny_qwen.qwen2_vl,
 }

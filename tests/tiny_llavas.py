@@ -11,11 +11,21 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ProcessorMixin,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
+from vtr_export.verify.processors import without_videos
+
 TILE, PATCH = 28, 7  # pixels
+VIDEO = 63  # the token
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 
 
@@ -47,6 +57,12 @@ def vision_sizes(**others: Any) -> dict[str, Any]:
     }
 
 
+def tokenizer_with_video() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_models.tiny_tokenizer(VIDEO)
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
+    return tokenizer
+
+
 def save(
     model: PreTrainedModel, processor: ProcessorMixin, folder: Path, seed: int
 ) -> PreTrainedModel:
@@ -76,3 +92,26 @@ def llava_next(folder: Path, seed: int = 0) -> PreTrainedModel:
         chat_template=tiny_models.CHAT_TEMPLATE,
     )
     return save(LlavaNextForConditionalGeneration(config), processor, folder, seed)
+
+
+def llava_onevision(folder: Path, seed: int = 0) -> PreTrainedModel:
+    points = [[rows * TILE, columns * TILE] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(vision_use_head=False, **vision_sizes()),
+        text_config=Qwen2Config(**text_sizes()),
+        image_token_index=tiny_models.IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=points,
+        vision_aspect_ratio="anyres_max_3",
+    )
+    processor = without_videos(LlavaOnevisionProcessor)(
+        image_processor=LlavaOnevisionImageProcessorPil(
+            size={"height": TILE, "width": TILE}, image_grid_pinpoints=points
+        ),
+        tokenizer=tokenizer_with_video(),
+        num_image_tokens=(TILE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_3",
+        chat_template=tiny_models.CHAT_TEMPLATE,
+    )
+    return save(LlavaOnevisionForConditionalGeneration(config), processor, folder, seed)

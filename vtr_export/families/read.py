@@ -8,6 +8,7 @@ from vtr_export.families.facts import ModelFacts
 from vtr_export.families.internvl import internvl
 from vtr_export.families.llava import llava
 from vtr_export.families.llava_next import llava_next
+from vtr_export.families.llava_onevision import llava_onevision
 from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl
 from vtr_export.families.section import FRESH, Config
 
@@ -15,6 +16,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
 }

@@ -44,6 +44,7 @@ def whole_images(model: Any, pixel_values: Tensor) -> Tensor:
 GRAPHS: Final[Mapping[str, VisionGraph]] = {
     "llava": VisionGraph(llava.projected, one_size),
     "llava_next": VisionGraph(llava.packed, llava.tiles),
+    "llava_onevision": VisionGraph(llava.blended, llava.blended_tiles),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), VisionGraph(qwen_vl.merged, qwen_vl.patches)),
 }
 

@@ -169,7 +169,8 @@ class Artifact:
         """Images and token ids of a first call."""
         start = time.perf_counter()
         texts = [self.written(request.prompt, len(request.images)) for request in requests]
-        inputs = self.image_inputs([image for request in requests for image in request.images])
+        images = [image for request in requests for image in request.images]
+        inputs = self.image_inputs(images, [len(request.images) for request in requests])
         seen = () if inputs is None else inputs.seen
         rows = []
         for (text, form), request in zip(texts, requests, strict=True):
@@ -183,11 +184,16 @@ class Artifact:
             return prompt, "plain"
         return self.processor.render(self.processor.messages(prompt, images)), "chat"
 
-    def image_inputs(self, images: Sequence[Picture]) -> ImageInputs | None:
-        """What the vision encoder is fed; None without images."""
+    def image_inputs(
+        self, images: Sequence[Picture], counts: Sequence[int] | None = None
+    ) -> ImageInputs | None:
+        """What the vision encoder is fed; None without images.
+
+        ``counts`` are the images of each prompt; None: all are one prompt's.
+        """
         if not images:
             return None
-        inputs = self.processor.image_inputs(images)
+        inputs = self.processor.image_inputs(images, counts or [len(images)])
         if misfits := self.model.misfits(inputs.feeds):
             raise ArtifactError(
                 f"images are prepared for another model: {misfits[0]}",

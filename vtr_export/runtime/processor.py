@@ -8,7 +8,15 @@ from typing import Any, Literal, TypeAlias
 from vtr_export.errors import ArtifactError, CheckpointError, InputError
 from vtr_export.families import ModelFacts, read_facts
 from vtr_export.runtime.chat import ChatTemplate, Message
-from vtr_export.runtime.images import PROCESSOR, ImageInputs, ImageKind, Picture, Seen, read_kind
+from vtr_export.runtime.images import (
+    PROCESSOR,
+    ByPrompt,
+    ImageInputs,
+    ImageKind,
+    Picture,
+    Seen,
+    read_kind,
+)
 from vtr_export.runtime.json_files import read_json
 from vtr_export.runtime.placeholders import Placeholder, read_placeholder
 from vtr_export.runtime.processor_class import processor_class
@@ -65,12 +73,18 @@ class Processor:
             )
         return ids[0]
 
-    def image_inputs(self, images: Sequence[Picture]) -> ImageInputs:
+    def image_inputs(
+        self, images: Sequence[Picture], counts: Sequence[int] | None = None
+    ) -> ImageInputs:
         """What the vision encoder is fed, as the checkpoint's own image processor prepares it.
 
+        ``counts`` are the images of each prompt; None takes each for its prompt's only one.
         ArtifactError when the processor's file promises other tokens than the model gives.
         """
-        inputs = self.images.inputs(images, self.facts)
+        kind = self.images
+        if counts is not None and isinstance(kind, ByPrompt):
+            kind = kind.of_prompts(counts)
+        inputs = kind.inputs(images, self.facts)
         anyres = self.facts.anyres
         tokens = self.facts.tokens_per_image if anyres is None else anyres.side**2
         if tokens is not None:

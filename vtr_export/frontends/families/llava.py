@@ -8,6 +8,8 @@ from torch import Tensor
 from vtr_export.families import ModelFacts
 from vtr_export.frontends.feeds import Feed
 
+CORNERS = 4  # rows that one token is blended of
+
 
 def projected(model: Any, pixel_values: Tensor) -> Tensor:
     """[images or tiles, tokens, D]: the selected layers of the tower, side by side, projected."""
@@ -27,6 +29,16 @@ def packed(model: Any, pixel_values: Tensor, pack_index: Tensor) -> Tensor:
     return torch.index_select(_rows(model, pixel_values), 0, pack_index)
 
 
+def blended(model: Any, pixel_values: Tensor, pack_index: Tensor, pack_weight: Tensor) -> Tensor:
+    """[tokens, D]: each the weighted sum of four such rows, in fp32."""
+    rows = _rows(model, pixel_values)
+    parts = [
+        torch.index_select(rows, 0, pack_index[:, corner]).float() * pack_weight[:, corner, None]
+        for corner in range(CORNERS)
+    ]
+    return (parts[0] + parts[1] + parts[2] + parts[3]).to(rows.dtype)
+
+
 def _rows(model: Any, pixel_values: Tensor) -> Tensor:
     tiles = projected(model, pixel_values)
     return torch.cat((model.model.image_newline[None], tiles.flatten(0, 1)))
@@ -42,4 +54,14 @@ def tiles(facts: ModelFacts, dtype: torch.dtype) -> dict[str, Feed]:
     return {
         "pixel_values": Feed(pixels, ("tiles", None, None, None)),
         "pack_index": Feed(torch.zeros(3, dtype=torch.long), ("tokens",)),
+    }
+
+
+def blended_tiles(facts: ModelFacts, dtype: torch.dtype) -> dict[str, Feed]:
+    """Tiles, ``pack_index`` [tokens, 4] int64 and ``pack_weight`` [tokens, 4] fp32."""
+    axes = ("tokens", None)
+    return {
+        **tiles(facts, dtype),
+        "pack_index": Feed(torch.zeros(3, CORNERS, dtype=torch.long), axes),
+        "pack_weight": Feed(torch.zeros(3, CORNERS), axes),
     }

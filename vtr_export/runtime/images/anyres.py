@@ -1,7 +1,7 @@
-"""Images in tiles of any resolution: LLaVA-NeXT's processor."""
+"""Images in tiles of any resolution: LLaVA-NeXT's and LLaVA-OneVision's processors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any, Final
 
@@ -13,10 +13,13 @@ from vtr_export.families import ModelFacts
 from vtr_export.families.section import defaults
 from vtr_export.runtime.images.inputs import Array, ImageInputs, Seen
 from vtr_export.runtime.images.picture import Picture
-from vtr_export.runtime.images.plain import ImageFacts
-from vtr_export.runtime.images.tile_tokens import Tokens, tiled
+from vtr_export.runtime.images.plain import CLIP_MEAN, ImageFacts, pad_square
+from vtr_export.runtime.images.tile_tokens import Tokens, all_of_first, joined, newline, tiled
 
-PROCESSORS: Final = {"LlavaNextImageProcessor": "llava_next"}  # whose pinpoints it takes
+PROCESSORS: Final = {  # whose pinpoints they take where their file is silent
+    "LlavaNextImageProcessor": "llava_next",
+    "LlavaOnevisionImageProcessor": "llava_onevision",
+}
 Size = tuple[int, int]  # height, width
 
 
@@ -66,26 +69,9 @@ class AnyresFacts:
     def inputs(self, images: Sequence[Picture], facts: ModelFacts) -> ImageInputs:
         """All tiles side by side, and which of their tokens an image shows in which order."""
         self._check(facts)
-        return self._together([self._tiled(image, facts) for image in images], facts)
-
-    def _together(self, parts: Sequence[Tiled], facts: ModelFacts) -> ImageInputs:
-        assert facts.anyres is not None
-        most, count = max(len(part.pixels) for part in parts), facts.anyres.side**2
-        index, rows = [], 0
-        for part in parts:
-            index.append(part.tokens.after(rows))
-            rows += len(part.pixels) * count
-        return ImageInputs(
-            {
-                "pixel_values": np.concatenate([part.pixels for part in parts]),
-                "pack_index": np.concatenate(index)[:, 0],
-            },
-            {
-                "pixel_values": np.stack([_padded(part.pixels, most) for part in parts]),
-                "image_sizes": np.array([part.size for part in parts], np.int64),
-            },
-            tuple(Seen(len(part.tokens)) for part in parts),
-        )
+        parts = [self._tiled(image, facts) for image in images]
+        tokens = _side_by_side(parts, facts)
+        return _together(parts, {"pack_index": tokens.index[:, 0]})
 
     def _tiled(self, image: Picture, facts: ModelFacts) -> Tiled:
         assert facts.anyres is not None
@@ -120,6 +106,72 @@ class AnyresFacts:
                 where=self.where,
                 hint="the processor's file belongs to another checkpoint",
             )
+
+
+@dataclass(frozen=True)
+class OnevisionFacts(AnyresFacts):
+    """As LLaVA-NeXT; what has too many tokens is shrunk, and only a prompt's lone image has tiles.
+
+    ``counts`` are the images of each prompt; None takes each for the only one of its prompt.
+    """
+
+    counts: tuple[int, ...] | None = None
+    color: tuple[int, ...] = (0, 0, 0)  # by channel, around an image that is none
+
+    @classmethod
+    def read(cls, kind: str, config: Mapping[str, Any], where: str) -> "OnevisionFacts":
+        """As LLaVA-NeXT's."""
+        base = AnyresFacts.read(kind, config, where)
+        mean = config.get("image_mean") or CLIP_MEAN
+        return cls(**vars(base), color=tuple(int(share * 255) for share in mean))
+
+    def of_prompts(self, counts: Sequence[int]) -> "OnevisionFacts":
+        """For images of several prompts."""
+        return replace(self, counts=tuple(counts))
+
+    def inputs(self, images: Sequence[Picture], facts: ModelFacts) -> ImageInputs:
+        """Tiles and blended tokens; an image among others is one tile and a newline."""
+        self._check(facts)
+        counts = [1] * len(images) if self.counts is None else [n for n in self.counts if n]
+        alone = [count == 1 for count in counts for _ in range(count)]
+        parts = [
+            self._tiled(image, facts) if is_alone else self._square(image, facts)
+            for image, is_alone in zip(images, alone, strict=True)
+        ]
+        tokens = _side_by_side(parts, facts)
+        made = _together(parts, {"pack_index": tokens.index, "pack_weight": tokens.weight})
+        given = {**made.given, "batch_num_images": np.array(counts, np.int64)}
+        return replace(made, given=given)
+
+    def _square(self, image: Picture, facts: ModelFacts) -> Tiled:
+        assert facts.anyres is not None
+        pixels = self.tile.decode(image)
+        whole = self.tile.prepare(pad_square(pixels, self.color))
+        tokens = joined(all_of_first(facts.anyres), newline())
+        return Tiled(whole[None], (pixels.shape[1], pixels.shape[2]), tokens)
+
+
+def _side_by_side(parts: Sequence[Tiled], facts: ModelFacts) -> Tokens:
+    """The tokens of images whose tiles follow one another."""
+    assert facts.anyres is not None
+    found, tiles = [], 0
+    for part in parts:
+        found.append(part.tokens.after(tiles * facts.anyres.side**2))
+        tiles += len(part.pixels)
+    return joined(*found)
+
+
+def _together(parts: Sequence[Tiled], pack: Mapping[str, Array]) -> ImageInputs:
+    """``given`` has as many tiles for each image: zeros where they have fewer."""
+    most = max(len(part.pixels) for part in parts)
+    return ImageInputs(
+        {"pixel_values": np.concatenate([part.pixels for part in parts]), **pack},
+        {
+            "pixel_values": np.stack([_padded(part.pixels, most) for part in parts]),
+            "image_sizes": np.array([part.size for part in parts], np.int64),
+        },
+        tuple(Seen(len(part.tokens)) for part in parts),
+    )
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,15 @@ class ImageKind(Protocol):
 
     def view(self, inputs: ImageInputs, number: int) -> Image.Image:
         """Image ``number`` as the model sees it."""
+        ...
+
+
+@runtime_checkable
+class ByPrompt(Protocol):
+    """A way that depends on how many images a prompt has."""
+
+    def of_prompts(self, counts: Sequence[int]) -> ImageKind:
+        """For the images of prompts that have ``counts`` of them, in order."""
         ...
 
 

@@ -14,7 +14,8 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Read = Callable[[str, Mapping[str, Any], str], ImageKind]
 KINDS: Final[Mapping[str, Read]] = {
     **dict.fromkeys(plain.PROCESSORS, plain.ImageFacts.read),
-    **dict.fromkeys(anyres.PROCESSORS, anyres.AnyresFacts.read),
+    "LlavaNextImageProcessor": anyres.AnyresFacts.read,
+    "LlavaOnevisionImageProcessor": anyres.OnevisionFacts.read,
     **dict.fromkeys(patches.PROCESSORS, patches.PatchFacts.read),
     **dict.fromkeys(tiles.PROCESSORS, tiles.TileFacts.read),
 }

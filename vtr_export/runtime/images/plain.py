@@ -16,8 +16,9 @@ from vtr_export.runtime.images.picture import Picture, load, to_rgb
 from vtr_export.runtime.images.resize import Size, read_crop, read_size, target_size
 
 Pixels: TypeAlias = NDArray[Any]  # [channels, height, width]
+CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI: Final[Mapping[str, Any]] = {
-    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_mean": CLIP_MEAN,
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
 _HALF: Final[Mapping[str, Any]] = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}

@@ -29,9 +29,10 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.index)
 
-    def after(self, rows: int) -> Ints:
-        """The index where ``rows`` tokens of earlier tiles come first."""
-        return np.where(self.index == NEWLINE, NEWLINE, self.index + rows)
+    def after(self, rows: int) -> "Tokens":
+        """The same where ``rows`` tokens of earlier tiles come first."""
+        index = np.where(self.index == NEWLINE, NEWLINE, self.index + rows)
+        return Tokens(index, self.weight)
 
 
 def tiled(anyres: Anyres, tiles: tuple[int, int], height: int, width: int) -> Tokens:
@@ -48,10 +49,10 @@ def tiled(anyres: Anyres, tiles: tuple[int, int], height: int, width: int) -> To
     size = _shrunk(anyres, *seen.index.shape[:2])
     if size is not None:
         seen = _blended(seen.index[..., 0], size)
-    return joined(whole(anyres), _with_newlines(seen))
+    return joined(all_of_first(anyres), _with_newlines(seen))
 
 
-def whole(anyres: Anyres) -> Tokens:
+def all_of_first(anyres: Anyres) -> Tokens:
     """All tokens of the first tile."""
     return plain(np.arange(1, anyres.side**2 + 1))
 
