@@ -26,6 +26,7 @@ NAMES = sorted(path.stem for path in folder().glob("*.onnxtxt"))
 REFUSED = {"NonZero", "Compress", "Unique", "Scan", "If", "Loop"}  # by TensorRT, or in two profiles
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type of ``hidden``
+    "VtrAlive": [(INT64, 2)],
     "VtrBudget": [(INT64, 1)],
     "VtrCausalMask": [(BOOL, 4)],
     "VtrColumns": [(INT64, 2)],
@@ -35,11 +36,13 @@ OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type o
     "VtrPack": [(INT64, 2)],
     "VtrRankJoint": [(INT64, 2)],
     "VtrRankPerImage": [(INT64, 2)],
+    "VtrRankRagged": [(INT64, 2)],
     "VtrRowsLast": [(INT64, 1)],
     "VtrRowsText": [(INT64, 1)],
     "VtrScore": [(FLOAT, 2)],
     "VtrSeen": [(INT64, 2)],
     "VtrSelect": [(INT64, 2), (INT64, 2)],
+    "VtrSelectRagged": [(INT64, 2), (INT64, 2)],
     "VtrTail": [(None, 3)],
     "VtrTopKPrune": [(None, 3), (INT64, 2), (INT64, 2)],
     "VtrVisionCount": [(INT64, 1)],

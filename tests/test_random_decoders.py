@@ -65,10 +65,7 @@ def a_schedule(rng: np.random.Generator, decoder: Decoder) -> Resolved:
     tokens = pick(rng, None, 1, 2, 3, 4, 5)
     if tokens is None:
         rounding = pick(rng, "floor", "ceil")
-        shares = [(int(rng.integers(0, per + 1)), per) for per in rng.integers(1, 8, few)]
-        keeps = [
-            Keep(n, int(per), rounding) for n, per in sorted(shares, key=lambda s: -s[0] / s[1])
-        ]
+        keeps = [Keep(n, per, rounding) for n, per in shares(rng, few)]
     else:
         keeps = [Keep(int(n), tokens) for n in -np.sort(-rng.integers(0, tokens + 1, few))]
     packs = decoder.rotated and not decoder.is_mrope and decoder.tables != "given"
@@ -84,6 +81,15 @@ def a_schedule(rng: np.random.Generator, decoder: Decoder) -> Resolved:
         positions=pick(rng, "original", "repacked") if packs else "original",
         drop_point="between" if source == "next" else pick(rng, "between", "inside"),
     )
+
+
+def shares(rng: np.random.Generator, few: int) -> list[tuple[int, int]]:
+    """Far apart; or near, so that a short row may lose more to a cut than the widest row."""
+    near = [(2, 3), (3, 5), (4, 7), (1, 2), (4, 9), (3, 7), (2, 5), (1, 3)]
+    found = [(int(rng.integers(0, per + 1)), int(per)) for per in rng.integers(1, 8, few)]
+    if rng.integers(2):
+        found = [near[i] for i in rng.permutation(len(near))[:few]]
+    return sorted(found, key=lambda share: -share[0] / share[1])
 
 
 def a_batch(rng: np.random.Generator, decoder: Decoder, schedule: Resolved) -> dict[str, Array]:
@@ -247,18 +253,22 @@ def forced(case: Case, rng: np.random.Generator) -> tuple[dict[str, Array], list
     for number, item in enumerate(case.schedule.cuts):
         keep, kept, sets = item.keep.of(whole), [], []
         for b, entries in enumerate(vision):
-            pads = [c for c in entries if not real[b, c]]
-            own = [c for c in entries if real[b, c]]
+            pads = [c for c in entries if c < 0 or not real[b, c]]
+            own = [c for c in entries if c >= 0 and real[b, c]]
             budget = item.keep.of(sum(real[b, c] for c in case.feeds["vision_index"][b]))
             best = sorted(rng.permutation(own)[:budget].tolist())
             sets.append(best)
-            entries[:] = pads[: keep - budget] + best
-            alive = [c for c in columns[b] if c in entries or c not in pads + own]
-            kept.append([columns[b].index(c) for c in alive])
-            columns[b] = alive
+            pads = pads[: keep - budget]
+            short = keep - budget - len(pads)  # what stands in for them: the last column, in front
+            alive = [c for c in columns[b] if c in pads + best or c not in entries]
+            kept.append([len(columns[b]) - 1] * short + [columns[b].index(c) for c in alive])
+            columns[b], entries[:] = [-1] * short + alive, [-1] * short + pads + best
         chosen.append(sets)
         feeds[f"kept.{number}"] = np.array(kept)
-        places = [[columns[b].index(c) for c in entries] for b, entries in enumerate(vision)]
+        places = [
+            [n for n, c in enumerate(columns[b]) if c in entries]
+            for b, entries in enumerate(vision)
+        ]
         feeds[f"kept_vision.{number}"] = np.array(places, np.int64).reshape(case.batch, -1)
     return feeds, [[sets[b] for sets in chosen] for b in range(case.batch)]
 
@@ -266,8 +276,6 @@ def forced(case: Case, rng: np.random.Generator) -> tuple[dict[str, Array], list
 def check(seed: int) -> str:
     """Everything that must hold of one case; what could not be asked."""
     it = case(seed)
-    if is_short(it):
-        return "a row is short of pads"
     weights = Random(seed, it.decoder.dtype)
     model = plain(it, weights)
     unpruned, free = Session(model), Session(cut(model, it.schedule, tunable=it.tunable))
@@ -284,19 +292,6 @@ def check(seed: int) -> str:
     assert_kept(it, outputs, rows)
     assert_rows(it, outputs, rows)
     return "checked"
-
-
-def is_short(it: Case) -> bool:
-    """Whether a cut drops more tokens of some row than of the widest."""
-    index, sequence = it.feeds["vision_index"], it.feeds["inputs_embeds"].shape[1]
-    counts = np.take_along_axis(it.feeds["attention_mask"][:, -sequence:], index, 1).sum(1)
-    pads = index.shape[1] - counts
-    for item in it.schedule.cuts:
-        left = item.keep.of(index.shape[1]) - np.array([item.keep.of(int(n)) for n in counts])
-        if (left > pads).any():
-            return True
-        pads = left
-    return False
 
 
 def without_cuts(it: Case) -> Case:
@@ -352,7 +347,7 @@ def check_forced(it: Case, weights: Random, model: ir.Model) -> None:
     assert_rows(it, outputs, rows)
 
 
-FAILED_BEFORE: list[int] = []
+SHORT_OF_PADS = (25, 900, 1377, 1431, 3089, 3310, 3551)  # kept a token too many, or lost the last row
 BLOCKS, BLOCK = 10, 30
 
 
@@ -360,6 +355,11 @@ BLOCKS, BLOCK = 10, 30
 def test_a_pruned_graph_is_the_model_with_fewer_rows(block: int) -> None:
     done = [check(seed) for seed in range(block * BLOCK, (block + 1) * BLOCK)]
     assert done.count("checked") > BLOCK // 2
+
+
+@pytest.mark.parametrize("seed", SHORT_OF_PADS)
+def test_seeds_that_failed_before(seed: int) -> None:
+    assert check(seed) == "checked"
 
 
 if __name__ == "__main__":

@@ -208,9 +208,11 @@ __device__ inline void mark(const Params& p, PruneShared& s, const Row& row, int
     const long long given = p.budget[batch];
     const int budget = given < 0 ? 0 : given > p.keep ? p.keep : (int)given;
     keep_best(p, s, row, batch, 0, p.vision, budget);
-    // slots beyond the budget are filled by the first entries: a row's pads
+    // slots beyond the budget are filled by the row's pads, its first entries, as far as there are
+    const auto* ranks = reinterpret_cast<const unsigned*>(p.workspace + vtr_ranks_at(p)) +
+                        1LL * batch * p.vision;
     for (int i = threadIdx.x; i < p.keep - budget; i += VTR_PRUNE_THREADS)
-        keep_token(p, row, batch, i);
+        if (ranks[i] == rank_of(0.0f, false)) keep_token(p, row, batch, i);
     __syncthreads();
 }
 
@@ -283,6 +285,11 @@ __device__ inline void copy_rows(const Params& p, const int* rows, int count, lo
     }
 }
 
+// Slots in front that nothing fills: the last column stands there, a row that the next stage masks.
+__device__ inline int missing(const Params& p, const PruneShared& s) {
+    return vtr_kept(p) - s.total[0];
+}
+
 // This block's share of the surviving rows: their columns, then the rows themselves.
 __device__ inline void gather(const Params& p, PruneShared& s, const Row& row, int batch,
                               bool copies_all) {
@@ -298,8 +305,10 @@ __device__ inline void gather(const Params& p, PruneShared& s, const Row& row, i
         const int count = smaller(at_once, end - base), number = base + threadIdx.x;
         if ((int)threadIdx.x < count) {
             int column = number;
-            if (!copies_all)
-                column = number < s.total[0] ? column_of(row.alive, row.alive_before, words, number) : 0;
+            if (!copies_all) {
+                const int alive = number - missing(p, s);
+                column = alive < 0 ? p.length - 1 : column_of(row.alive, row.alive_before, words, alive);
+            }
             s.rows[threadIdx.x] = column;
             p.indices[to + number] = column;
         }
@@ -316,13 +325,14 @@ __device__ inline void place_vision(const Params& p, const PruneShared& s, const
     const int begin = (int)(1LL * p.keep * blockIdx.x / p.tiles);
     const int end = (int)(1LL * p.keep * (blockIdx.x + 1) / p.tiles);
     for (int i = begin + threadIdx.x; i < end; i += VTR_PRUNE_THREADS) {
-        long long place = 0;
+        long long place = i;
+        const int skipped = copies_all ? 0 : missing(p, s), kept = i - skipped;
         if (copies_all) {
             place = p.vision_index[1LL * batch * p.vision + i];
-        } else if (i < s.total[1]) {
-            const int column = column_of(row.kept, row.kept_before, vtr_words(p), i);
+        } else if (kept >= 0 && kept < s.total[1]) {
+            const int column = column_of(row.kept, row.kept_before, vtr_words(p), kept);
             const unsigned below = row.alive[column / 32] & ((1u << column % 32) - 1u);
-            place = row.alive_before[column / 32] + __popc(below);
+            place = row.alive_before[column / 32] + __popc(below) + skipped;
         }
         p.kept_vision_index[1LL * batch * p.keep + i] = place;
     }

@@ -344,6 +344,7 @@ RULES: dict[str, Callable[[ir.Node, list[Axes]], Axes]] = {
 }
 # Our operators, in graphs that were cut before: survivors are the tokens of the next stage.
 OURS: dict[str, Callable[[list[Axes]], list[Axes]]] = {
+    "VtrAlive": lambda inputs: [inputs[0]],
     "VtrBudget": lambda inputs: [NONE],
     "VtrCausalMask": lambda inputs: [Axes(token=2, key=3)],
     "VtrNarrow": lambda inputs: [inputs[0]],

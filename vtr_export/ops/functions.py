@@ -19,20 +19,24 @@ OLDEST = 18  # opset whose operators a body can be read with: reductions take th
 class Choice:
     """Which variant stands behind each abstract operator of a body (VtrRows, VtrHeads …).
 
-    One schedule makes one choice, so one model holds one body of each composite.
+    One schedule makes one choice, so one model holds one body of each composite. ``ragged``: a
+    row may have to drop more than the widest row drops, and be short of pads to stay as wide.
     """
 
     query: Literal["last", "text"] = "last"
     heads: Literal["mean", "max"] = "mean"
     rank: Literal["joint", "per_image"] = "joint"
+    ragged: bool = False
 
     def names(self) -> Mapping[str, str]:
         """Abstract operator → the function that implements it."""
+        joint = "VtrRankRagged" if self.ragged else "VtrRankJoint"
         return {
             "VtrRows": {"last": "VtrRowsLast", "text": "VtrRowsText"}[self.query],
             "VtrWeight": {"last": "VtrWeightLast", "text": "VtrWeightText"}[self.query],
             "VtrHeads": {"mean": "VtrHeadsMean", "max": "VtrHeadsMax"}[self.heads],
-            "VtrRank": {"joint": "VtrRankJoint", "per_image": "VtrRankPerImage"}[self.rank],
+            "VtrRank": {"joint": joint, "per_image": "VtrRankPerImage"}[self.rank],
+            "VtrSelect": "VtrSelectRagged" if self.ragged else "VtrSelect",
         }
 
 

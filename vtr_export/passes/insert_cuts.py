@@ -97,7 +97,10 @@ class _Surgeon:
 
     def __init__(self, model: ir.Model, schedule: Resolved, tunable: bool) -> None:
         self.graph, self.schedule = model.graph, schedule
-        self.build = Build(model, ops.Choice(schedule.query, schedule.heads, schedule.rank))
+        # a row of fewer tokens may lose more of them to a later cut than the widest row does
+        self.is_ragged = schedule.tokens_per_image is None and len(schedule.cuts) > 1
+        choice = ops.Choice(schedule.query, schedule.heads, schedule.rank, self.is_ragged)
+        self.build = Build(model, choice)
         self.inputs = {value.name: value for value in model.graph.inputs}
         self.positions = self.inputs["position_ids"]
         self.tokens = str(symbol(self.inputs["inputs_embeds"]))
@@ -155,6 +158,8 @@ class _Surgeon:
         hidden.type = site.entry.type
         hidden.shape = _renamed(site.entry.shape, number + 1, (self.tokens,))
         current = build.call("VtrNarrow", [stage.current, kept], "current")
+        if self.is_ragged and number:
+            current = build.call("VtrAlive", [current, kept], "alive")
         padding = build.op("Concat", [past, current], "padding", axis=1)
         new = Stage(hidden, padding, current, vision_index, mask)
         new.mask = build.call("VtrCausalMask", [padding, hidden], "mask")

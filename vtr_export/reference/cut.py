@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtr_export.reference.layers import Attention
 from vtr_export.schedule import Keep, Resolved
 
 Budget: TypeAlias = tuple[int, list[int]]  # vision columns, real vision tokens of each row
 NAN_SCORE, PAD_SCORE = -1.0, -2.0
+MISSING = -1  # an entry that nothing fills
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def image_count(schedule: Resolved, columns: int) -> int:
 def select(score: Tensor, is_real: Tensor, keep: Keep, budget: Budget, images: int) -> Tensor:
     """Entries of the vision index that survive ``[B, k]``, ascending.
 
-    A row's budget follows from its own tokens; its leftmost pads fill what is left of k.
+    A row's budget follows from its own tokens; its leftmost pads fill what is left of k, and
+    where there are not enough of them, ``MISSING`` does.
     """
     columns, tokens_of_row = budget
     size = score.shape[1] // images
@@ -117,9 +119,12 @@ def select(score: Tensor, is_real: Tensor, keep: Keep, budget: Budget, images: i
     rows = []
     for row, tokens in enumerate(tokens_of_row):
         real = int(is_real[row].sum())
-        pads = min(k - min(keep.of(tokens), real, k), size - real) if images == 1 else 0
+        spare = k - min(keep.of(tokens), real, k) if images == 1 else 0
+        pads = min(spare, score.shape[1] - real)
         groups = score[row].view(images, size)
-        rows.append(torch.cat([_best(group, k, pads) + i * size for i, group in enumerate(groups)]))
+        missing = torch.full((spare - pads,), MISSING, device=score.device)
+        kept = [_best(group, k - len(missing), pads) + i * size for i, group in enumerate(groups)]
+        rows.append(torch.cat([missing, *kept]))
     return torch.stack(rows)
 
 
@@ -131,11 +136,25 @@ def _best(score: Tensor, k: int, pads: int) -> Tensor:
 
 
 def survivors(streams: Streams, chosen: Tensor) -> Tensor:
-    """``[B, S']``: all columns but the vision tokens that were not chosen, ascending."""
-    survives = torch.ones_like(streams.mask, dtype=torch.bool)
-    survives.scatter_(1, streams.vision, False)
-    survives.scatter_(1, streams.vision.gather(1, chosen), True)
-    return torch.stack([row.nonzero()[:, 0] for row in survives])
+    """``[B, S']``: all columns but the vision tokens that were not chosen, ascending.
+
+    For each that is ``MISSING`` the last column stands in front; ``is_stand_in`` tells it.
+    """
+    rows = []
+    for mask, vision, entries in zip(streams.mask, streams.vision, chosen, strict=True):
+        survives = torch.ones_like(mask, dtype=torch.bool)
+        survives[vision] = False
+        survives[vision[entries[entries != MISSING]]] = True
+        stand_ins = int((entries == MISSING).sum())
+        rows.append(
+            nn.functional.pad(survives.nonzero()[:, 0], (stand_ins, 0), value=len(mask) - 1)
+        )
+    return torch.stack(rows)
+
+
+def is_stand_in(kept: Tensor) -> Tensor:
+    """``[B, S']`` bool: columns in front that no token of the row fills; they are masked."""
+    return nn.functional.pad(kept[:, :-1] >= kept[:, 1:], (0, 1), value=False)
 
 
 def is_among(columns: Tensor, others: Tensor) -> Tensor:

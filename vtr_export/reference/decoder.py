@@ -13,6 +13,7 @@ from vtr_export.reference.cut import (
     columns_at,
     image_count,
     is_among,
+    is_stand_in,
     margin_of,
     positions_of,
     rows_at,
@@ -333,12 +334,13 @@ class Reference:
     def _narrow(self, streams: Streams, kept: Tensor, call: _Call) -> Streams:
         """``streams`` on the columns ``kept``, in the next stage."""
         call.stage += 1
-        mask = streams.mask.gather(1, kept)
+        stands_in = is_stand_in(kept)
+        mask = streams.mask.gather(1, kept).masked_fill(stands_in, 0)
         padding = torch.cat((call.past.padding[call.stage], mask), 1)
         positions = columns_at(streams.positions, kept)
         if self.schedule.positions == "repacked":
             positions = positions_of(padding)[:, -kept.shape[1] :]
-        is_vision = is_among(kept, streams.vision)
+        is_vision = is_among(kept, streams.vision) | stands_in
         vision = torch.stack([row.nonzero()[:, 0] for row in is_vision])
         call.padding.append(padding)
         call.kept_vision.append(vision)
