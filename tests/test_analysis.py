@@ -53,6 +53,11 @@ FOLLOWED = {
     "a product with a weight": ("y = MatMul (x, w)", "b,s,5", Axes(1)),
     "a weight for each row": ("y = Mul (x, row)", "b,s,6", Axes(1)),
     "two streams": ("y = Add (x, x)", "b,s,6", Axes(1)),
+    "the best features": ("y, best = TopK (x, two)", "b,s,2", Axes(1)),
+    "a column for each row": (
+        "i = Unsqueeze (ids, one) f = Cast <to: int = 1> (i) col = Unsqueeze (row, one) "
+        "y = MatMul (col, f)", "b,6,s", Axes(2)
+    ),
     "heads": ("y = Reshape (x, heads)", "b,s,2,3", Axes(1)),
     "turned heads": (
         "r = Reshape (x, heads) y = Transpose <perm: ints = [0, 2, 1, 3]> (r)", "b,2,s,3", Axes(2)
@@ -92,6 +97,7 @@ UNFOLLOWED = {
     "tokens as the width of a product": (
         "t = Transpose <perm: ints = [0, 2, 1]> (x) q = Gather (table, at) y = MatMul (t, q)", "b,6,6"
     ),
+    "the best rows": ("y, at_ = TopK <axis: int = 1> (x, two)", "b,2,6"),
     "tokens against tokens": ("t = Transpose <perm: ints = [0, 2, 1]> (x) y = MatMul (x, t)", "b,s,s"),
     "turned before a product": ("f = Squeeze (x, zero) y = Gemm <transA: int = 1> (f, f)", "6,6"),
     "some rows": ("y = Slice (x, one, far, one)", "b,n,6"),

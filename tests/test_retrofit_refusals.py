@@ -55,6 +55,18 @@ CASES = {
         {"visible = And (causal, real_keys)": WINDOW.format(4096)},
         "after 4099 tokens, token 4099 does not see token 0",
     ),
+    "a window in a table": (
+        MATMUL,
+        {
+            "visible = And (causal, real_keys)": "side = Constant <value_int: int = 90> () "
+            "all_keys = Range (n0, side, n1) all_rows = Unsqueeze (all_keys, i1) "
+            "ages = Sub (all_rows, all_keys) half = Constant <value_int: int = 45> () "
+            "table_ = Less (ages, half) band = Slice (table_, p_, t_, i0) "
+            "near = Slice (band, i0, t_, i1) causal_ = And (causal, near) "
+            "visible = And (causal_, real_keys)"
+        },
+        "does not see token 0",
+    ),
     "image tokens that see each other": (
         MATMUL,
         {"causal = LessOrEqual (keys, rows_column)": "causal = GreaterOrEqual (keys, n0)"},

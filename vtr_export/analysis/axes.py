@@ -84,7 +84,7 @@ def _rule(node: ir.Node, inputs: list[Axes]) -> list[Axes]:
             return [_through_state(inputs, state)] * count
     if node.op_type in SAME:
         return [inputs[0]] * count
-    if node.op_type == "Split":
+    if node.op_type in ("Split", "TopK"):
         return [_split(node, inputs)] * count
     rule = RULES.get(node.op_type, _broadcast if node.op_type in BROADCAST else None)
     return [LOST] * count if rule is None else [rule(node, inputs)] + [LOST] * (count - 1)
@@ -270,11 +270,11 @@ def _slice(node: ir.Node, inputs: list[Axes]) -> Axes:
 
 
 def _split(node: ir.Node, inputs: list[Axes]) -> Axes:
-    """Of every output: parts of another axis."""
-    own = rank(node.inputs[0])
+    """Of every output: parts of another axis, or its best entries."""
+    own, usual = rank(node.inputs[0]), -1 if node.op_type == "TopK" else 0
     if own is None:
         return LOST
-    axis = (node.attributes["axis"].as_int() if "axis" in node.attributes else 0) % own
+    axis = (node.attributes["axis"].as_int() if "axis" in node.attributes else usual) % own
     return LOST if axis in (inputs[0].token, inputs[0].key) else inputs[0]
 
 

@@ -95,7 +95,8 @@ def canonicalise(model: ir.Model) -> Decoder:
         ),
         model,
     )
-    _drop_idle(model.graph, ("attention_mask", "input_ids"))
+    _drop_idle(model.graph)
+    _give_positions(model.graph)
     model = run(
         (LiftEmbeddings(), AttachMask(), NarrowShapes(), InferShapes(), FixReshapes()), model
     )
@@ -155,7 +156,13 @@ def _sink(graph: ir.Graph, value: ir.Value) -> ir.Value | None:
     return None
 
 
-def _drop_idle(graph: ir.Graph, names: tuple[str, ...]) -> None:
+def _give_positions(graph: ir.Graph) -> None:
+    """A decoder that reads no positions gets the input for as long as it is cut."""
+    if all(value.name != "position_ids" for value in graph.inputs):
+        graph.inputs.append(ir.val("position_ids", ir.DataType.INT64, ["batch", "sequence"]))
+
+
+def _drop_idle(graph: ir.Graph) -> None:
     """Inputs that nothing reads any more: ours take their place."""
     for value in [*graph.inputs]:
         if not value.uses() and not value.is_graph_output() and value.name != "mask":

@@ -16,6 +16,7 @@ CALLS = (
     Lengths.drawn(2, 4, 3, (0, 3)),
 )
 LOW = -1000.0  # what is added to hide a key
+SHORT = 3  # windows that the calls above show
 LONGEST = 1 << 17  # windows beyond this are no windows
 
 
@@ -57,9 +58,12 @@ def _check(model: ir.Model, form: Form) -> None:
 
 def _long(part: Part) -> Iterator[Lengths]:
     """Calls behind a past longer than any number the mask knows: a window shows there."""
-    numbers = [number for number in part.constants() if 8 < number <= LONGEST]
-    for number in numbers:
-        yield Lengths.drawn(1, number + 3, 2)
+    for number in part.constants():
+        if SHORT < number <= LONGEST:
+            yield Lengths.drawn(1, number + 3, 2)
+    for number in part.tables():
+        if SHORT < number <= LONGEST:
+            yield Lengths.drawn(1, number - 2, 2)
 
 
 def _together(form: Form, values: Sequence[Array], lengths: Lengths) -> Array:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vtr_export.errors import AnalysisError, UnavailableError
 
 Array: TypeAlias = NDArray[Any]
+SMALL = 64  # entries; what has more is a table
 MAX_BYTES = 64 << 20  # of constants that a part may read: more is a weight
 
 
@@ -54,15 +55,26 @@ class Part:
 
     def constants(self) -> list[int]:
         """Whole numbers that the part reads: a window would be one of them."""
-        graph = self.model.graph
-        tensors = [value.const_value for value in graph.initializers.values()]
-        tensors += [ir.convenience.get_const_tensor(node.outputs[0]) for node in graph]
         found: set[int] = set()
-        for tensor in tensors:
-            if tensor is not None and tensor.size <= 64 and tensor.dtype != ir.DataType.STRING:
+        for tensor in self._tensors():
+            if tensor.size <= SMALL:
                 entries = np.asarray(tensor.numpy(), dtype=np.float64).reshape(-1)
                 found |= {int(abs(x)) for x in entries if np.isfinite(x) and x == np.round(x)}
         return sorted(found)
+
+    def tables(self) -> list[int]:
+        """Lengths of tables that the part reads: all of a table is read at one of them."""
+        large = [tensor for tensor in self._tensors() if tensor.size > SMALL]
+        return sorted(
+            {int(dim) for tensor in large for dim in tensor.shape if isinstance(dim, int)}
+        )
+
+    def _tensors(self) -> list[ir.TensorProtocol]:
+        graph = self.model.graph
+        tensors = [value.const_value for value in graph.initializers.values()]
+        tensors += [ir.convenience.get_const_tensor(node.outputs[0]) for node in graph]
+        text = ir.DataType.STRING
+        return [tensor for tensor in tensors if tensor is not None and tensor.dtype != text]
 
     def __call__(self, lengths: Lengths) -> list[Array]:
         """The values for a call; hidden states and past are zeros."""
