@@ -55,8 +55,8 @@ FOLLOWED = {
     "two streams": ("y = Add (x, x)", "b,s,6", Axes(1)),
     "the best features": ("y, best = TopK (x, two)", "b,s,2", Axes(1)),
     "a column for each row": (
-        "i = Unsqueeze (ids, one) f = Cast <to: int = 1> (i) col = Unsqueeze (row, one) "
-        "y = MatMul (col, f)", "b,6,s", Axes(2)
+        "i = Unsqueeze (ids, one) f = Cast <to: int = 1> (i) col = Unsqueeze (row, minus) "
+        "y = MatMul (col, f)", "1,b,6,s", Axes(3)
     ),
     "heads": ("y = Reshape (x, heads)", "b,s,2,3", Axes(1)),
     "turned heads": (
