@@ -5,6 +5,7 @@ from typing import Any
 
 import tiny_models
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
@@ -15,17 +16,21 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
+    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2Config,
     SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 from vtr_export.verify.processors import without_videos
 
 TILE, PATCH = 28, 7  # pixels
 VIDEO = 63  # the token
+CLIP_SIZES = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 
 
@@ -80,11 +85,7 @@ def llava_next(folder: Path, seed: int = 0) -> PreTrainedModel:
         image_grid_pinpoints=PINPOINTS,
     )
     processor = LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessorPil(
-            size={"shortest_edge": TILE},
-            crop_size={"height": TILE, "width": TILE},
-            image_grid_pinpoints=PINPOINTS,
-        ),
+        image_processor=LlavaNextImageProcessorPil(**CLIP_SIZES, image_grid_pinpoints=PINPOINTS),
         tokenizer=tiny_models.tiny_tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -115,3 +116,22 @@ def llava_onevision(folder: Path, seed: int = 0) -> PreTrainedModel:
         chat_template=tiny_models.CHAT_TEMPLATE,
     )
     return save(LlavaOnevisionForConditionalGeneration(config), processor, folder, seed)
+
+
+def vipllava(folder: Path, seed: int = 0) -> PreTrainedModel:
+    config = VipLlavaConfig(
+        vision_config=CLIPVisionConfig(projection_dim=16, **vision_sizes()),
+        text_config=LlamaConfig(**text_sizes()),
+        image_token_index=tiny_models.IMAGE,
+        image_seq_length=(TILE // PATCH) ** 2,
+        vision_feature_layer=[-2, -3, 1],
+    )
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(**CLIP_SIZES),
+        tokenizer=tiny_models.tiny_tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tiny_models.CHAT_TEMPLATE,
+    )
+    return save(VipLlavaForConditionalGeneration(config), processor, folder, seed)

@@ -11,6 +11,7 @@ from vtr_export.families.llava_next import llava_next
 from vtr_export.families.llava_onevision import llava_onevision
 from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl
 from vtr_export.families.section import FRESH, Config
+from vtr_export.families.vipllava import vipllava
 
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "internvl": internvl,
@@ -19,6 +20,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "llava_onevision": llava_onevision,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "vipllava": vipllava,
 }
 
 
