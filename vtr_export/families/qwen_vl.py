@@ -1,5 +1,6 @@
 """Qwen2-VL and Qwen2.5-VL: images keep their size, patches are merged, positions are triples."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from vtr_export.families.decoders import read_decoder
@@ -9,6 +10,7 @@ from vtr_export.families.section import Config, Section, image_token, section_of
 
 def qwen2_vl(config: Config, where: str) -> ModelFacts:
     """LayerNorms, a plain MLP and full attention in the tower."""
+    config = _unfolded(config)
     _, vision = section_of(config, "vision_config", "qwen2_vl_vision", where)
     width, out = vision.size("embed_dim"), vision.size("hidden_size")
     inner = int(width * vision.values["mlp_ratio"])
@@ -19,6 +21,7 @@ def qwen2_vl(config: Config, where: str) -> ModelFacts:
 
 def qwen2_5_vl(config: Config, where: str) -> ModelFacts:
     """RMSNorms, a gated MLP and window attention in the tower."""
+    config = _unfolded(config)
     _, vision = section_of(config, "vision_config", "qwen2_5_vl_vision", where)
     width, out = vision.size("hidden_size"), vision.size("out_hidden_size")
     inner = vision.size("intermediate_size")
@@ -28,6 +31,23 @@ def qwen2_5_vl(config: Config, where: str) -> ModelFacts:
     return _facts(
         "qwen2_5_vl", config, where, replace(tower, window=window), out, merger_norm=width
     )
+
+
+def _unfolded(config: Config) -> Config:
+    """With the decoder's values in a part of their own: the hub's files have them at the top.
+
+    Parts are of one class, whatever type they name.
+    """
+    kind = config["model_type"]
+    parts = {"text_config": config.get("text_config"), "vision_config": config.get("vision_config")}
+    if parts["text_config"] is None:
+        parts["text_config"] = {name: config[name] for name in config if name not in parts}
+    typed = {
+        key: {**part, "model_type": f"{kind}_{key.removesuffix('_config')}"}
+        for key, part in parts.items()
+        if isinstance(part, Mapping)
+    }
+    return {**config, **typed}
 
 
 def _tower(vision: Section, width: int, inner: int, rest: int) -> VisionFacts:
