@@ -103,17 +103,27 @@ def scored(call: Call, query: Array, keys: Array, scale: float, choice: ops.Choi
 
 
 def ranked(score: Array, keep: int, budget: int) -> list[int]:
-    """Entries of one row that survive: best first, lower index first; then leftmost pads."""
+    """Entries of one row that survive: best first, lower index first; then leftmost pads.
+
+    Beyond its last entry: where the row has no pad left.
+    """
     order = sorted(range(len(score)), key=lambda e: (-score[e], e))
-    return [order[e] if e < budget else e - budget for e in range(keep)]
+    pads = [e for e in range(len(score)) if score[e] == -2]
+    return [*order[:budget], *(pads + keep * [len(score)])[: keep - budget]][:keep]
 
 
 def selected(call: Call, chosen: list[list[int]]) -> tuple[Array, Array]:
-    """Surviving columns of each row, and where vision tokens stand among them."""
+    """Surviving columns of each row, and where vision tokens stand among them.
+
+    The last column stands in front for an entry that does not exist.
+    """
     indices, places = [], []
     for b, entries in enumerate(chosen):
-        kept = {int(call.vision[b, e]) for e in entries}
-        alive = [c for c in range(call.current.shape[1]) if c in kept or c not in call.vision[b]]
-        indices.append(alive)
-        places.append([at for at, column in enumerate(alive) if column in kept])
+        kept = {int(call.vision[b, e]) for e in entries if e < call.vision.shape[1]}
+        short, last = len(entries) - len(kept), call.current.shape[1] - 1
+        alive = [c for c in range(last + 1) if c in kept or c not in call.vision[b]]
+        indices.append([last] * short + alive)
+        places.append(
+            [at for at, column in enumerate([-1] * short + alive) if column in {-1, *kept}]
+        )
     return np.array(indices), np.array(places, np.int64).reshape(len(chosen), -1)

@@ -117,6 +117,7 @@ class Oracle:
         self.stage += 1
         columns, vision = kept
         current = take(rows.call.current, columns)
+        current[:, :-1] *= columns[:, :-1] < columns[:, 1:]  # what stands in for a pad is one
         call = Call(self._past(self.stage), current, vision)
         positions = take(rows.positions, columns)
         if self.schedule.positions == "repacked":

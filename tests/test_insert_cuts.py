@@ -22,7 +22,7 @@ from vtr_export.schedule import Cut, Keep, Resolved, Schedule
 
 GRAPHS = Path(__file__).parents[1] / "graphs" / "insert_cuts"
 CASES = sorted(folder.name for folder in GRAPHS.iterdir())
-TOKENS = {"shares": None, "per_image": 2}  # an image
+TOKENS = {"shares": None, "ragged": None, "per_image": 2}  # an image
 USUAL_TOKENS = 4
 TUNABLE = {"tunable"}
 GATE = 1e-4  # of values up to about 10, in fp32
@@ -51,7 +51,8 @@ def before(case: str) -> ir.Model:
 
 
 def choice(schedule: Resolved) -> ops.Choice:
-    return ops.Choice(schedule.query, schedule.heads, schedule.rank)
+    is_ragged = schedule.tokens_per_image is None and len(schedule.cuts) > 1
+    return ops.Choice(schedule.query, schedule.heads, schedule.rank, is_ragged)
 
 
 def cut(model: ir.Model, schedule: Resolved, *, tunable: bool = False) -> ir.Model:
