@@ -67,7 +67,9 @@ def copy_assets(checkpoint: Checkpoint, folder: Path) -> list[str]:
         source = checkpoint.folder / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
-    return missing_assets(checkpoint.folder)
+    for name, text in checkpoint.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return missing_assets(folder)
 
 
 def missing_assets(folder: Path) -> list[str]:

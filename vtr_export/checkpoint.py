@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from vtr_export.errors import CheckpointError
 from vtr_export.families import ModelFacts, read_facts
+from vtr_export.layouts import find_layout
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -46,7 +47,11 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose headers were read and found consistent; no weight was."""
+    """A model folder whose headers were read and found consistent; no weight was.
+
+    Where the folder's layout is another, ``config`` and the names of ``tensors`` are transformers',
+    and ``files`` are texts by name that stand for the folder's own.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -54,6 +59,7 @@ class Checkpoint:
     shards: tuple[Path, ...]
     headers_sha256: dict[str, str] = field(repr=False)  # by shard file name
     config_sha256: str = ""
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -79,7 +85,10 @@ class Checkpoint:
         for name, shard_name in weight_map.items():
             if name not in tensors:
                 _fail(f"{INDEX} says {name!r} is in {shard_name}, which lacks it", folder / INDEX)
-        return cls(folder, config, tensors, shards, headers, config_sha256)
+        own, files = _read_own_config(folder)[0], dict[str, str]()
+        if layout := find_layout(own):
+            tensors, files = layout.tensors(config, tensors), layout.files(own, config, folder)
+        return cls(folder, config, tensors, shards, headers, config_sha256, files)
 
 
 def find_folder(path: str | Path) -> Path:
@@ -97,7 +106,13 @@ def find_folder(path: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """``config.json`` of a model folder as a dict, and its sha256."""
+    """A model folder's configuration in transformers' form, and the sha256 of ``config.json``."""
+    config, digest = _read_own_config(folder)
+    layout = find_layout(config)
+    return (config if layout is None else layout.config(config, folder)), digest
+
+
+def _read_own_config(folder: Path) -> tuple[dict[str, Any], str]:
     file = folder / CONFIG
     if file.is_file():
         return _read_object(file)

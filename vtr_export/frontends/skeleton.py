@@ -46,6 +46,7 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """The model of ``config`` with parameters that have a shape and no data, and real buffers."""
     config._attn_implementation = "vtr"
+    _settle(config.get_text_config())
     try:
         with _EmptyOnMeta():
             model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -63,6 +64,13 @@ def build_skeleton(
     return model
 
 
+def _settle(config: PretrainedConfig) -> None:
+    """Within the context, which no run leaves, dynamic NTK scaling changes nothing."""
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
+        config.rope_parameters = {**rope, "rope_type": "default"}
+
+
 def _fake_parameters(module: Module, mode: FakeTensorMode) -> None:
     with mode:
         for name, parameter in module._parameters.items():
@@ -74,6 +82,8 @@ def _fake_parameters(module: Module, mode: FakeTensorMode) -> None:
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """Transformers' own reading of ``config.json``; runs no code of the checkpoint."""
     try:
+        if checkpoint.files:
+            return AutoConfig.for_model(**checkpoint.config)
         return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     except _REFUSALS as error:
         raise _refusal("read", error, checkpoint.folder) from error

@@ -9,7 +9,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from vtr_export.families import ModelFacts
-from vtr_export.frontends.families import llava, qwen_vl
+from vtr_export.frontends.families import internvl, llava, qwen_vl
 from vtr_export.frontends.feeds import Feed, VisionGraph
 
 
@@ -42,6 +42,7 @@ def whole_images(model: Any, pixel_values: Tensor) -> Tensor:
 
 
 GRAPHS: Final[Mapping[str, VisionGraph]] = {
+    "internvl": VisionGraph(internvl.features, one_size),
     "llava": VisionGraph(llava.projected, one_size),
     "llava_next": VisionGraph(llava.packed, llava.tiles),
     "llava_onevision": VisionGraph(llava.blended, llava.blended_tiles),

@@ -9,6 +9,7 @@ from vtr_export.reference.inputs import (
     positions_for,
     vision_index_of,
 )
+from vtr_export.reference.load import load_model
 
 __all__ = [
     "Cache",
@@ -18,6 +19,7 @@ __all__ = [
     "Step",
     "embed",
     "image_features",
+    "load_model",
     "pad_batch",
     "positions_for",
     "positions_of",

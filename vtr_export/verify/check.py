@@ -51,12 +51,13 @@ def check(job: Job) -> Findings:
     checkpoint = Checkpoint.open(job.checkpoint)
     facts = read_facts(checkpoint.config, str(checkpoint.folder / "config.json"))
     manifest = Manifest.load(job.artifact)
-    parts, schedule, config = Parts.of(job.artifact, manifest), job.schedule, checkpoint.folder
+    source = job.artifact if checkpoint.files else checkpoint.folder  # of transformers' files
+    parts, schedule, config = Parts.of(job.artifact, manifest), job.schedule, source
     pad = manifest.model.pad_token_id or 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         image = job.image or draw_picture(folder / "picture.png")
-        asked = ask(job.artifact, checkpoint.folder, facts, image, job.prompt)
+        asked = ask(job.artifact, source, facts, image, job.prompt)
         questions = [question(name, asked, rows, facts, pad) for name, (rows, _) in CASES.items()]
         count = layers_of(job.scope, facts.layers)
         if count is not None:

@@ -13,6 +13,7 @@ from vtr_export.reference import (
     Reference,
     embed,
     image_features,
+    load_model,
     pad_batch,
     positions_for,
     vision_index_of,
@@ -28,17 +29,8 @@ class Oracle:
     """The model of ``weights`` (a checkpoint folder) as ``config`` (a folder) describes it."""
 
     def __init__(self, weights: Path, config: Path, schedule: Resolved, dtype: str) -> None:
-        from transformers import AutoConfig, AutoModelForImageTextToText
-
         torch.manual_seed(0)
-        self._model: Any = AutoModelForImageTextToText.from_pretrained(
-            weights,
-            config=AutoConfig.from_pretrained(config, local_files_only=True),
-            dtype=DTYPES[dtype],
-            attn_implementation="eager",
-            local_files_only=True,
-            use_safetensors=True,
-        ).eval()
+        self._model: Any = load_model(weights, config, DTYPES[dtype], attn_implementation="eager")
         self._dtype = DTYPES[dtype]
         self._decoder = self._model.get_decoder()
         self._reference = Reference(self._decoder, self._model.get_output_embeddings(), schedule)
