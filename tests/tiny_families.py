@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tiny_internvl
 import tiny_llavas
+import tiny_mistral
 import tiny_models
 import tiny_qwen
 from transformers import PreTrainedModel
@@ -21,6 +22,8 @@ def llava(folder: Path, seed: int = 0) -> PreTrainedModel:
 TINY: Mapping[str, Save] = {
     "internvl": tiny_internvl.internvl,
     "llava": llava,
+    "llava/pixtral": tiny_mistral.pixtral,
+    "mistral3": tiny_mistral.mistral3,
     "llava_next": tiny_llavas.llava_next,
     "llava_onevision": tiny_llavas.llava_onevision,
     "qwen2_5_vl": tiny_qwen.qwen2_5_vl,

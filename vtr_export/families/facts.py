@@ -9,7 +9,8 @@ class VisionFacts:
 
     ``tokens`` is the tower's own sequence length per image or tile, CLS included; None, as
     ``image_size``, where images keep their size. ``merge`` by ``merge`` of them become one vision
-    token. ``parameters`` counts what the exported encoder holds (embeddings and ``layers_run``
+    token. ``kind`` is the tower's own model type, where several may stand in its place.
+    ``parameters`` counts what the exported encoder holds (embeddings and ``layers_run``
     layers). Where some layers attend in windows, those are ``window`` by ``window`` vision tokens.
     A patch spans ``frames`` frames.
     """
@@ -26,6 +27,7 @@ class VisionFacts:
     has_cls: bool
     parameters: int
     merge: int = 1
+    kind: str = ""
     window: int | None = None
     frames: int = 1
 

@@ -1,17 +1,24 @@
 """Vision towers' facts."""
 
+from dataclasses import replace
 from typing import Final
 
 from vtr_export.errors import CheckpointError
 from vtr_export.families.facts import VisionFacts
 from vtr_export.families.section import FRESH, Config, Section, section_of
 
-TOWERS: Final = ("clip_vision_model", "siglip_vision_model")
+ONE_SIZE: Final = ("clip_vision_model", "siglip_vision_model")
+TOWERS: Final = (*ONE_SIZE, "pixtral")
 
 
-def read_tower(config: Config, where: str) -> tuple[VisionFacts, int]:
-    """A CLIP or SigLIP tower, and how many of its layers feed the projector."""
-    kind, vision = section_of(config, "vision_config", TOWERS[0], where)
+def read_tower(
+    config: Config, where: str, fallback: str = TOWERS[0], *, merge: int = 1
+) -> tuple[VisionFacts, int]:
+    """A tower and how many of its layers feed the projector; ``fallback``: see ``read_decoder``.
+
+    The projector makes one token of ``merge`` by ``merge`` features.
+    """
+    kind, vision = section_of(config, "vision_config", fallback, where)
     if kind not in TOWERS:
         raise CheckpointError(
             f"vision_config.model_type {kind!r} is not supported",
@@ -19,7 +26,8 @@ def read_tower(config: Config, where: str) -> tuple[VisionFacts, int]:
             hint=f"supported: {', '.join(TOWERS)}",
         )
     features = _feature_layers(config, vision.size("num_hidden_layers"), where)
-    return _tower(vision, kind == TOWERS[0], max(features)), len(features)
+    build = _tower if kind in ONE_SIZE else _pixtral
+    return replace(build(vision, kind, max(features)), merge=merge, kind=kind), len(features)
 
 
 def dropped_tokens(config: Config, where: str) -> int:
@@ -48,8 +56,9 @@ def _feature_layers(config: Config, layers: int, where: str) -> tuple[int, ...]:
     return tuple(i if i >= 0 else layers + 1 + i for i in wanted)
 
 
-def _tower(vision: Section, has_cls: bool, layers_run: int) -> VisionFacts:
+def _tower(vision: Section, kind: str, layers_run: int) -> VisionFacts:
     """CLIP (CLS token, norm before the layers) or SigLIP (biased patch embedding)."""
+    has_cls = kind == TOWERS[0]
     hidden, intermediate = vision.size("hidden_size"), vision.size("intermediate_size")
     image, patch = vision.side("image_size"), vision.side("patch_size")
     channels = vision.size("num_channels")
@@ -68,4 +77,24 @@ def _tower(vision: Section, has_cls: bool, layers_run: int) -> VisionFacts:
         channels=channels,
         has_cls=has_cls,
         parameters=hidden * (channels * patch**2 + tokens) + extras + layers_run * layer,
+    )
+
+
+def _pixtral(vision: Section, _: str, layers_run: int) -> VisionFacts:
+    """Images of any size, rotary positions, RMSNorms and gated MLPs; no biases."""
+    hidden, intermediate = vision.size("hidden_size"), vision.size("intermediate_size")
+    patch, channels = vision.side("patch_size"), vision.size("num_channels")
+    layer = 4 * hidden**2 + 3 * hidden * intermediate + 2 * hidden
+    return VisionFacts(
+        layers=vision.size("num_hidden_layers"),
+        layers_run=layers_run,
+        hidden=hidden,
+        heads=vision.size("num_attention_heads"),
+        intermediate=intermediate,
+        tokens=None,
+        image_size=None,
+        patch_size=patch,
+        channels=channels,
+        has_cls=False,
+        parameters=hidden * (channels * patch**2 + 1) + layers_run * layer,
     )

@@ -9,7 +9,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from vtr_export.families import ModelFacts
-from vtr_export.frontends.families import internvl, llava, qwen_vl
+from vtr_export.frontends.families import internvl, llava, pixtral, qwen_vl
 from vtr_export.frontends.feeds import Feed, VisionGraph
 
 
@@ -50,6 +50,12 @@ GRAPHS: Final[Mapping[str, VisionGraph]] = {
 }
 
 
+TOWERS: Final[Mapping[str, VisionGraph]] = {  # of a tower, whatever the family
+    "pixtral": VisionGraph(pixtral.merged, qwen_vl.patches),
+}
+
+
 def vision_graph(facts: ModelFacts) -> VisionGraph:
-    """The family's own, or its model's accessor on images of one size."""
-    return GRAPHS.get(facts.model_type, VisionGraph(whole_images, one_size))
+    """The tower's or the family's own, or its model's accessor on images of one size."""
+    own = TOWERS.get(facts.vision.kind) if facts.vision is not None else None
+    return own or GRAPHS.get(facts.model_type, VisionGraph(whole_images, one_size))

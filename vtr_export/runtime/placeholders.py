@@ -42,8 +42,23 @@ def internvl(special: Special, config: Mapping[str, Any]) -> Placeholder:
     return Placeholder(token, token, lambda image: start + token * image.tokens + end)
 
 
+def pixtral(_: Special, config: Mapping[str, Any]) -> Placeholder:
+    """The image token for each place of a row; a break between rows, and an end."""
+    token = config.get("image_token") or "[IMG]"
+    pause = config.get("image_break_token") or "[IMG_BREAK]"
+    end = config.get("image_end_token") or "[IMG_END]"
+
+    def written(image: Seen) -> str:
+        assert image.grid is not None, "tokens lie in rows"
+        _, rows, columns = image.grid
+        return pause.join([token * columns] * rows) + end
+
+    return Placeholder(token, token, written)
+
+
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     "InternVLProcessor": internvl,
+    "PixtralProcessor": pixtral,
     "Qwen2VLProcessor": qwen_vl,
     "Qwen2_5_VLProcessor": qwen_vl,
     "Qwen3VLProcessor": qwen_vl,

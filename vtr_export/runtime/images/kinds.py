@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vtr_export.errors import ArtifactError
-from vtr_export.runtime.images import anyres, patches, plain, tiles
+from vtr_export.runtime.images import anyres, patches, pixtral, plain, tiles
 from vtr_export.runtime.images.inputs import ImageKind
 from vtr_export.runtime.json_files import read_json
 from vtr_export.runtime.processor_class import processor_class
@@ -14,13 +14,16 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Read = Callable[[str, Mapping[str, Any], str], ImageKind]
 KINDS: Final[Mapping[str, Read]] = {
     **dict.fromkeys(plain.PROCESSORS, plain.ImageFacts.read),
+    **dict.fromkeys(pixtral.PROCESSORS, pixtral.EdgeFacts.read),
     "LlavaNextImageProcessor": anyres.AnyresFacts.read,
     "LlavaOnevisionImageProcessor": anyres.OnevisionFacts.read,
     **dict.fromkeys(patches.PROCESSORS, patches.PatchFacts.read),
     **dict.fromkeys(tiles.PROCESSORS, tiles.TileFacts.read),
 }
-ASKED: Final[Mapping[str, Mapping[str, Any]]] = {  # what a processor asks, whatever its file says
-    "InternVLProcessor": {"crop_to_patches": True},
+ASKED: Final[Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]] = {
+    # what a whole processor, of this processor_config.json, asks of its image processor
+    "InternVLProcessor": lambda _: {"crop_to_patches": True},
+    "PixtralProcessor": pixtral.asked,
 }
 
 
@@ -29,13 +32,12 @@ def read_kind(folder: Path) -> ImageKind:
 
     ArtifactError when neither says anything of images, and for facts we cannot follow.
     """
+    whole = read_json(folder / PROCESSOR)
+    ask = ASKED.get(processor_class(folder), lambda _: {})
     for name in (PROCESSOR, PREPROCESSOR):
-        data = read_json(folder / name)
-        facts = data.get("image_processor") if name == PROCESSOR else data
+        facts = whole.get("image_processor") if name == PROCESSOR else read_json(folder / name)
         if facts:
-            return parse_kind(
-                {**facts, **ASKED.get(processor_class(folder), {})}, str(folder / name)
-            )
+            return parse_kind({**facts, **ask(whole)}, str(folder / name))
     raise ArtifactError(
         "the artifact does not say how images are prepared",
         where=str(folder),

@@ -5,13 +5,14 @@ group is what sees itself; groups are rows of patch numbers, filled up with -1 t
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Grid: TypeAlias = tuple[int, int, int]  # frames, rows and columns of patches
 Ints: TypeAlias = NDArray[np.int64]
+Array: TypeAlias = NDArray[Any]
 
 
 def positions(grids: Sequence[Grid], merge: int) -> Ints:
@@ -21,6 +22,15 @@ def positions(grids: Sequence[Grid], merge: int) -> Ints:
         places = np.indices((rows, columns)).reshape(2, rows // merge, merge, columns // merge, -1)
         parts += [places.transpose(1, 3, 2, 4, 0).reshape(-1, 2)] * time
     return np.concatenate(parts).astype(np.int64)
+
+
+def cut(pixels: Array, patch: int, merge: int) -> Array:
+    """``[tokens, unit, channels, patch, patch]`` of pixels ``[channels, height, width]``."""
+    channels, height, width = pixels.shape
+    rows, columns = (edge // patch // merge for edge in (height, width))
+    blocks = pixels.reshape(channels, rows, merge, patch, columns, merge, patch)
+    ordered = blocks.transpose(1, 4, 2, 5, 0, 3, 6)
+    return ordered.reshape(rows * columns, merge**2, channels, patch, patch)
 
 
 def frames(grids: Sequence[Grid], merge: int) -> dict[str, Ints]:

@@ -11,7 +11,7 @@ from PIL import Image
 from vtr_export.errors import ArtifactError, InputError
 from vtr_export.families import ModelFacts, VisionFacts
 from vtr_export.runtime.images.inputs import Array, ImageInputs, Seen
-from vtr_export.runtime.images.packed import Grid, frames, positions, windows
+from vtr_export.runtime.images.packed import Grid, cut, frames, positions, windows
 from vtr_export.runtime.images.picture import Picture, load
 from vtr_export.runtime.images.plain import ImageFacts
 from vtr_export.runtime.images.resize import Size
@@ -104,7 +104,7 @@ class PatchFacts:
         if pixels.resize is not None:
             pixels = replace(pixels, resize=Size(exact=self._target(image.height, image.width)))
         values = pixels.pixel_values([image])[0].astype(np.float32)
-        channels, height, width = values.shape
+        _, height, width = values.shape
         block = self.patch * self.merge
         if height % block or width % block:
             raise InputError(
@@ -112,12 +112,10 @@ class PatchFacts:
                 where=self.where,
                 hint=f"crop it to a multiple of {block} pixels",
             )
-        rows, columns = height // block, width // block
-        shape = (channels, rows, self.merge, self.patch, columns, self.merge, self.patch)
-        blocks = values.reshape(shape).transpose(1, 4, 2, 5, 0, 3, 6)
-        still = np.repeat(blocks[:, :, :, :, :, None], self.frames, axis=5)
-        count = rows * columns * self.merge**2
-        return still.reshape(count, -1), (1, rows * self.merge, columns * self.merge)
+        patches = cut(values, self.patch, self.merge)
+        still = np.repeat(patches[:, :, :, None], self.frames, axis=3)
+        rows, columns = height // self.patch, width // self.patch
+        return still.reshape(rows * columns, -1), (1, rows, columns)
 
     def _target(self, height: int, width: int) -> tuple[int, int]:
         """Multiples of a merged patch with pixels between the limits, about the same shape."""
