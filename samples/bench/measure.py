@@ -67,6 +67,12 @@ def export(model: Path, out: Path, schedule: Path, **options: str) -> Usage:
                "--no-verify", "--json", *extra)  # fmt: skip
 
 
+def export_verified(model: Path, out: Path, schedule: Path) -> Usage:
+    """``vtr export`` with every gate."""
+    return vtr("export", "--model", model, "--schedule", schedule, "--out", out,
+               "--verify", "all", "--json")  # fmt: skip
+
+
 def _text(file: Any) -> str:
     file.seek(0)
     return str(file.read().decode(errors="replace"))

@@ -1,21 +1,25 @@
-"""The README's support table, from the code and from what was recorded.
+"""The README's support tables, from the code and from what was recorded.
 
-python samples/support/table.py writes it into README.md (or the page that is given).
+python samples/support/table.py writes them into README.md (or the page that is given).
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vtr_export.families import DECODERS, FAMILIES, TOWERS
+from vtr_export.families import DECODERS, TOWERS
 from vtr_export.frontends.transformers import IR_DTYPES
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- python samples/support/table.py -->\n", "<!-- end -->"
+BEGIN_FAMILIES = "<!-- python samples/bench/families.py -->\n"
+RECORDED = HERE.parent / "bench" / "families.json"
+FAMILY_HEAD = ("family", "checkpoint class", "gates passed", "seconds", "peak MiB")
 HEAD = (
     "family",
     "checkpoint class",
@@ -38,8 +42,28 @@ def records() -> list[Record]:
 
 def table(found: list[Record]) -> str:
     """Markdown: one row a family."""
-    rows = [HEAD, ("---",) * len(HEAD), *(_row(family, found) for family in FAMILIES)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    recorded = dict.fromkeys(record["family"] for record in found)
+    return _markdown([HEAD, *(_row(family, found) for family in recorded)])
+
+
+def families(recorded: Record) -> str:
+    """Markdown: one row a tiny checkpoint that was exported and verified."""
+    rows = [
+        (
+            name,
+            f"`{one['class']}`",
+            f"{one['passed']} of {one['gates']}",
+            f"{one['export_seconds']:g}",
+            str(one["peak_mib"]),
+        )
+        for name, one in sorted(recorded["families"].items())
+    ]
+    return _markdown([FAMILY_HEAD, *rows])
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rest))
 
 
 def _row(family: str, found: list[Record]) -> tuple[str, ...]:
@@ -96,16 +120,17 @@ def _executed(record: Record) -> str:
     return f"{record['machine']}, {record['runtime']}, {record['date']}: {'; '.join(counts)}"
 
 
-def put(text: str, into: str) -> str:
-    """``into`` with the text between the two marks replaced."""
-    before, begin, rest = into.partition(BEGIN)
+def put(text: str, mark: str, into: str) -> str:
+    """``into`` with the text behind the mark replaced."""
+    before, begin, rest = into.partition(mark)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"README.md has lost {(begin and END) or BEGIN!r}")
+        raise SystemExit(f"README.md has lost {(begin and END) or mark!r}")
     return before + begin + text + end + after
 
 
 if __name__ == "__main__":
     page = Path(sys.argv[1]) if sys.argv[1:] else README
-    text = put(table(records()), page.read_text(encoding="utf-8"))
-    page.write_text(text, encoding="utf-8")
+    text = put(table(records()), BEGIN, page.read_text(encoding="utf-8"))
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    page.write_text(put(families(recorded), BEGIN_FAMILIES, text), encoding="utf-8")
