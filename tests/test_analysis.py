@@ -65,6 +65,11 @@ FOLLOWED = {
     "turned round": ("y = Transpose (x)", "6,s,b", Axes(1)),
     "a new axis in front": ("y = Unsqueeze (x, zero)", "1,b,s,6", Axes(2)),
     "a new axis behind": ("y = Unsqueeze (ids, minus)", "b,s,1", Axes(1), "int64"),
+    "copies in front": (
+        "u = Unsqueeze (x, one) four = Constant <value_ints: ints = [4, 1, 1]> () y = Expand (u, four)",
+        "b,4,s,6",
+        Axes(2),
+    ),
     "an axis gone": ("u = Unsqueeze (x, one) y = Squeeze (u, one)", "b,s,6", Axes(1)),
     "looked up": ("y = Gather (table, ids)", "b,s,6", Axes(1)),
     "aligned from the right": ("u = Unsqueeze (x, one) y = Add (u, x)", "b,i,s,6", Axes(2)),

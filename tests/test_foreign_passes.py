@@ -17,6 +17,7 @@ from vtr_export.passes.lift_embeddings import LiftEmbeddings, LowerEmbeddings
 from vtr_export.passes.name_caches import NameCaches
 from vtr_export.passes.name_inputs import NameInputs
 from vtr_export.passes.narrow_shapes import NarrowShapes
+from vtr_export.passes.plain_reshapes import PlainReshapes
 from vtr_export.passes.raise_opset import RaiseOpset
 from vtr_export.passes.unfuse_skip_norms import UnfuseSkipNorms
 
@@ -29,6 +30,7 @@ PASSES: dict[str, Callable[[], ir.passes.InPlacePass]] = {
     "name_caches": NameCaches,
     "name_inputs": NameInputs,
     "narrow_shapes": NarrowShapes,
+    "plain_reshapes": PlainReshapes,
     "raise_opset": lambda: RaiseOpset(24),
     "unfuse_skip_norms": UnfuseSkipNorms,
 }

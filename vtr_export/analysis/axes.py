@@ -238,6 +238,18 @@ def _reshape(node: ir.Node, inputs: list[Axes]) -> Axes:
     return Axes(state=OPAQUE) if lost else inputs[0]
 
 
+def _expand(node: ir.Node, inputs: list[Axes]) -> Axes:
+    """An axis stays where the target, aligned at the end, says 1."""
+    target, own = _constant(node.inputs[1]), rank(node.inputs[0])
+    if target is None or own is None:
+        return LOST
+    wide = max(own, len(target))
+    found = _shifted(inputs[0], wide - own)
+    full = [1] * (wide - len(target)) + target
+    places = [axis for axis in (found.token, found.key) if axis is not None]
+    return found if all(full[axis] == 1 for axis in places) else LOST
+
+
 def _concat(node: ir.Node, inputs: list[Axes]) -> Axes:
     """Past before new along the token axis makes keys."""
     own = next((r for value in node.inputs if (r := rank(value)) is not None), None)
@@ -328,6 +340,7 @@ BROADCAST = {
 RULES: dict[str, Callable[[ir.Node, list[Axes]], Axes]] = {
     "Attention": _attention,
     "Concat": _concat,
+    "Expand": _expand,
     "Gather": _gather,
     "FusedMatMul": _fused_matmul,
     "Gemm": _gemm,

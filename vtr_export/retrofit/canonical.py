@@ -20,6 +20,7 @@ from vtr_export.passes.lift_embeddings import LIFTED, LiftEmbeddings
 from vtr_export.passes.name_caches import NameCaches
 from vtr_export.passes.name_inputs import NameInputs
 from vtr_export.passes.narrow_shapes import NarrowShapes
+from vtr_export.passes.plain_reshapes import PlainReshapes
 from vtr_export.passes.raise_opset import RaiseOpset
 from vtr_export.passes.unfuse_skip_norms import UnfuseSkipNorms
 from vtr_export.retrofit.fold import fold
@@ -98,9 +99,17 @@ def canonicalise(model: ir.Model) -> Decoder:
     _drop_idle(model.graph)
     _give_positions(model.graph)
     model = run(
-        (LiftEmbeddings(), AttachMask(), NarrowShapes(), InferShapes(), FixReshapes()), model
+        (
+            LiftEmbeddings(),
+            AttachMask(),
+            InferShapes(),
+            PlainReshapes(),
+            FixReshapes(),
+            common.CommonSubexpressionEliminationPass(),
+            *sweep,
+        ),
+        model,
     )
-    model = run((common.RemoveUnusedNodesPass(), common.TopologicalSortPass()), model)
     _check_inputs(model.graph)
     positions = next((v for v in model.graph.inputs if v.name == "position_ids"), None)
     return Decoder(
