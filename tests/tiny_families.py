@@ -28,5 +28,6 @@ TINY: Mapping[str, Save] = {
     "llava_onevision": tiny_llavas.llava_onevision,
     "qwen2_5_vl": tiny_qwen.qwen2_5_vl,
     "qwen2_vl": tiny_qwen.qwen2_vl,
+    "qwen3_vl": tiny_qwen.qwen3_vl,
     "vipllava": tiny_llavas.vipllava,
 }

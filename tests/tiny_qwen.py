@@ -15,6 +15,9 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
 )
 
 from vtr_export.verify.processors import without_videos
@@ -37,6 +40,17 @@ IDS = {
     "video_token_id": SPECIAL.index("<|video_pad|>"),
     "vision_start_token_id": SPECIAL.index("<|vision_start|>"),
     "vision_end_token_id": SPECIAL.index("<|vision_end|>"),
+}
+
+VISION_3 = {
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_heads": 2,
+    "out_hidden_size": HEADS * HEAD_DIM,
+    "patch_size": 4,
+    "num_position_embeddings": 49,
+    "deepstack_visual_indexes": [0, 1, 3],
 }
 
 
@@ -125,3 +139,15 @@ def qwen2_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
     model = Qwen2VLForConditionalGeneration(config).eval()
     randomize(model, seed)
     return save(model, Qwen2VLProcessor, folder)
+
+
+def qwen3_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config=text_config(num_hidden_layers=5, head_dim=HEAD_DIM, rope_parameters=rope),
+        vision_config=VISION_3,
+        **IDS,
+    )
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    randomize(model, seed)
+    return save(model, Qwen3VLProcessor, folder)

@@ -12,7 +12,8 @@ class VisionFacts:
     token. ``kind`` is the tower's own model type, where several may stand in its place.
     ``parameters`` counts what the exported encoder holds (embeddings and ``layers_run``
     layers). Where some layers attend in windows, those are ``window`` by ``window`` vision tokens.
-    A patch spans ``frames`` frames.
+    A patch spans ``frames`` frames. Learned positions lie ``grid`` by ``grid``, and images take
+    what lies between.
     """
 
     layers: int
@@ -30,6 +31,7 @@ class VisionFacts:
     kind: str = ""
     window: int | None = None
     frames: int = 1
+    grid: int | None = None
 
     @property
     def patch_values(self) -> int:
@@ -57,6 +59,7 @@ class ModelFacts:
     ``tokens_per_image`` is None where it depends on the image's size. ``projector_macs`` are
     multiply-adds per vision token. ``layer_biases`` counts the biases of one decoder layer, and
     the weights of its query and key norms. ``mrope``: positions are triples (time, row, column).
+    ``planes``: features that are added to vision tokens behind the first layers, a plane a layer.
     """
 
     model_type: str
@@ -78,4 +81,5 @@ class ModelFacts:
     projector_macs: int
     layer_biases: int = 0
     mrope: bool = False
+    planes: int = 0
     anyres: Anyres | None = None

@@ -1,5 +1,6 @@
-"""Qwen2-VL and Qwen2.5-VL: images keep their size, patches are merged, positions are triples."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images keep their size, patches merge, positions are triples."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -30,6 +31,28 @@ def qwen2_5_vl(config: Config, where: str) -> ModelFacts:
     window = vision.size("window_size") // tower.merge // tower.patch_size
     return _facts(
         "qwen2_5_vl", config, where, replace(tower, window=window), out, merger_norm=width
+    )
+
+
+def qwen3_vl(config: Config, where: str) -> ModelFacts:
+    """LayerNorms, a plain MLP, learned positions, and DeepStack's mergers in the tower."""
+    config = _unfolded(config)
+    kind = config["model_type"]
+    _, vision = section_of(config, "vision_config", f"{kind}_vision", where)
+    width, out = vision.size("hidden_size"), vision.size("out_hidden_size")
+    inner, learned = vision.size("intermediate_size"), vision.size("num_position_embeddings")
+    norms, mlp = 4 * width, 2 * width * inner + inner + width
+    tower = _tower(vision, width, inner, norms + mlp)
+    own = tower.parameters + width + learned * width  # the patches' bias
+    tower = replace(tower, grid=math.isqrt(learned), parameters=own)
+    facts = _facts(kind, config, where, tower, out, merger_norm=2 * width)
+    planes = len(vision.values["deepstack_visual_indexes"])
+    merger = facts.projector_parameters + 2 * width * (tower.merge**2 - 1)  # its norm is wider
+    return replace(
+        facts,
+        planes=planes,
+        projector_parameters=facts.projector_parameters + planes * merger,
+        projector_macs=facts.projector_macs * (1 + planes),
     )
 
 

@@ -10,7 +10,7 @@ from vtr_export.families.llava import llava
 from vtr_export.families.llava_next import llava_next
 from vtr_export.families.llava_onevision import llava_onevision
 from vtr_export.families.mistral3 import mistral3
-from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl
+from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vtr_export.families.section import FRESH, Config
 from vtr_export.families.vipllava import vipllava
 
@@ -21,6 +21,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "llava_onevision": llava_onevision,
     "mistral3": mistral3,
     "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "vipllava": vipllava,
 }

@@ -14,10 +14,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vtr_export.checkpoint import Checkpoint, TensorRef
 from vtr_export.families import ModelFacts
+from vtr_export.frontends.mrope import straighten
 from vtr_export.frontends.skeleton import DTYPES, build_skeleton, name_tensors, read_config
 from vtr_export.frontends.trace import trace
 from vtr_export.frontends.uniform import Stack, truncated
 from vtr_export.frontends.vision import VisionEncoder, vision_graph
+from vtr_export.passes.add_planes import AddPlanes
 from vtr_export.passes.fold_constants import FoldConstants
 from vtr_export.passes.stamp_layers import StampLayers
 from vtr_export.weights import CheckpointTensor
@@ -91,6 +93,8 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     mode = FakeTensorMode()
     model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode)
     tensors = name_tensors(model, checkpoint)
+    if facts.mrope:
+        straighten(model.get_decoder())
     buffers = dict(model.named_buffers())
     with mode, truncated(model) as stacks:
         graphs = Graphs(
@@ -100,6 +104,7 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
         )
     for graph, stack in ((graphs.vision_encoder, stacks.vision), (graphs.decoder, stacks.text)):
         stamp(graph, stack)
+    AddPlanes(facts.planes)(graphs.decoder)
     for graph in graphs.parts().values():
         _bind_weights(graph, buffers, tensors, IR_DTYPES[dtype])
     return graphs

@@ -46,7 +46,7 @@ GRAPHS: Final[Mapping[str, VisionGraph]] = {
     "llava": VisionGraph(llava.projected, one_size),
     "llava_next": VisionGraph(llava.packed, llava.tiles),
     "llava_onevision": VisionGraph(llava.blended, llava.blended_tiles),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), VisionGraph(qwen_vl.merged, qwen_vl.patches)),
+    **dict.fromkeys(qwen_vl.KINDS, VisionGraph(qwen_vl.merged, qwen_vl.patches)),
 }
 
 

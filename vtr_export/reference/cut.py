@@ -24,6 +24,7 @@ class Streams:
     positions: Tensor  # [B, S] or [3, B, S]: what the decoder is given as position_ids
     vision: Tensor  # [B, V] columns of the vision tokens, ascending; pads come first
     drafted: int = 0  # last columns that belong to the answer
+    planes: tuple[Tensor, ...] = ()  # [B, S, D] each: added to what leaves layer 0, 1, …
 
     def rows(self, at: Tensor) -> "Streams":
         """Some rows of the batch."""
@@ -37,7 +38,8 @@ class Streams:
         self, change: Callable[[Tensor], Tensor], turn: Callable[[Tensor], Tensor]
     ) -> "Streams":
         hidden, mask, vision = (change(each) for each in (self.hidden, self.mask, self.vision))
-        return Streams(hidden, mask, turn(self.positions), vision, self.drafted)
+        planes = tuple(change(plane) for plane in self.planes)
+        return Streams(hidden, mask, turn(self.positions), vision, self.drafted, planes)
 
     @classmethod
     def join(cls, parts: Sequence["Streams"]) -> "Streams":
@@ -48,6 +50,7 @@ class Streams:
             torch.cat([part.positions for part in parts], -2),
             torch.cat([part.vision for part in parts]),
             parts[0].drafted,
+            tuple(map(torch.cat, zip(*(part.planes for part in parts), strict=True))),
         )
 
     def is_real(self) -> Tensor:

@@ -166,6 +166,7 @@ class Reference:
     ) -> Step:
         """Run ``inputs_embeds`` ``[B, S, D]`` after ``cache``; the last column is always real.
 
+        Planes may stand behind, ``[B, S, (1 + n) D]``: the n-th is added to what leaves layer n.
         ``attention_mask`` ``[B, P + S]`` is of the unpruned sequence. ``forced`` gives every
         cut its ``kept`` instead of letting the scores choose.
         """
@@ -274,9 +275,10 @@ class Reference:
         self, embeds: Tensor, mask: Tensor, positions: Tensor, vision: Tensor, drafted: int = 0
     ) -> Held:
         """A call before layer 0."""
+        own, *planes = torch.split(embeds, self.decoder.config.hidden_size, -1)
         with self._layers.heard():
-            hidden, _ = self._layers.hand(embeds, positions)
-        streams = Streams(hidden, mask, positions, vision, drafted)
+            hidden, _ = self._layers.hand(own, positions)
+        streams = Streams(hidden, mask, positions, vision, drafted, tuple(planes))
         return Held(0, streams, None, (vision.shape[1], streams.is_real().sum(1).tolist()))
 
     def _run(self, held: Held, last: int, call: _Call) -> Held:
@@ -301,6 +303,8 @@ class Reference:
             is_asked = index + 1 in self.cuts or index + 1 == last < len(self._layers)
             by_this = is_asked and self.schedule.source == "previous"
             score = self._score(attention, streams) if by_this else None
+            if index < len(streams.planes):
+                hidden = hidden + streams.planes[index]
             streams = replace(streams, hidden=hidden)
         if score is None and last < len(self._layers):
             score = self._own_score(last, streams, handed, call)
@@ -344,7 +348,9 @@ class Reference:
         vision = torch.stack([row.nonzero()[:, 0] for row in is_vision])
         call.padding.append(padding)
         call.kept_vision.append(vision)
-        return Streams(rows_at(streams.hidden, kept), mask, positions, vision, streams.drafted)
+        planes = tuple(rows_at(plane, kept) for plane in streams.planes)
+        hidden = rows_at(streams.hidden, kept)
+        return Streams(hidden, mask, positions, vision, streams.drafted, planes)
 
 
 def _visible(past_mask: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from vtr_export.reference.cut import positions_of
 
@@ -66,12 +67,20 @@ def positions_for(
 def image_features(model: Any, given: Given, device: str | torch.device = "cpu") -> Tensor:
     """``[tokens, D]`` of all images, by transformers' own encoder.
 
+    Where it gives planes for the first layers (DeepStack), they stand behind: ``[tokens, n D]``.
+
     ``given`` is what its processor made of them, by its names; or the pixel values alone.
     """
     given = {"pixel_values": given} if isinstance(given, Tensor) else given
     inputs = {name: torch.as_tensor(values).to(device) for name, values in given.items()}
     inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
-    found = model.get_image_features(**inputs).pooler_output
+    said = model.get_image_features(**inputs)
+    all_of_them = [said.pooler_output, *(getattr(said, "deepstack_features", None) or ())]
+    return torch.cat([_one_row(found) for found in all_of_them], -1)
+
+
+def _one_row(found: Tensor | Sequence[Tensor]) -> Tensor:
+    """``[tokens, D]`` of all images."""
     parts = [found] if isinstance(found, Tensor) else list(found)
     return torch.cat([part.flatten(0, -2) for part in parts])
 
@@ -82,12 +91,15 @@ def embed(
 ) -> tuple[Tensor, Tensor]:
     """``inputs_embeds`` ``[B, S, D]`` with the image features in place, and ``vision_index``.
 
+    Planes stand behind, ``[B, S, (1 + n) D]``, and are zeros at text.
+
     ``model`` is a transformers vision-language model; images are in reading order of the batch.
     ``attention_mask`` may begin with the past.
     """
     is_vision = input_ids == model.config.image_token_id
     embeds: Tensor = model.get_input_embeddings()(input_ids)
     if given is not None and len(given):
-        embeds = embeds.clone()
-        embeds[is_vision] = image_features(model, given).to(embeds.dtype)
+        features = image_features(model, given).to(embeds.dtype)
+        embeds = functional.pad(embeds, (0, features.shape[1] - embeds.shape[2]))
+        embeds[is_vision] = features
     return embeds, vision_index_of(is_vision, attention_mask[:, -input_ids.shape[1] :])

@@ -11,7 +11,7 @@ from vtr_export.runtime.positions import Places
 from vtr_export.runtime.session import Array, Session, Value
 
 _CARRIED = {"present.": "past_key_values.", "present_mask.": "past_mask."}
-_KEPT = "kept."
+_KEPT, _PLANE = "kept.", "deepstack."
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Decoder:
             )
         kept = (name for name in session.outputs if name.startswith(_KEPT))
         self._kept = sorted(kept, key=lambda name: int(name.removeprefix(_KEPT)))
+        self.planes = sum(name.startswith(_PLANE) for name in session.inputs)
 
     @property
     def cuts(self) -> int:
@@ -98,6 +99,8 @@ class Decoder:
     ) -> Step:
         """Feed columns ``[B, S, D]``; ``mask`` ``[B, S]`` and ``vision_index`` are of these.
 
+        Where the decoder adds planes behind its first layers, they may stand behind the columns:
+        ``[B, S, (1 + n) D]``; without, nothing is added.
         ``places`` are their positions, where they do not count on. ``kept`` asks what each cut
         kept.
         """
@@ -105,7 +108,7 @@ class Decoder:
         ids = self._positions(cache, whole, mask.shape[1]) if places is None else places.ids
         ahead = cache.ahead if places is None else places.following - whole.sum(axis=1)
         feeds: dict[str, Value] = {
-            "inputs_embeds": inputs_embeds,
+            **self._spread(inputs_embeds),
             "attention_mask": whole,
             "position_ids": ids,
             "vision_index": vision_index,
@@ -120,6 +123,16 @@ class Decoder:
         logits = np.asarray(results["logits"], np.float32)[:, -1]
         reported = tuple(np.asarray(results[name]) for name in asked if name.startswith(_KEPT))
         return Step(logits, Cache(values, whole, ahead), reported)
+
+    def _spread(self, embeds: Array) -> dict[str, Value]:
+        """Embeddings and planes by the names of their inputs."""
+        if not self.planes:
+            return {"inputs_embeds": embeds}
+        names = ["inputs_embeds", *(f"{_PLANE}{number}" for number in range(self.planes))]
+        if embeds.shape[-1] == self.session.inputs["inputs_embeds"].shape[-1]:
+            embeds = np.concatenate((embeds, *[np.zeros_like(embeds)] * self.planes), axis=-1)
+        parts = np.split(embeds, len(names), axis=-1)
+        return {n: np.ascontiguousarray(part) for n, part in zip(names, parts, strict=True)}
 
     def _positions(self, cache: Cache, whole: Ints, length: int) -> Ints:
         """Counted on from what came before; ``[B, S]``, or three times that."""

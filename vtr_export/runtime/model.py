@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ class Model:
         return self.decoder(cache, embeds, np.ones_like(column), nothing)
 
     def _embed(self, batch: Batch, features: Array | None) -> Array:
-        """``[B, S, D]`` with the image features in their places."""
+        """``[B, S, D]`` with the image features in their places; see ``put``."""
         is_vision = (batch.input_ids == self.image_token_id) & (batch.attention_mask == 1)
         ids = np.where(is_vision, self.pad_token_id, batch.input_ids)  # it may have no embedding
         embeds = np.array(_only(self.embedding, ids))
@@ -74,9 +75,19 @@ class Model:
                 f"{given} image features for {places} places in the prompt",
                 hint="the preprocessor's file belongs to another checkpoint",
             )
-        if features is not None:
-            embeds[is_vision] = features.reshape(-1, features.shape[-1]).astype(embeds.dtype)
-        return embeds
+        return embeds if features is None else put(embeds, is_vision, features)
+
+
+def put(embeds: Array, places: Any, features: Array) -> Array:
+    """``[B, S, D]`` with ``features`` at ``places``.
+
+    Features of ``(1 + n) D`` values bring planes with them, which are zeros elsewhere.
+    """
+    rows = features.reshape(-1, features.shape[-1])
+    beyond = rows.shape[1] - embeds.shape[2]
+    filled = np.pad(embeds, ((0, 0), (0, 0), (0, beyond)))
+    filled[places] = rows.astype(embeds.dtype)
+    return filled
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[object]) -> bool:

@@ -9,6 +9,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vtr_export.passes.force_keep_sets import ForceKeepSets
 from vtr_export.runtime.decoder import Decoder, Step
+from vtr_export.runtime.model import put
 from vtr_export.runtime.session import Session
 from vtr_export.verify.case import Array, Case, Ints, Question
 from vtr_export.verify.sessions import Forced, GraphError, Parts
@@ -20,9 +21,9 @@ class Inputs:
     """What the first two graphs make of a case."""
 
     case: Case
-    features: Array  # [images, tokens, D]
+    features: Array  # [..., D], or [..., (1 + n) D] with planes
     text_embeds: Array  # [B, S, D], zeros where image features belong
-    embeds: Array  # [B, S, D]
+    embeds: Array  # [B, S, D], or [B, S, (1 + n) D]
     steps: Array  # [B, n, D] of the tokens that follow
 
 
@@ -63,9 +64,7 @@ def embed_case(session: Session, case: Case, features: Array) -> Inputs:
     ids[places] = 0  # an image's place may have no embedding
     text = np.array(_only(session, ids))
     text[places] = 0
-    embeds = text.copy()
-    embeds[places] = features.reshape(-1, features.shape[-1])
-    return Inputs(case, features, text, embeds, _only(session, case.tokens))
+    return Inputs(case, features, text, put(text, places, features), _only(session, case.tokens))
 
 
 def play_free(parts: Parts, inputs: Sequence[Inputs]) -> tuple[list[Played], list[Played]]:

@@ -1,6 +1,6 @@
-"""Qwen2-VL and Qwen2.5-VL: transformers' own tower, with what depends on grids as inputs."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: transformers' tower; what depends on grids is an input."""
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch.nn import functional
 from vtr_export.families import ModelFacts
 from vtr_export.frontends.feeds import Feed
 from vtr_export.frontends.packed import NAME, Groups
+
+KINDS: Final = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 def patches(facts: ModelFacts, dtype: torch.dtype) -> dict[str, Feed]:
@@ -30,25 +32,40 @@ def patches(facts: ModelFacts, dtype: torch.dtype) -> dict[str, Feed]:
             "windows": Feed(index, ("windows", None)),
             "window_places": Feed(places.clone(), ("tokens", None)),
         }
+    if vision.grid is not None:
+        taps = torch.zeros(tokens, unit, 4)
+        feeds |= {
+            "interp_indices": Feed(taps.long(), ("tokens", None, None)),
+            "interp_weights": Feed(taps, ("tokens", None, None)),
+        }
     return feeds
 
 
-def merged(model: Any, pixel_values: Tensor, position_ids: Tensor, **groups: Tensor) -> Tensor:
-    """[tokens, D]: all images' patches in one row, through the tower's blocks and its merger."""
+def merged(model: Any, pixel_values: Tensor, position_ids: Tensor, **feeds: Tensor) -> Tensor:
+    """[tokens, D]: all images' patches in one row, through the tower's blocks and its merger.
+
+    Where DeepStack takes features of blocks in between, they stand behind: [tokens, (1 + n) D].
+    """
     tower = model.model.visual
     tower.config._attn_implementation = NAME
-    frames = Groups.of(groups["frames"], groups["frame_places"])
+    frames = Groups.of(feeds["frames"], feeds["frame_places"])
     windows, whole = frames, range(len(tower.blocks))
-    if "windows" in groups:
-        windows = Groups.of(groups["windows"], groups["window_places"])
+    if "windows" in feeds:
+        windows = Groups.of(feeds["windows"], feeds["window_places"])
         whole = tower.fullatt_block_indexes
     hidden = embedded(tower, pixel_values)
+    if "interp_indices" in feeds:
+        near = tower.pos_embed(feeds["interp_indices"].flatten(0, 1))
+        blend = near * feeds["interp_weights"].flatten(0, 1)[:, :, None]
+        hidden = hidden + blend.sum(1).to(hidden.dtype)
     tables = tower.rotary_pos_emb(hidden, position_ids.flatten(0, 1))
+    taken, planes = list(getattr(tower, "deepstack_visual_indexes", ())), []
     for number, block in enumerate(tower.blocks):
         seen = frames if number in whole else windows
         hidden = block(hidden, cu_seqlens=seen, max_seqlen=1, position_embeddings=tables)
-    features: Tensor = tower.merger(hidden)
-    return features
+        if number in taken:
+            planes.append(tower.deepstack_merger_list[taken.index(number)](hidden))
+    return torch.cat([tower.merger(hidden), *planes], dim=-1)
 
 
 def embedded(tower: Any, pixel_values: Tensor) -> Tensor:

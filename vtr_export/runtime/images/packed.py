@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 Grid: TypeAlias = tuple[int, int, int]  # frames, rows and columns of patches
 Ints: TypeAlias = NDArray[np.int64]
 Array: TypeAlias = NDArray[Any]
+Floats: TypeAlias = NDArray[np.float32]
 
 
 def positions(grids: Sequence[Grid], merge: int) -> Ints:
@@ -58,6 +59,25 @@ def windows(grids: Sequence[Grid], merge: int, side: int) -> dict[str, Ints]:
     patches = np.where(tokens < 0, -1, tokens * merge**2 + np.arange(merge**2))
     groups = patches.reshape(len(patches), -1)
     return {"windows": groups, "window_places": places_in(groups, merge**2)}
+
+
+def between(grids: Sequence[Grid], merge: int, side: int) -> dict[str, Ints | Floats]:
+    """Where each patch lies on a ``side`` by ``side`` grid of learned positions.
+
+    ``interp_indices`` and ``interp_weights`` [tokens, unit, 4]: its four neighbours and their
+    shares; an image's corners are the grid's.
+    """
+    where = positions(grids, merge)
+    sizes = np.concatenate([[(rows, columns)] * (t * rows * columns) for t, rows, columns in grids])
+    exact = where.astype(np.float32) * (side - 1) / np.maximum(sizes - 1, 1).astype(np.float32)
+    low = np.floor(exact)
+    taps = np.minimum(low.astype(np.int64)[..., None] + (0, 1), side - 1)  # [patches, 2, 2]
+    high = exact - low
+    shares = np.stack((1 - high, high), -1)
+    indices = taps[:, 0, :, None] * side + taps[:, 1, None, :]
+    weights = shares[:, 0, :, None] * shares[:, 1, None, :]
+    shape = (-1, merge**2, 4)
+    return {"interp_indices": indices.reshape(shape), "interp_weights": weights.reshape(shape)}
 
 
 def places_in(groups: Ints, unit: int) -> Ints:

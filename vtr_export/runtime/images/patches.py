@@ -11,7 +11,7 @@ from PIL import Image
 from vtr_export.errors import ArtifactError, InputError
 from vtr_export.families import ModelFacts, VisionFacts
 from vtr_export.runtime.images.inputs import Array, ImageInputs, Seen
-from vtr_export.runtime.images.packed import Grid, cut, frames, positions, windows
+from vtr_export.runtime.images.packed import Grid, between, cut, frames, positions, windows
 from vtr_export.runtime.images.picture import Picture, load
 from vtr_export.runtime.images.plain import ImageFacts
 from vtr_export.runtime.images.resize import Size
@@ -81,6 +81,8 @@ class PatchFacts:
         }
         if vision.window is not None:
             feeds |= windows(grids, self.merge, vision.window)
+        if vision.grid is not None:
+            feeds |= between(grids, self.merge, vision.grid)
         given = {"pixel_values": patches, "image_grid_thw": np.array(grids, np.int64)}
         return ImageInputs(feeds, given, tuple(map(self._seen, grids)))
 
