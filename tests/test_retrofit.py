@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from foreign_parity import BATCH, IMAGE, TEXT, assert_parity, called, cut, opened
+from foreign_parity import BATCH, IMAGE, STAGES, TEXT, assert_parity, called, cut, opened
 from int4 import meant, quantise
 from written_llama import LAYERS, Style, parts, tiny_llama, write
 
@@ -25,6 +25,7 @@ STYLES = {
     "grouped, merged cache": Style("gqa", "rms", cache="merged", opset=23),
     "positions by length": Style("matmul", "plain", opset=17, positions="implied"),
     "positions by counting": Style("matmul", "plain", opset=17, positions="counted"),
+    "rotary beside": Style("mha", "skip", opset=19, positions="operator"),
     "token ids": Style("gqa_rotary", "skip", positions="none", source="input_ids"),
     "another name": Style("standard", source="hidden_states"),
 }
@@ -37,6 +38,23 @@ def test_a_cut_decoder_is_the_reference(name: str, tmp_path: Path) -> None:
     file = tmp_path / "decoder.onnx"
     ir.save(write(model, style), file, external_data="weights.bin")
     assert_parity(cut(file, tmp_path), model)
+
+
+SCHEDULES = {
+    "ranked by the next layer": "score: {from: next}",
+    "all text asks, the sharpest head counts": "score: {query: text, heads: max}",
+    "inside a layer": "drop_point: inside",
+    "positions anew": "positions: repacked",
+}
+
+
+@pytest.mark.parametrize("what", SCHEDULES)
+def test_any_schedule_cuts_a_foreign_decoder(what: str, tmp_path: Path) -> None:
+    model, file = tiny_llama(), tmp_path / "decoder.onnx"
+    name = "matmul, merged cache" if "next" in what or "inside" in what else "grouped, packed"
+    ir.save(write(model, STYLES[name]), file)
+    text = STAGES.replace("prefill:", f"prefill:\n  {SCHEDULES[what]}")
+    assert_parity(cut(file, tmp_path, text), model)
 
 
 def test_half_precision_stays_half(tmp_path: Path) -> None:

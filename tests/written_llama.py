@@ -180,7 +180,7 @@ class _Writer:
             self.inputs += ["int32[b] seqlens_k", "int32[1] total_sequence_length"]
         else:
             self.inputs.append("int64[b,t] attention_mask")
-        if style.positions == "given":
+        if style.positions in ("given", "operator"):
             self.inputs.append("int64[b,s] position_ids")
         self._constants()
         for index in range(LAYERS):
@@ -189,7 +189,7 @@ class _Writer:
             self._mask()
         elif not style.lengths:
             self._lengths()
-        if style.attention not in ("gqa_rotary", "gqa_packed"):
+        if style.attention not in ("gqa_rotary", "gqa_packed") and style.positions != "operator":
             self._tables()
 
     def _constants(self) -> None:
@@ -369,7 +369,11 @@ class _Writer:
         return f"{value}_r"
 
     def _rotated_flat(self, name: str, i: int, heads: int) -> str:
-        """Turned in [B,H,S,d], and laid flat again."""
+        """Turned in [B,H,S,d], and laid flat again; or by an operator that is told positions."""
+        if self.style.positions == "operator":
+            ports = f"({name}_{i}, position_ids, cos_cache, sin_cache)"
+            self._(f"{name}flat_{i} = {MICROSOFT}.RotaryEmbedding {ports}")
+            return f"{name}flat_{i}"
         turned = self._rotate(self._split(name, i, heads))
         self._(f"{name}back_{i} = Transpose <perm: ints = [0, 2, 1, 3]> ({turned})")
         width = self._ints(f"{name}flat_at_{i}", heads * WIDTH)
