@@ -91,6 +91,8 @@ def scored(call: Call, query: Array, keys: Array, scale: float, choice: ops.Choi
             heads = []
             for h in range(query.shape[1]):
                 logits = keys[b, h // group].astype(float) @ query[b, h, i].astype(float) * scale
+                if choice.softcap is not None:
+                    logits = choice.softcap * np.tanh(logits / choice.softcap)
                 seen = mask[b, 0, i]
                 odds = np.where(seen, np.exp(np.where(seen, logits - logits[seen].max(), 0)), 0)
                 heads.append(odds / odds.sum())

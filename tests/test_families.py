@@ -202,7 +202,7 @@ def test_counts_equal_those_of_a_real_tiny_model(
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, "supported: llava"),
+        ({"model_type": "gpt2"}, "supported: gemma3"),
         ({}, "model_type None"),
         ({"model_type": ["llava"]}, "is not supported"),
         ([], "not a JSON object"),
@@ -211,10 +211,10 @@ def test_counts_equal_those_of_a_real_tiny_model(
         (tiny(text={"num_hidden_layers": "3"}), "text_config.num_hidden_layers is '3'"),
         (tiny(text={"num_hidden_layers": True}), "not a positive integer"),
         (tiny(text={"num_attention_heads": 3}), "cannot share"),
-        (tiny(text={"model_type": "gemma"}), "text_config.model_type 'gemma'"),
+        (tiny(text={"model_type": "gpt2"}), "text_config.model_type 'gpt2'"),
+        (tiny(text={"model_type": "gemma", "use_bidirectional_attention": True}), "is true"),
         (tiny(text={"model_type": ["llama"]}), "is not supported"),
         (tiny(vision={"model_type": "swin"}), "vision_config.model_type 'swin'"),
-        (tiny(text={"model_type": "mistral", "sliding_window": 32}), "slides over 32"),
         (tiny(vision_feature_layer=9), "does not fit a tower of 3 layers"),
         (tiny(vision_feature_select_strategy="cls"), "neither"),
         (tiny(vision={"image_size": [9, 12]}), "image_size"),
@@ -229,7 +229,22 @@ def test_refusals(config: Any, said: str) -> None:
     assert "somewhere/config.json" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 32}, 32),
+        ({"model_type": "mistral", "sliding_window": 32, "layer_types": ["full_attention"]}, None),
+        ({"model_type": "mistral", "sliding_window": 4096}, None),
+        ({"model_type": "qwen2", "sliding_window": 32}, None),
+        ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True}, 32),
+        ({"model_type": "gemma2", "sliding_window": 48, "attention_chunk_size": 40}, 40),
+        ({"model_type": "gemma", "sliding_window": None}, None),
+    ],
+)
+def test_the_context_ends_where_a_window_begins_to_slide(text: Any, window: int | None) -> None:
+    facts = read_facts(tiny(text={"max_position_embeddings": 64, **text}), "x")
+    assert (facts.window, facts.context) == (window, window or 64)
+
+
 def test_the_table_lists_families_by_model_type() -> None:
-    assert all(
-        read_facts({"model_type": name}, "x").model_type == name for name in FAMILIES
-    )
+    assert all(read_facts({"model_type": name}, "x").model_type == name for name in FAMILIES)

@@ -20,8 +20,8 @@ from vtr_export.families import read_facts
 from vtr_export.memory import parameters
 from vtr_export.runtime.artifact import Request
 from vtr_export.runtime.sampling import Options
-from vtr_export.verify.processors import load_processor
 from vtr_export.runtime.session import Resident
+from vtr_export.verify.processors import load_processor
 
 QUESTION, OTHER, STEPS = "what colour is the digit ?", "how many are there", 16
 SIZES = ((41, 50), (90, 33))  # of the images that are asked about

@@ -30,6 +30,7 @@ OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type o
     "VtrBudget": [(INT64, 1)],
     "VtrCausalMask": [(BOOL, 4)],
     "VtrColumns": [(INT64, 2)],
+    "VtrGroupMask": [(BOOL, 4)],
     "VtrHeadsMax": [(FLOAT, 3)],
     "VtrHeadsMean": [(FLOAT, 3)],
     "VtrNarrow": [(None, 3)],
@@ -43,6 +44,7 @@ OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type o
     "VtrSeen": [(INT64, 2)],
     "VtrSelect": [(INT64, 2), (INT64, 2)],
     "VtrSelectRagged": [(INT64, 2), (INT64, 2)],
+    "VtrSoftcap": [(FLOAT, 4)],
     "VtrTail": [(None, 3)],
     "VtrTopKPrune": [(None, 3), (INT64, 2), (INT64, 2)],
     "VtrVisionCount": [(INT64, 1)],
@@ -93,10 +95,12 @@ def run(
     *,
     scale: float | None = None,
     ceil: int | None = None,
+    softcap: float | None = None,
     **feeds: Array,
 ) -> list[Array]:
     """Outputs of the operator in ONNX Runtime."""
-    attributes = tuple((k, v) for k, v in (("scale", scale), ("ceil", ceil)) if v is not None)
+    said = (("scale", scale), ("ceil", ceil), ("softcap", softcap))
+    attributes = tuple((k, v) for k, v in said if v is not None)
     order = [value.name or "" for value in load(name, choice).inputs]
     signature = tuple((k, ir.DataType.from_numpy(feeds[k].dtype), feeds[k].ndim) for k in order)
     return list(session(name, signature, choice, attributes).run(None, feeds))
@@ -132,6 +136,12 @@ def test_declaring_twice_is_once_and_brings_all_that_is_called() -> None:
     used = {node.op_type for f in model.functions.values() for node in f if node.domain == "vtr"}
     assert used < set(names)
     assert {"VtrWeightText", "VtrRowsText", "VtrHeadsMax", "VtrRankPerImage"} < set(names)
+
+
+def test_no_plugin_is_named_where_logits_are_capped() -> None:
+    """A kernel would rank by logits that nobody bent."""
+    said = {attribute.name for attribute in ops.prune_attributes(0.5, ops.Choice(softcap=30.0))}
+    assert said == {"scale", "query", "heads", "rank"}
 
 
 @pytest.mark.parametrize("choice", [DEFAULT, ops.Choice("text", "max", "per_image")])
@@ -184,6 +194,29 @@ def test_a_row_sees_real_keys_up_to_itself_and_always_itself(call: Call) -> None
         "VtrVisionCount", padding=call.padding, vision_index=call.vision, hidden=call.hidden()
     )
     assert count.tolist() == call.counts.tolist()
+
+
+@given(calls(), st.data())
+def test_tokens_of_a_group_see_each_other_too(call: Call, data: st.DataObject) -> None:
+    batch, past, length, _ = call.sizes
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    groups = rng.integers(0, 3, (batch, length)) * call.current
+    rows = data.draw(st.integers(1, length))
+    (mask,) = run(
+        "VtrGroupMask", padding=call.padding, hidden=call.hidden()[:, -rows:], groups=groups
+    )
+    expected = visible(call.padding, rows)
+    for b, i, key in np.ndindex(batch, rows, length):
+        own = groups[b, length - rows + i]
+        expected[b, 0, i, past + key] |= own > 0 and own == groups[b, key]
+    assert (mask == expected).all()
+    assert (run("VtrSeen", mask=mask)[0] == call.padding).all()
+
+
+def test_a_softcap_bends_what_is_large_and_nothing_else() -> None:
+    logits = np.linspace(-90, 90, 24, dtype=np.float32).reshape(1, 2, 3, 4)
+    (capped,) = run("VtrSoftcap", logits=logits, softcap=30.0)
+    np.testing.assert_allclose(capped, 30 * np.tanh(logits.astype(float) / 30), rtol=1e-6)
 
 
 @given(calls())
@@ -267,7 +300,12 @@ class Heads:
 
 
 HEADS = st.builds(Heads, st.integers(1, 2), st.integers(1, 3), st.sampled_from([2, 4, 8]))
-CHOICES = st.builds(ops.Choice, st.sampled_from(["last", "text"]), st.sampled_from(["mean", "max"]))
+CHOICES = st.builds(
+    ops.Choice,
+    st.sampled_from(["last", "text"]),
+    st.sampled_from(["mean", "max"]),
+    softcap=st.sampled_from([None, 2.0]),
+)
 
 
 def attention(call: Call, heads: Heads, seed: int, dtype: Any) -> tuple[Array, Array, float]:

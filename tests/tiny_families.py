@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import tiny_gemma
 import tiny_internvl
 import tiny_llavas
 import tiny_mistral
@@ -20,12 +21,15 @@ def llava(folder: Path, seed: int = 0) -> PreTrainedModel:
 
 
 TINY: Mapping[str, Save] = {
+    "gemma3": tiny_gemma.gemma3,
     "internvl": tiny_internvl.internvl,
     "llava": llava,
     "llava/pixtral": tiny_mistral.pixtral,
     "mistral3": tiny_mistral.mistral3,
     "llava_next": tiny_llavas.llava_next,
     "llava_onevision": tiny_llavas.llava_onevision,
+    "paligemma": tiny_gemma.paligemma,
+    "paligemma2": tiny_gemma.paligemma2,
     "qwen2_5_vl": tiny_qwen.qwen2_5_vl,
     "qwen2_vl": tiny_qwen.qwen2_vl,
     "qwen3_vl": tiny_qwen.qwen3_vl,

@@ -183,6 +183,8 @@ def decoder_facts(checkpoint: Checkpoint, facts: ModelFacts, resolved: Resolved)
         image_token_id=facts.image_token_id,
         tokens_per_image=facts.tokens_per_image,
         mrope=facts.mrope,
+        attends=facts.attends,
+        first_position=facts.first_position,
         eos_token_ids=_token_ids(checkpoint, "eos_token_id"),
         pad_token_id=next(iter(_token_ids(checkpoint, "pad_token_id")), None),
         stages=_stages(resolved),

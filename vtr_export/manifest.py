@@ -14,6 +14,7 @@ from pydantic import (
 
 from vtr_export.checkpoint import read_header
 from vtr_export.errors import ArtifactError, CheckpointError
+from vtr_export.families import Attends
 from vtr_export.published import FileName, Part, Published, RelativePath, Sha256
 
 
@@ -96,6 +97,8 @@ class DecoderFacts(Part):
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None = None
     mrope: bool = False  # positions are triples
+    attends: Attends = "causal"
+    first_position: NonNegativeInt = 0
     stages: tuple[Stage, ...]
 
     @model_validator(mode="after")

@@ -360,6 +360,7 @@ OURS: dict[str, Callable[[list[Axes]], list[Axes]]] = {
     "VtrAlive": lambda inputs: [inputs[0]],
     "VtrBudget": lambda inputs: [NONE],
     "VtrCausalMask": lambda inputs: [Axes(token=2, key=3)],
+    "VtrGroupMask": lambda inputs: [Axes(token=2, key=3)],
     "VtrNarrow": lambda inputs: [inputs[0]],
     "VtrPack": lambda inputs: [Axes(token=1)],
     "VtrRowsLast": lambda inputs: [NONE],

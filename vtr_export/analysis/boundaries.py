@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import onnx_ir as ir
 
+from vtr_export import ops
 from vtr_export.analysis.attentions import Attention
 from vtr_export.analysis.axes import LENGTH, NONE, Axes, Labels
 from vtr_export.analysis.layers import descendants, order_of, residual
@@ -49,7 +50,7 @@ def _others(entry: ir.Value, labels: Labels) -> tuple[ir.Value, ...]:
     behind = descendants(entry)
     crossing: dict[ir.Value, None] = {}
     for node in behind:
-        if node.op_type == "VtrCausalMask":  # made anew from a stage's own padding
+        if ops.is_mask(node):  # made anew from a stage's own padding
             continue
         for value in node.inputs:
             if value is None or value is entry or value.producer() in behind:

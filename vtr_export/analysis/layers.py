@@ -26,6 +26,7 @@ class Layer:
     keys: ir.Value
     mask: ir.Value
     scale: float
+    softcap: float | None = None
 
 
 def find_layers(graph: ir.Graph, labels: Labels) -> list[Layer]:
@@ -97,12 +98,14 @@ def _layer(index: int, entry: ir.Value, node: ir.Node, labels: Labels) -> Layer:
     for what, stands in _foreign(node):
         if stands:
             raise _refusal(index, f"its attention has {what}, which a score leaves out", node)
-    return Layer(index, entry, node, query, key, past_key, keys, mask, _scale(index, node, query))
+    scale, cap = _scale(index, node, query), node.attributes.get("softcap")
+    softcap = (cap.as_float() or None) if cap is not None else None
+    return Layer(index, entry, node, query, key, past_key, keys, mask, scale, softcap)
 
 
 def _foreign(node: ir.Node) -> Iterator[tuple[str, bool]]:
-    """What an Attention node can do beside softmax(scale · query · keys) under a mask."""
-    for name in ("is_causal", "softcap", "qk_matmul_output_mode"):
+    """What an Attention node can do beside softmax(softcap(scale · query · keys)) under a mask."""
+    for name in ("is_causal", "qk_matmul_output_mode"):
         attribute = node.attributes.get(name)
         yield name, attribute is not None and bool(attribute.value)
     for number, name in ((4, "past_key"), (5, "past_value"), (6, "nonpad_kv_seqlen")):

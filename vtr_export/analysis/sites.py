@@ -64,7 +64,7 @@ class _Reach:
     def makes(self, value: ir.Value | None) -> bool:
         """Whether ``value`` follows from the entry; masks count as made before it."""
         producer = value.producer() if value is not None else None
-        return producer is not None and producer in self.nodes and not _is_mask(producer)
+        return producer is not None and producer in self.nodes and not ops.is_mask(producer)
 
 
 def _reach(entry: ir.Value, deeper: _Reach | None) -> _Reach:
@@ -81,7 +81,7 @@ def _reach(entry: ir.Value, deeper: _Reach | None) -> _Reach:
         return _reach(entry, None)
     found = _Reach(entry, known | nodes, ())
     read: dict[ir.Value, None] = {}
-    inputs = [value for node in nodes if not _is_mask(node) for value in node.inputs]
+    inputs = [value for node in nodes if not ops.is_mask(node) for value in node.inputs]
     for value in (*inputs, *(deeper.read if deeper is not None else ())):
         if value is not None and value is not entry and not found.makes(value):
             read[value] = None
@@ -105,7 +105,7 @@ def _find(layers: list[Layer], labels: Labels, schedule: Resolved, cut: Cut, rea
     if schedule.source == "next":
         _check_projections(scored, reach)
     streams, masks = _live_outs(layer, reach, labels)
-    after = frozenset(node for node in reach.nodes if not _is_mask(node))
+    after = frozenset(node for node in reach.nodes if not ops.is_mask(node))
     return Site(cut, scored, entry, after, streams, masks)
 
 
@@ -121,7 +121,7 @@ def _check_entry(layer: int, entry: ir.Value, labels: Labels) -> None:
 
 def _check_mask(layer: Layer) -> None:
     producer = layer.mask.producer()
-    if producer is None or not _is_mask(producer):
+    if producer is None or not ops.is_mask(producer):
         raise AnalysisError(
             f"layer {layer.index}: its mask {layer.mask.name!r} cannot be rebuilt",
             where=_place(layer.mask),
@@ -178,13 +178,9 @@ def _live_outs(
     return tuple(order), tuple(masks)
 
 
-def _is_mask(node: ir.Node) -> bool:
-    return node.op_type == "VtrCausalMask" and node.domain == ops.DOMAIN
-
-
 def _check(layer: int, entry: ir.Value, value: ir.Value, axes: Axes) -> None:
     producer = value.producer()
-    rebuilt = producer is not None and _is_mask(producer)
+    rebuilt = producer is not None and ops.is_mask(producer)
     kind = axes.state
     if axes.key is not None and not rebuilt:
         kind = "keys of an earlier length"

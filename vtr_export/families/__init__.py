@@ -1,8 +1,17 @@
 """What we must know of a model before reading a weight: facts from its config.json."""
 
 from vtr_export.families.decoders import DECODERS
-from vtr_export.families.facts import Anyres, ModelFacts, VisionFacts
+from vtr_export.families.facts import Anyres, Attends, ModelFacts, VisionFacts
 from vtr_export.families.read import FAMILIES, read_facts
 from vtr_export.families.towers import TOWERS
 
-__all__ = ["DECODERS", "FAMILIES", "TOWERS", "Anyres", "ModelFacts", "VisionFacts", "read_facts"]
+__all__ = [
+    "DECODERS",
+    "FAMILIES",
+    "TOWERS",
+    "Anyres",
+    "Attends",
+    "ModelFacts",
+    "VisionFacts",
+    "read_facts",
+]

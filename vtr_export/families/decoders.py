@@ -8,7 +8,10 @@ from vtr_export.families.section import FRESH, Config, Section, section_of
 
 QKV_BIASES: Final = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")  # always, and nowhere else
 QK_NORMS: Final = ("qwen3", "qwen3_vl_text")  # of head_dim weights each
-DECODERS: Final = ("llama", "mistral", *QKV_BIASES, *QK_NORMS)
+GEMMAS: Final = ("gemma", "gemma2", "gemma3_text")
+SANDWICHED: Final = GEMMAS[1:]  # a norm behind attention and MLP, too
+BIASES_ASKED: Final = ("llama", *GEMMAS)  # where attention_bias says so
+DECODERS: Final = ("llama", "mistral", *QKV_BIASES, *QK_NORMS, *GEMMAS)
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,16 @@ class DecoderFacts:
     dtype: str | None
     layer_biases: int
     gated: bool = True
+    window: int | None = None
 
 
 def read_decoder(
-    config: Config, fallback: str, where: str, *, key: str = "text_config"
+    config: Config, fallback: str, where: str, *, key: str = "text_config", prefix: bool = False
 ) -> DecoderFacts:
-    """The decoder under ``key``; ``fallback`` is its type where the file does not name it."""
+    """The decoder under ``key``; ``fallback`` is its type where the file does not name it.
+
+    ``prefix``: the family says itself which tokens see what comes behind them.
+    """
     kind, text = section_of(config, key, fallback, where)
     if kind not in DECODERS:
         raise CheckpointError(
@@ -40,7 +47,9 @@ def read_decoder(
             where=where,
             hint=f"supported: {', '.join(DECODERS)}",
         )
-    _refuse_sliding_window(kind, text)
+    if not prefix and text.values.get("use_bidirectional_attention"):
+        raise text.error("use_bidirectional_attention is true: no such decoder generates text")
+    positions, window = text.size("max_position_embeddings"), _window(kind, text)
     hidden, heads = text.size("hidden_size"), text.size("num_attention_heads")
     kv_heads, head_dim = _heads(text, hidden, heads)
     top = Section(config, "", where)
@@ -52,10 +61,11 @@ def read_decoder(
         head_dim=head_dim,
         intermediate=text.size("intermediate_size"),
         vocab=text.size("vocab_size"),
-        context=text.size("max_position_embeddings"),
+        context=min(positions, window or positions),
         tied=top.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
         dtype=_dtype(config) or _dtype(text.values),
         layer_biases=_layer_biases(kind, text, heads * head_dim, kv_heads * head_dim, head_dim),
+        window=window if window is not None and window < positions else None,
     )
 
 
@@ -77,28 +87,32 @@ def _heads(text: Section, hidden: int, heads: int) -> tuple[int, int]:
     return kv_heads, hidden // heads
 
 
-def _refuse_sliding_window(kind: str, text: Section) -> None:
-    window = text.values.get("sliding_window")
-    if kind.startswith("qwen") and not text.flag("use_sliding_window", False):
-        return
-    if isinstance(window, int) and window < text.size("max_position_embeddings"):
-        raise CheckpointError(
-            f"attention slides over {window} tokens; only full attention is supported",
-            where=text.where,
-            hint='"sliding_window": null in text_config, if the model was trained without it',
-        )
+def _window(kind: str, text: Section) -> int | None:
+    """Tokens up to which every layer sees all that came before: the least window or chunk."""
+    types = text.values.get("layer_types")
+    kinds = types if isinstance(types, list) else ["sliding_attention", "chunked_attention"]
+    sizes = []
+    if "sliding_attention" in kinds and (
+        not kind.startswith("qwen") or text.flag("use_sliding_window", False)
+    ):
+        sizes.append(text.number("sliding_window"))
+    if "chunked_attention" in kinds:
+        sizes.append(text.number("attention_chunk_size"))
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def _layer_biases(kind: str, text: Section, q: int, kv: int, head_dim: int) -> int:
-    if kind in QKV_BIASES:
-        return q + 2 * kv
-    if kind in QK_NORMS:
-        return 2 * head_dim
-    if kind != "llama":
-        return 0
     hidden, intermediate = text.size("hidden_size"), text.size("intermediate_size")
-    attention = q + 2 * kv + hidden if text.flag("attention_bias", False) else 0
-    return attention + (2 * intermediate + hidden if text.flag("mlp_bias", False) else 0)
+    count = 2 * hidden if kind in SANDWICHED else 0
+    if kind in (*QK_NORMS, "gemma3_text"):
+        count += 2 * head_dim
+    if kind in QKV_BIASES:
+        count += q + 2 * kv
+    if kind in BIASES_ASKED and text.flag("attention_bias", False):
+        count += q + 2 * kv + hidden
+    if kind == "llama" and text.flag("mlp_bias", False):
+        count += 2 * intermediate + hidden
+    return count
 
 
 def _dtype(config: Config) -> str | None:

@@ -1,6 +1,10 @@
 """The shape of a vision-language model."""
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Attends: TypeAlias = Literal["causal", "images", "prompt"]
+"""What a token sees beside what came before: nothing; all its image; all its prompt."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,10 @@ class ModelFacts:
 
     ``tokens_per_image`` is None where it depends on the image's size. ``projector_macs`` are
     multiply-adds per vision token. ``layer_biases`` counts the biases of one decoder layer, and
-    the weights of its query and key norms. ``mrope``: positions are triples (time, row, column).
+    the weights of its norms beyond two. ``mrope``: positions are triples (time, row, column).
     ``planes``: features that are added to vision tokens behind the first layers, a plane a layer.
+    ``context`` ends at ``window`` where some layers see no further back than that. Positions are
+    counted from ``first_position``.
     """
 
     model_type: str
@@ -83,3 +89,6 @@ class ModelFacts:
     mrope: bool = False
     planes: int = 0
     anyres: Anyres | None = None
+    window: int | None = None
+    attends: Attends = "causal"
+    first_position: int = 0

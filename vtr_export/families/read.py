@@ -5,6 +5,7 @@ from typing import Final
 
 from vtr_export.errors import CheckpointError
 from vtr_export.families.facts import ModelFacts
+from vtr_export.families.gemma import gemma3, paligemma
 from vtr_export.families.internvl import internvl
 from vtr_export.families.llava import llava
 from vtr_export.families.llava_next import llava_next
@@ -15,11 +16,13 @@ from vtr_export.families.section import FRESH, Config
 from vtr_export.families.vipllava import vipllava
 
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
+    "gemma3": gemma3,
     "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "mistral3": mistral3,
+    "paligemma": paligemma,
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,
     "qwen2_5_vl": qwen2_5_vl,

@@ -24,10 +24,13 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """One ONNX ``Attention`` node. query [B,H,S,d], key and value [B,kv_heads,T,d]."""
-    output = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scaling)[0]
+    output = torch.onnx.ops.attention(
+        query, key, value, attention_mask, scale=scaling, softcap=softcap or 0.0
+    )[0]
     return output.transpose(1, 2), None
 
 

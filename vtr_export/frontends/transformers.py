@@ -158,7 +158,7 @@ def _trace_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype
     shape = (batch, facts.kv_heads, past, facts.head_dim)
     layers = len(model.get_decoder().layers)
     names = [f"{n}.{part}" for n in range(layers) for part in ("key", "value")]
-    return trace(
+    decoder = trace(
         Decoder(model),
         (
             torch.empty(batch, sequence, facts.hidden, dtype=dtype),
@@ -186,6 +186,10 @@ def _trace_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype
             "total": ("present.0.key", 2),
         },
     )
+    if facts.attends != "causal":
+        groups = ir.val("token_groups", ir.DataType.INT64, ["batch", "sequence"])
+        decoder.graph.inputs.append(groups)  # of the mask that is attached
+    return decoder
 
 
 def _bind_weights(

@@ -21,12 +21,14 @@ class Choice:
 
     One schedule makes one choice, so one model holds one body of each composite. ``ragged``: a
     row may have to drop more than the widest row drops, and be short of pads to stay as wide.
+    ``softcap`` bends the logits of a score (VtrCap) as attention's are bent.
     """
 
     query: Literal["last", "text"] = "last"
     heads: Literal["mean", "max"] = "mean"
     rank: Literal["joint", "per_image"] = "joint"
     ragged: bool = False
+    softcap: float | None = None
 
     def names(self) -> Mapping[str, str]:
         """Abstract operator → the function that implements it."""
@@ -58,11 +60,25 @@ def load(name: str, choice: Choice) -> ir.Function:
     graph that is called the same.
     """
     function = ir.serde.deserialize_function(_parse(name))
-    for node in function:
+    for node in list(function):
+        if node.op_type == "VtrCap":
+            _cap(function, node, choice.softcap)
         node.op_type = choice.names().get(node.op_type, node.op_type)
         for value in set(node.outputs) - set(function.outputs):
             value.name = f"{name}.{value.name}"
     return function
+
+
+def _cap(function: ir.Function, node: ir.Node, softcap: float | None) -> None:
+    """Bend the logits, or leave nothing between them and what follows."""
+    if softcap is None:
+        logits = node.inputs[0]
+        assert logits is not None
+        node.outputs[0].replace_all_uses_with(logits)
+        function.remove(node, safe=True)
+    else:
+        node.op_type = "VtrSoftcap"
+        node.attributes["softcap"] = ir.AttrFloat32("softcap", softcap)
 
 
 def declare(model: ir.Model, name: str, choice: Choice | None = None) -> None:

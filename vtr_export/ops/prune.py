@@ -26,13 +26,19 @@ def prune_attributes(scale: float, choice: Choice) -> list[ir.Attr]:
 
     The body reads ``scale`` only. The others are for a TensorRT plugin of the node's name: the
     ``plugin_*`` pair makes the parser prefer it to the body where it is registered, and
-    ``tensorrt_plugin_shape_input_indices`` tells it that keep decides an output's length.
+    ``tensorrt_plugin_shape_input_indices`` tells it that keep decides an output's length. No
+    plugin bends logits: with a softcap the body runs.
     """
-    return [
+    told = [
         ir.AttrFloat32("scale", scale),
         ir.AttrString("query", choice.query),
         ir.AttrString("heads", choice.heads),
         ir.AttrString("rank", choice.rank),
+    ]
+    if choice.softcap is not None:
+        return told
+    return [
+        *told,
         ir.AttrString("plugin_namespace", PLUGIN_NAMESPACE),
         ir.AttrString("plugin_version", PLUGIN_VERSION),
         ir.AttrInt64s("tensorrt_plugin_shape_input_indices", SHAPE_INPUTS),

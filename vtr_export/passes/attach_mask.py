@@ -1,4 +1,4 @@
-"""Give every attention node of a decoder its mask: causal, and blind to padding."""
+"""Give every attention node of a decoder its mask: causal and blind to padding, but for groups."""
 
 import onnx_ir as ir
 
@@ -17,6 +17,10 @@ class AttachMask(ir.passes.InPlacePass):
 
         mask = vtr.VtrCausalMask(attention_mask, inputs_embeds)     # [B,1,S,T], lower right
         Attention(query, keys, values, mask)
+
+    With an input ``token_groups`` [B,S], tokens of one group see each other, too::
+
+        mask = vtr.VtrGroupMask(attention_mask, inputs_embeds, token_groups)
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -32,11 +36,13 @@ class AttachMask(ir.passes.InPlacePass):
                     hint="report the model: its decoder cannot be exported yet",
                 )
         padding = ir.val("attention_mask", ir.DataType.INT64, ["batch", "total"])
-        mask = ir.Node(ops.DOMAIN, "VtrCausalMask", [padding, inputs["inputs_embeds"]])
+        groups = [inputs[name] for name in ("token_groups",) if name in inputs]
+        kind = ops.GROUPED if groups else ops.CAUSAL
+        mask = ir.Node(ops.DOMAIN, kind, [padding, inputs["inputs_embeds"], *groups])
         mask.outputs[0].name = "mask.0"
         mask.outputs[0].shape = ir.Shape(["batch", 1, "sequence", "total"])
         mask.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
-        ops.declare(model, "VtrCausalMask")
+        ops.declare(model, kind)
         inputs["mask"].replace_all_uses_with(mask.outputs[0])
         graph.inputs[graph.inputs.index(inputs["mask"])] = padding
         graph.insert_before(graph[0], mask)

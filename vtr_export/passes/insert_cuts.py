@@ -1,7 +1,7 @@
 """Drop vision tokens where a schedule says so."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -18,8 +18,8 @@ from vtr_export.schedule import Resolved
 class Stage:
     """What the layers between two cuts run on.
 
-    ``padding`` [B,T] tells real keys, ``current`` [B,S] real rows; ``streams`` maps the unpruned
-    graph's values to this stage's.
+    ``padding`` [B,T] tells real keys, ``current`` [B,S] real rows, ``groups`` [B,S] who else sees
+    each other (None: nobody); ``streams`` maps the unpruned graph's values to this stage's.
     """
 
     hidden: ir.Value
@@ -27,6 +27,7 @@ class Stage:
     current: ir.Value
     vision_index: ir.Value
     mask: ir.Value
+    groups: ir.Value | None
     streams: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
 
@@ -92,6 +93,18 @@ def _check_positions(graph: ir.Graph) -> None:
     )
 
 
+def _softcap(sites: Sequence[Site]) -> float | None:
+    """What bends the logits of all layers that are asked."""
+    first, *others = {site.scored.softcap: site.scored for site in sites}.values()
+    for other in others:
+        raise AnalysisError(
+            f"layer {first.index} and layer {other.index} bend their logits by unlike softcaps",
+            where=f"node {other.attention.name!r}",
+            hint="rank all cuts by layers that are alike",
+        )
+    return first.softcap
+
+
 class _Surgeon:
     """One operation on one model."""
 
@@ -116,6 +129,8 @@ class _Surgeon:
 
     def operate(self, sites: list[Site]) -> None:
         """Build a narrower stage behind each site, then move every node onto its stage."""
+        softcap = _softcap(sites)
+        self.build.choice = replace(self.build.choice, softcap=softcap)
         self.past = symbol(sites[0].scored.past_key, 2) or "past"
         stages = [self._first(sites)]
         for number, site in enumerate(sites):
@@ -141,7 +156,8 @@ class _Surgeon:
         current = build.call("VtrTail", [padding, length], "current")
         self.count = build.call("VtrVisionCount", [padding, vision_index, hidden], "count")
         self.width = build.op("Shape", [vision_index], "width", start=1, end=2)
-        return Stage(hidden, padding, current, vision_index, sites[0].scored.mask)
+        mask = sites[0].scored.mask
+        return Stage(hidden, padding, current, vision_index, mask, ops.groups_of(mask))
 
     def _cut(self, number: int, site: Site, stage: Stage) -> Stage:
         build = self.build
@@ -161,8 +177,11 @@ class _Surgeon:
         if self.is_ragged and number:
             current = build.call("VtrAlive", [current, kept], "alive")
         padding = build.op("Concat", [past, current], "padding", axis=1)
-        new = Stage(hidden, padding, current, vision_index, mask)
-        new.mask = build.call("VtrCausalMask", [padding, hidden], "mask")
+        groups = None
+        if stage.groups is not None:
+            groups = build.call("VtrNarrow", [stage.groups, kept], "groups")
+        made = self._mask(padding, hidden, groups, "mask")
+        new = Stage(hidden, padding, current, vision_index, made, groups)
         new.streams = self._narrow(site, stage, new, kept)
         if wide_key is not None:
             new.streams[site.scored.key] = build.narrow(wide_key, kept, axis=2, name="key")
@@ -209,8 +228,16 @@ class _Surgeon:
         keys = build.op("Concat", [layer.past_key, key], "keys", axis=2)
         padding = build.op("Concat", [past, stage.current], "scored_padding", axis=1)
         last = build.call("VtrTail", [hidden, some], "mask_tail")
-        mask = build.call("VtrCausalMask", [padding, last], "scored_mask")
+        mask = self._mask(padding, last, stage.groups, "scored_mask")
         return query, keys, mask, None if self.schedule.positions == "repacked" else key
+
+    def _mask(
+        self, padding: ir.Value, rows: ir.Value, groups: ir.Value | None, name: str
+    ) -> ir.Value:
+        """What the last rows see of all keys; ``groups`` are those of all rows."""
+        if groups is None:
+            return self.build.call(ops.CAUSAL, [padding, rows], name)
+        return self.build.call(ops.GROUPED, [padding, rows, groups], name)
 
     def _narrow(
         self, site: Site, stage: Stage, new: Stage, kept: ir.Value

@@ -2,8 +2,10 @@
 
 from vtr_export.reference.cut import positions_of
 from vtr_export.reference.decoder import Cache, Generation, Held, Reference, Step
+from vtr_export.reference.head import Head
 from vtr_export.reference.inputs import (
     embed,
+    groups_for,
     image_features,
     pad_batch,
     positions_for,
@@ -14,10 +16,12 @@ from vtr_export.reference.load import load_model
 __all__ = [
     "Cache",
     "Generation",
+    "Head",
     "Held",
     "Reference",
     "Step",
     "embed",
+    "groups_for",
     "image_features",
     "load_model",
     "pad_batch",

@@ -23,6 +23,7 @@ class Streams:
     mask: Tensor  # [B, S] 1 = real
     positions: Tensor  # [B, S] or [3, B, S]: what the decoder is given as position_ids
     vision: Tensor  # [B, V] columns of the vision tokens, ascending; pads come first
+    groups: Tensor  # [B, S] tokens of one number see each other; 0 is no group
     drafted: int = 0  # last columns that belong to the answer
     planes: tuple[Tensor, ...] = ()  # [B, S, D] each: added to what leaves layer 0, 1, …
 
@@ -37,9 +38,12 @@ class Streams:
     def _each(
         self, change: Callable[[Tensor], Tensor], turn: Callable[[Tensor], Tensor]
     ) -> "Streams":
-        hidden, mask, vision = (change(each) for each in (self.hidden, self.mask, self.vision))
+        hidden, mask, vision, groups = map(
+            change, (self.hidden, self.mask, self.vision, self.groups)
+        )
         planes = tuple(change(plane) for plane in self.planes)
-        return Streams(hidden, mask, turn(self.positions), vision, self.drafted, planes)
+        positions = turn(self.positions)
+        return Streams(hidden, mask, positions, vision, groups, self.drafted, planes)
 
     @classmethod
     def join(cls, parts: Sequence["Streams"]) -> "Streams":
@@ -49,6 +53,7 @@ class Streams:
             torch.cat([part.mask for part in parts]),
             torch.cat([part.positions for part in parts], -2),
             torch.cat([part.vision for part in parts]),
+            torch.cat([part.groups for part in parts]),
             parts[0].drafted,
             tuple(map(torch.cat, zip(*(part.planes for part in parts), strict=True))),
         )

@@ -162,18 +162,21 @@ class Reference:
         cache: Cache | None = None,
         *,
         forced: Sequence[Tensor] | None = None,
+        groups: Tensor | None = None,
         logits: Literal["last", "all"] = "last",
     ) -> Step:
         """Run ``inputs_embeds`` ``[B, S, D]`` after ``cache``; the last column is always real.
 
         Planes may stand behind, ``[B, S, (1 + n) D]``: the n-th is added to what leaves layer n.
         ``attention_mask`` ``[B, P + S]`` is of the unpruned sequence. ``forced`` gives every
-        cut its ``kept`` instead of letting the scores choose.
+        cut its ``kept`` instead of letting the scores choose. ``groups`` ``[B, S]``: tokens of one
+        number, but 0, see each other whatever their order.
         """
         past = attention_mask.shape[1] - inputs_embeds.shape[1]
         cache = cache or self._empty_cache(inputs_embeds)
         cache = replace(cache, padding=(attention_mask[:, :past], *cache.padding[1:]))
-        held = self._begin(inputs_embeds, attention_mask[:, past:], position_ids, vision_index)
+        mask = attention_mask[:, past:]
+        held = self._begin(inputs_embeds, mask, position_ids, vision_index, groups)
         call = _Call(cache, held.budget, forced, padding=[attention_mask])
         streams = self._run(held, len(self._layers), call).streams
         rows = streams.hidden if logits == "all" else streams.hidden[:, -1:]
@@ -196,13 +199,15 @@ class Reference:
         position_ids: Tensor,
         vision_index: Tensor,
         *,
+        groups: Tensor | None = None,
         drafted: int = 0,
     ) -> Held:
         """A first call before layer 0; its last ``drafted`` columns are an answer, not the prompt.
 
         They are rows like any other, but no cut's score asks them.
         """
-        return self._begin(inputs_embeds, attention_mask, position_ids, vision_index, drafted)
+        inputs = inputs_embeds, attention_mask, position_ids, vision_index, groups
+        return self._begin(*inputs, drafted)
 
     @torch.no_grad()
     def advance(self, held: Held, layer: int) -> Held:
@@ -232,6 +237,7 @@ class Reference:
         cache: Cache | None = None,
         forced: Sequence[Tensor] | None = None,
         positions: tuple[Tensor, Tensor] | None = None,
+        groups: Tensor | None = None,
     ) -> Generation:
         """Answer greedily. Positions are those of the unpruned sequence; see :class:`Cache`.
 
@@ -239,7 +245,8 @@ class Reference:
         """
         counted = positions_of(attention_mask)[:, -inputs_embeds.shape[1] :]
         first, ahead = positions or (counted, counted.new_zeros(len(counted)))
-        prefill = self(inputs_embeds, attention_mask, first, vision_index, cache, forced=forced)
+        asked = inputs_embeds, attention_mask, first, vision_index, cache
+        prefill = self(*asked, forced=forced, groups=groups)
         ends = torch.tensor(list(eos), dtype=torch.int64, device=inputs_embeds.device)
         step, steps, tokens = prefill, [prefill], [prefill.logits.argmax(-1)]
         while len(tokens) < max_new_tokens:
@@ -272,13 +279,20 @@ class Reference:
         return Cache(nothing, nothing, (padding,) * (len(self.schedule.cuts) + 1))
 
     def _begin(
-        self, embeds: Tensor, mask: Tensor, positions: Tensor, vision: Tensor, drafted: int = 0
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        vision: Tensor,
+        groups: Tensor | None,
+        drafted: int = 0,
     ) -> Held:
         """A call before layer 0."""
         own, *planes = torch.split(embeds, self.decoder.config.hidden_size, -1)
         with self._layers.heard():
             hidden, _ = self._layers.hand(own, positions)
-        streams = Streams(hidden, mask, positions, vision, drafted, tuple(planes))
+        groups = torch.zeros_like(mask) if groups is None else groups
+        streams = Streams(hidden, mask, positions, vision, groups, drafted, tuple(planes))
         return Held(0, streams, None, (vision.shape[1], streams.is_real().sum(1).tolist()))
 
     def _run(self, held: Held, last: int, call: _Call) -> Held:
@@ -295,7 +309,7 @@ class Reference:
                 kept = self._choose(self.cuts[index], score, streams, call)
                 streams = self._narrow(streams, kept, call)
                 handed = self._hand(streams)
-            visible = _visible(call.past.padding[call.stage], streams.mask)
+            visible = _visible(call.past.padding[call.stage], streams)
             past = call.past.of(index)
             hidden, attention = self._layers.run(index, streams.hidden, handed, past, visible)
             call.keys.append(attention.keys)
@@ -319,7 +333,7 @@ class Reference:
     def _own_score(self, index: int, streams: Streams, handed: Handed, call: _Call) -> Tensor:
         """With from: next, layer ``index``'s score of the tokens that a cut before it meets."""
         stage = call.stage + (index in self.cuts)
-        visible = _visible(call.past.padding[stage], streams.mask)
+        visible = _visible(call.past.padding[stage], streams)
         asked = self._layers.ask(index, streams.hidden, handed, call.past.of(index), visible)
         return self._score(asked, streams)
 
@@ -349,14 +363,17 @@ class Reference:
         call.padding.append(padding)
         call.kept_vision.append(vision)
         planes = tuple(rows_at(plane, kept) for plane in streams.planes)
-        hidden = rows_at(streams.hidden, kept)
-        return Streams(hidden, mask, positions, vision, streams.drafted, planes)
+        hidden, groups = rows_at(streams.hidden, kept), streams.groups.gather(1, kept)
+        return Streams(hidden, mask, positions, vision, groups, streams.drafted, planes)
 
 
-def _visible(past_mask: Tensor, mask: Tensor) -> Tensor:
-    """``[B, S, T]``: a row sees the real keys up to itself, and always itself."""
-    padding = torch.cat((past_mask, mask), 1) != 0
+def _visible(past_mask: Tensor, streams: Streams) -> Tensor:
+    """``[B, S, T]``: a row sees the real keys up to itself, always itself, and all its group."""
+    padding = torch.cat((past_mask, streams.mask), 1) != 0
     past, total = past_mask.shape[1], padding.shape[1]
-    row = torch.arange(past, total, device=mask.device)[:, None]
-    key = torch.arange(total, device=mask.device)[None, :]
-    return ((key <= row) & padding[:, None, :]) | (key == row)
+    row = torch.arange(past, total, device=padding.device)[:, None]
+    key = torch.arange(total, device=padding.device)[None, :]
+    before = ((key <= row) & padding[:, None, :]) | (key == row)
+    own = streams.groups[:, :, None]
+    others = nn.functional.pad(streams.groups, (past, 0))[:, None, :]
+    return before | ((own == others) & (own > 0))

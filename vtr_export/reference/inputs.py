@@ -1,6 +1,7 @@
 """From token ids and images to what the decoder takes, batches included."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
@@ -50,7 +51,7 @@ def positions_for(
     """
     rule = getattr(model.model, "get_rope_index", None)
     if rule is None:
-        return positions_of(attention_mask), torch.zeros(len(input_ids), dtype=torch.int64)
+        return _counted(model, input_ids, attention_mask)
     is_image = (input_ids == model.config.image_token_id).int()
     grids = given.get("image_grid_thw") if isinstance(given, Mapping) else None
     grids = None if grids is None else torch.as_tensor(grids)
@@ -61,6 +62,58 @@ def positions_for(
         attention_mask=attention_mask,
     )
     return ids, ahead[:, 0]
+
+
+def _counted(model: Any, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Real tokens before each, from where the model begins to count."""
+    counted = positions_of(attention_mask)
+    asked = {"attention_mask": attention_mask, "position_ids": counted, "is_first_iteration": True}
+    ids = model.prepare_inputs_for_generation(input_ids, **asked).get("position_ids")
+    ids = counted if ids is None else ids
+    return ids, (ids - counted)[:, -1]
+
+
+def groups_for(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """``[B, S]``: tokens of one number see each other in a first call; 0: only what came before.
+
+    Read off the mask that transformers' model makes itself; ValueError for any other mask.
+    """
+    rule = getattr(model, "create_masks_for_generate", None)
+    if rule is None or "token_type_ids" not in signature(rule).parameters:
+        return torch.zeros_like(input_ids)
+    types = (input_ids == model.config.image_token_id).int()
+    if model.config.model_type == "paligemma":  # whose types tell a prompt (0) from an answer (1)
+        types = torch.zeros_like(types)
+    made = rule(
+        config=model.config,
+        inputs_embeds=torch.zeros(*input_ids.shape, 1, dtype=model.dtype, device=input_ids.device),
+        attention_mask=attention_mask,
+        past_key_values=None,
+        position_ids=positions_of(attention_mask),
+        token_type_ids=types,
+    )
+    real = attention_mask != 0
+    found = [
+        _groups_of(mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0, real)
+        for mask in (made.values() if isinstance(made, Mapping) else [made])
+    ]
+    if any(not torch.equal(found[0], other) for other in found[1:]):
+        raise ValueError("layers of unlike kinds see unlike tokens")
+    return found[0]
+
+
+def _groups_of(seen: Tensor, real: Tensor) -> Tensor:
+    """Those of a mask ``seen`` ``[B, S, S]``, numbered in order, where it is causal otherwise."""
+    columns = torch.arange(seen.shape[-1], device=seen.device)
+    mutual = seen & seen.transpose(1, 2) & real[:, None, :] & real[:, :, None]
+    first, grouped = mutual.int().argmax(-1), mutual.sum(-1) > 1
+    begins = (first == columns) & grouped
+    groups = torch.where(grouped, begins.cumsum(-1).gather(-1, first), 0)
+    before = (columns[None, :] <= columns[:, None]) & real[:, None, :]
+    same = (groups[:, None, :] == groups[:, :, None]) & grouped[:, None, :]
+    if not torch.equal((before | same)[real], (seen & real[:, None, :])[real]):
+        raise ValueError("the model's mask is not causal but for groups of tokens")
+    return groups
 
 
 @torch.no_grad()

@@ -127,10 +127,11 @@ class Artifact:
         model = Model(
             vision,
             embedding,
-            Decoder(decoder, keep=keeps),
+            Decoder(decoder, keep=keeps, first_position=facts.first_position),
             facts.image_token_id,
             facts.pad_token_id or 0,
             facts.mrope,
+            facts.attends,
         )
         return cls(folder, manifest, Processor(folder), model, device, holds)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vtr_export.families import Attends
+
 Ints = NDArray[np.int64]
 
 
@@ -32,6 +34,18 @@ def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, image_token_id: int | 
         columns = np.flatnonzero((ids[b] == image_token_id) & (mask[b] == 1))
         index[b] = np.concatenate((np.arange(width - len(columns)), columns))
     return Batch(ids, mask, index)
+
+
+def token_groups(batch: Batch, image_token_id: int | None, attends: Attends) -> Ints:
+    """``[B, S]``: tokens of one number see each other; those of 0 see only what came before."""
+    if attends == "prompt":
+        return batch.attention_mask.copy()
+    is_image = (batch.input_ids == image_token_id) & (batch.attention_mask == 1)
+    if attends == "causal" or not is_image.size:
+        return np.zeros_like(batch.input_ids)
+    begins = is_image.copy()
+    begins[:, 1:] &= ~is_image[:, :-1]
+    return np.where(is_image, np.cumsum(begins, axis=1), 0)
 
 
 def positions(mask: Ints, length: int) -> Ints:

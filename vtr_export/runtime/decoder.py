@@ -46,9 +46,11 @@ class Step:
 class Decoder:
     """A session with the inputs and outputs of a decoder graph, whatever their number."""
 
-    def __init__(self, session: Session, *, keep: Ints | None = None) -> None:
-        """``keep``: the numerators a tunable graph takes."""
-        self.session, self._keep = session, keep
+    def __init__(
+        self, session: Session, *, keep: Ints | None = None, first_position: int = 0
+    ) -> None:
+        """``keep``: the numerators a tunable graph takes; positions count from the first one."""
+        self.session, self._keep, self._first = session, keep, first_position
         self._carried = {
             output: past + output.removeprefix(present)
             for present, past in _CARRIED.items()
@@ -85,7 +87,8 @@ class Decoder:
             tail = (size if isinstance(size, int) else 0 for size in port.shape[1:])
             dtype = "float32" if port.dtype == "bfloat16" else port.dtype
             values[name] = np.zeros((batch, *tail), dtype)
-        return Cache(values, np.zeros((batch, 0), np.int64), np.zeros(batch, np.int64))
+        ahead = np.full(batch, self._first, np.int64)
+        return Cache(values, np.zeros((batch, 0), np.int64), ahead)
 
     def __call__(
         self,
@@ -94,6 +97,7 @@ class Decoder:
         mask: Ints,
         vision_index: Ints,
         places: Places | None = None,
+        groups: Ints | None = None,
         *,
         kept: bool = False,
     ) -> Step:
@@ -101,8 +105,8 @@ class Decoder:
 
         Where the decoder adds planes behind its first layers, they may stand behind the columns:
         ``[B, S, (1 + n) D]``; without, nothing is added.
-        ``places`` are their positions, where they do not count on. ``kept`` asks what each cut
-        kept.
+        ``places`` are their positions, where they do not count on; ``groups`` ``[B, S]`` says
+        who sees what comes behind (None: nobody). ``kept`` asks what each cut kept.
         """
         whole = np.concatenate((cache.attention_mask, mask), axis=1)
         ids = self._positions(cache, whole, mask.shape[1]) if places is None else places.ids
@@ -112,6 +116,7 @@ class Decoder:
             "attention_mask": whole,
             "position_ids": ids,
             "vision_index": vision_index,
+            "token_groups": np.zeros_like(mask) if groups is None else groups,
             **cache.values,
         }
         if "keep" in self.session.inputs and self._keep is not None:

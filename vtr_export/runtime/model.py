@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from vtr_export.errors import ArtifactError
-from vtr_export.runtime.batch import Batch, Ints, pad_batch
+from vtr_export.families import Attends
+from vtr_export.runtime.batch import Batch, Ints, pad_batch, token_groups
 from vtr_export.runtime.decoder import Cache, Decoder, Step
 from vtr_export.runtime.images import Seen
 from vtr_export.runtime.positions import mrope
@@ -24,6 +25,7 @@ class Model:
     image_token_id: int | None
     pad_token_id: int = 0
     mrope: bool = False
+    attends: Attends = "causal"
 
     def encode(self, feeds: Mapping[str, Array]) -> Array:
         """``[..., D]``: the vision tokens of all images, in order."""
@@ -53,9 +55,9 @@ class Model:
         places = None
         if self.mrope:
             places = mrope(batch, self.image_token_id, images, cache.next_positions)
-        return self.decoder(
-            cache, embeds, batch.attention_mask, batch.vision_index, places, kept=True
-        )
+        mask, index = batch.attention_mask, batch.vision_index
+        groups = token_groups(batch, self.image_token_id, self.attends)
+        return self.decoder(cache, embeds, mask, index, places, groups, kept=True)
 
     def extend(self, cache: Cache, tokens: Ints) -> Step:
         """Feed one more token ``[B]`` to each row."""

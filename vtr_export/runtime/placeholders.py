@@ -1,7 +1,7 @@
 """What a processor writes into a prompt where an image belongs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 from vtr_export.runtime.images import Seen
@@ -11,12 +11,14 @@ from vtr_export.runtime.images import Seen
 class Placeholder:
     """``place`` stands for an image in a prompt; ``written`` is what it becomes.
 
-    ``token`` is what is written once for each vision token.
+    ``token`` is what is written once for each vision token. ``prompt``, where the processor writes
+    whole prompts, makes one of a text and its number of images; a tokenizer adds nothing to it.
     """
 
     place: str
     token: str
     written: Callable[[Seen], str]
+    prompt: Callable[[str, int], str] | None = None
 
 
 Special: TypeAlias = Mapping[str, str]  # the tokenizer's special tokens by name
@@ -56,9 +58,32 @@ def pixtral(_: Special, config: Mapping[str, Any]) -> Placeholder:
     return Placeholder(token, token, written)
 
 
+def gemma3(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """A start token stands for an image; tokens between start and end, and empty lines around."""
+    start = special.get("boi_token", "<start_of_image>")
+    end = special.get("eoi_token", "<end_of_image>")
+    token = special.get("image_token", "<image_soft_token>")
+    return Placeholder(start, token, lambda image: f"\n\n{start}{token * image.tokens}{end}\n\n")
+
+
+def paligemma(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """All images come first, then the token that begins a text; a line ends it."""
+    image = plain(special, config)
+
+    def prompt(text: str, images: int) -> str:
+        if image.place not in text:
+            text = image.place * images + text
+        head, place, tail = text.rpartition(image.place)
+        return f"{head}{place}{special.get('bos_token', '<bos>')}{tail}\n"
+
+    return replace(image, prompt=prompt)
+
+
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
+    "Gemma3Processor": gemma3,
     "InternVLProcessor": internvl,
     "PixtralProcessor": pixtral,
+    "PaliGemmaProcessor": paligemma,
     "Qwen2VLProcessor": qwen_vl,
     "Qwen2_5_VLProcessor": qwen_vl,
     "Qwen3VLProcessor": qwen_vl,

@@ -132,6 +132,9 @@ class Processor:
         follows what a cache holds already. InputError when placeholders and images differ in
         number.
         """
+        whole = self.placeholder.prompt if form == "plain" else None
+        if whole is not None:
+            text = whole(text, len(images))
         parts = text.split(self.image_token)
         if len(parts) - 1 != len(images):
             raise self._miscounted(len(parts) - 1, len(images))
@@ -142,7 +145,7 @@ class Processor:
             return self.tokenizer.encode_continued(spread)
         bos = self.tokenizer.special.get("bos_token")
         has_bos = form == "chat" and bos is not None and text.startswith(bos)
-        return self.tokenizer.encode(spread, special=not has_bos)
+        return self.tokenizer.encode(spread, special=not has_bos and whole is None)
 
     @cached_property
     def _config(self) -> Mapping[str, Any]:

@@ -8,8 +8,10 @@ from vtr_export.runtime.json_files import read_json
 
 FILES: Final = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 OF_MODELS: Final[Mapping[str, str]] = {  # where no file names one, as transformers chooses
+    "gemma3": "Gemma3Processor",
     "internvl": "InternVLProcessor",
     "mistral3": "PixtralProcessor",
+    "paligemma": "PaliGemmaProcessor",
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",

@@ -129,7 +129,8 @@ def model_ranks(
     for start in range(0, len(questions), rows):
         batch = model.batch(questions[start : start + rows])
         inputs = batch.embeds, batch.mask, batch.vision
-        found += layer_scores(model.model.model.language_model, model.model.lm_head, score, inputs)
+        decoder = model.model.get_decoder()
+        found += layer_scores(decoder, model.head, score, inputs, batch.groups)
     return ranks([each for each in found if each.shape[1] > 1], score)
 
 
@@ -138,6 +139,7 @@ def layer_scores(
     lm_head: "nn.Module",
     score: Score,
     inputs: "tuple[Tensor, Tensor, Tensor]",
+    groups: "Tensor | None" = None,
 ) -> list[Floats]:
     """Every layer's score of every vision token, ``[layers, V]`` a row, in one unpruned prefill.
 
@@ -152,7 +154,7 @@ def layer_scores(
     watched = Resolved(layers, None, cuts, source="next", query=score.query, heads=score.heads)
     embeds, mask, vision = inputs
     runs = Reference(decoder, lm_head, watched, attention="sdpa")
-    step = runs(embeds, mask, positions_of(mask), vision)
+    step = runs(embeds, mask, positions_of(mask), vision, groups=groups)
     rows = np.stack([each.double().cpu().numpy() for each in step.scores], axis=1)
     is_real = (mask.gather(1, vision) != 0).cpu().numpy()
     return [row[:, real] for row, real in zip(rows, is_real, strict=True)]

@@ -28,6 +28,7 @@ class Question:
     position_ids: Ints  # [B, S], or [3, B, S]
     following: Ints  # [B] the position after the prompt
     vision_index: Ints  # [B, V]
+    groups: Ints  # [B, S] tokens of one number, but 0, see each other
 
     @property
     def places(self) -> Places:

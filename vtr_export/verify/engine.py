@@ -196,7 +196,8 @@ def _reply(opened: Opened, decoder: Decoder, case: Case) -> Reply:
     nothing = np.full_like(inputs.embeds, np.nan)
     mask, index = question.attention_mask, question.vision_index
     cache = decoder.empty(case.batch)
-    silent = decoder(cache, nothing, mask, index, question.places, kept=True).kept
+    places, groups = question.places, question.groups
+    silent = decoder(cache, nothing, mask, index, places, groups, kept=True).kept
     return Reply(inputs, played, silent)
 
 

@@ -21,7 +21,7 @@ MAX_UNPACKED_BYTES = 256 << 20
 _UNREADABLE = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-_ASKED = ("input_ids", "attention_mask", "position_ids", "following", "vision_index")
+_ASKED = ("input_ids", "attention_mask", "position_ids", "following", "vision_index", "groups")
 _IMAGES = ("images", "given")  # several arrays each: images.pixel_values, …
 _CUTS = ("kept", "kept_vision", "scores", "margins", "ties")  # one array a cut: kept.0, …
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from vtr_export.reference import (
+    Head,
     Reference,
     embed,
+    groups_for,
     image_features,
     load_model,
     pad_batch,
@@ -33,7 +35,7 @@ class Oracle:
         self._model: Any = load_model(weights, config, DTYPES[dtype], attn_implementation="eager")
         self._dtype = DTYPES[dtype]
         self._decoder = self._model.get_decoder()
-        self._reference = Reference(self._decoder, self._model.get_output_embeddings(), schedule)
+        self._reference = Reference(self._decoder, Head(self._model), schedule)
 
     @torch.no_grad()
     def answer(self, question: Question, steps: int) -> Case:
@@ -42,6 +44,7 @@ class Oracle:
         embeds, index = embed(self._model, ids, mask, question.given)
         features = image_features(self._model, question.given)
         positions = positions_for(self._model, ids, mask, question.given)
+        groups = groups_for(self._model, ids, mask)
         with self._streams() as streams:
             said = self._reference.generate(
                 self._model.get_input_embeddings(),
@@ -50,8 +53,10 @@ class Oracle:
                 index,
                 max_new_tokens=steps + 1,
                 positions=positions,
+                groups=groups,
             )
-        silent = self._reference(torch.full_like(embeds, torch.nan), mask, positions[0], index)
+        nothing = torch.full_like(embeds, torch.nan)
+        silent = self._reference(nothing, mask, positions[0], index, groups=groups)
         logits, logit_ids = noted(_numpy(said.logits))
         prefill = said.prefill
         return Case(
@@ -75,13 +80,15 @@ class Oracle:
         ids, mask = pad_batch(rows, pad, image)
         positions, ahead = positions_for(self._model, ids, mask, question.given)
         following = mask.sum(1) + ahead
-        theirs = (ids, mask, positions, following, vision_index_of(ids == image, mask))
+        index, groups = vision_index_of(ids == image, mask), groups_for(self._model, ids, mask)
+        theirs = (ids, mask, positions, following, index, groups)
         ours = (
             question.input_ids,
             question.attention_mask,
             question.position_ids,
             question.following,
             question.vision_index,
+            question.groups,
         )
         return int(
             sum(differing(mine, other.numpy()) for mine, other in zip(ours, theirs, strict=True))

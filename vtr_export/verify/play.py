@@ -135,7 +135,7 @@ def _scores(forced: Forced | None) -> tuple[Array, ...]:
 def _prefill(decoder: Decoder, question: Question, embeds: Array) -> Step:
     cache = decoder.empty(len(embeds))
     mask, index = question.attention_mask, question.vision_index
-    return decoder(cache, embeds, mask, index, question.places, kept=True)
+    return decoder(cache, embeds, mask, index, question.places, question.groups, kept=True)
 
 
 def _only(session: Session, value: Array) -> Array:

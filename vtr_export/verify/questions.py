@@ -11,7 +11,7 @@ import numpy as np
 from vtr_export.errors import ArtifactError, InputError
 from vtr_export.families import ModelFacts
 from vtr_export.manifest import Gate
-from vtr_export.runtime.batch import pad_batch, positions
+from vtr_export.runtime.batch import pad_batch, positions, token_groups
 from vtr_export.runtime.images import ImageInputs, Seen
 from vtr_export.runtime.images.inputs import repeated
 from vtr_export.runtime.positions import Places, mrope
@@ -55,7 +55,9 @@ def question(name: str, asked: Asked, rows: Sequence[int], facts: ModelFacts, pa
     chosen = [asked.rows[row] for row in rows]
     batch, images = pad_batch(chosen, pad, facts.image_token_id), asked.images[len(chosen)]
     lengths = batch.attention_mask.sum(axis=1)
-    places = Places(positions(batch.attention_mask, batch.input_ids.shape[1]), lengths)
+    first = facts.first_position
+    counted = positions(batch.attention_mask, batch.input_ids.shape[1])
+    places = Places(counted + first, lengths + first)
     if facts.mrope:
         places = mrope(batch, facts.image_token_id, images.seen, np.zeros_like(lengths))
     return Question(
@@ -67,6 +69,7 @@ def question(name: str, asked: Asked, rows: Sequence[int], facts: ModelFacts, pa
         position_ids=places.ids,
         following=places.following,
         vision_index=batch.vision_index,
+        groups=token_groups(batch, facts.image_token_id, facts.attends),
     )
 
 

@@ -22,6 +22,7 @@ KINDS: Final[Mapping[str, Read]] = {
 }
 ASKED: Final[Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]] = {
     # what a whole processor, of this processor_config.json, asks of its image processor
+    "Gemma3Processor": lambda _: {"do_convert_rgb": True, "do_pan_and_scan": False},
     "InternVLProcessor": lambda _: {"crop_to_patches": True},
     "PixtralProcessor": pixtral.asked,
 }
@@ -33,11 +34,11 @@ def read_kind(folder: Path) -> ImageKind:
     ArtifactError when neither says anything of images, and for facts we cannot follow.
     """
     whole = read_json(folder / PROCESSOR)
-    ask = ASKED.get(processor_class(folder), lambda _: {})
+    ask = ASKED.get(processor_class(folder))
     for name in (PROCESSOR, PREPROCESSOR):
         facts = whole.get("image_processor") if name == PROCESSOR else read_json(folder / name)
         if facts:
-            return parse_kind({**facts, **ask(whole)}, str(folder / name))
+            return parse_kind({**facts, **(ask(whole) if ask else {})}, str(folder / name))
     raise ArtifactError(
         "the artifact does not say how images are prepared",
         where=str(folder),

@@ -45,6 +45,7 @@ _SQUARE: Final[Mapping[str, Any]] = {
 # what a processor does where its file is silent, read in transformers' classes
 PROCESSORS: Final[Mapping[str, Mapping[str, Any]]] = {
     "CLIPImageProcessor": _CLIP,
+    "Gemma3ImageProcessor": {**_SQUARE, "resample": 2, "do_convert_rgb": True},
     "LlavaImageProcessor": {**_CLIP, "do_pad": False},
     "LlavaNextImageProcessor": _CLIP,
     "LlavaOnevisionImageProcessor": {

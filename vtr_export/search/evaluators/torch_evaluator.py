@@ -164,7 +164,7 @@ class TorchEvaluator:
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
         """``[B, A, vocab]`` of the next tokens, fp32."""
-        logits: Tensor = self.model.model.lm_head(hidden)
+        logits: Tensor = self.model.head(hidden)
         return logits.float().log_softmax(-1)
 
     def _generate(
@@ -177,6 +177,7 @@ class TorchEvaluator:
             batch.embeds,
             batch.mask,
             batch.vision,
+            groups=batch.groups,
             max_new_tokens=self.max_new_tokens,
             eos=self.model.ends,
         )

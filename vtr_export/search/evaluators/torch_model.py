@@ -11,8 +11,10 @@ from torch import Tensor
 
 from vtr_export.families import read_facts
 from vtr_export.reference import (
+    Head,
     Held,
     Reference,
+    groups_for,
     image_features,
     pad_batch,
     positions_of,
@@ -36,6 +38,7 @@ class Batch:
     embeds: Tensor  # [B, S, D]
     mask: Tensor  # [B, S]
     vision: Tensor  # [B, V]
+    groups: Tensor  # [B, S]
     drafted: int  # the last columns; the last token of a draft is not fed
 
     @property
@@ -59,6 +62,7 @@ class TorchModel:
         self.facts = read_facts(self.model.config.to_dict(), str(folder / "config.json"))
         self.prompts = Prompts(folder)
         self.ends = _end_tokens(self.model)
+        self.head = Head(self.model)
         self._features: dict[Path, Tensor] = {}  # image → [tokens, D], on the CPU
         self._ids: dict[str, tuple[int, ...]] = {}  # question → tokens, its image's among them
 
@@ -70,7 +74,7 @@ class TorchModel:
     def reference(self, schedule: Resolved) -> Reference:
         """The decoder under a schedule, with fused attention."""
         decoder = self.model.get_decoder()
-        return Reference(decoder, self.model.get_output_embeddings(), schedule, attention="sdpa")
+        return Reference(decoder, self.head, schedule, attention="sdpa")
 
     @torch.no_grad()
     def batch(self, questions: Sequence[Question], drafts: Sequence[Sequence[int]] = ()) -> Batch:
@@ -83,24 +87,26 @@ class TorchModel:
         ids, mask = pad_batch(rows, pad, image_id)
         is_vision = ids == image_id
         vision = vision_index_of(is_vision, mask)
+        groups = groups_for(self.model, ids, mask)
         fed = max((len(draft) - 1 for draft in drafts), default=0)
         tail = torch.tensor([[*draft[:-1], *[pad] * (fed + 1 - len(draft))] for draft in drafts])
         if fed:
             ids, mask = torch.cat((ids, tail), 1), torch.nn.functional.pad(mask, (0, fed), value=1)
+            groups = torch.nn.functional.pad(groups, (0, fed))
         embeds = self.embed_tokens(ids.to(self.device)).clone()
         if any(features):
             flat = torch.cat([one for own in features for one in own])
             places = torch.nn.functional.pad(is_vision, (0, fed))
             embeds[places.to(self.device)] = flat.to(embeds)
-        return Batch(embeds, mask.to(self.device), vision.to(self.device), fed)
+        mask, vision, groups = (each.to(self.device) for each in (mask, vision, groups))
+        return Batch(embeds, mask, vision, groups, fed)
 
     def hold(self, batch: Batch) -> Held:
         """A call before layer 0."""
         anything = self.reference(Resolved(self.facts.layers, self.facts.tokens_per_image, ()))
         positions = positions_of(batch.mask)
-        return anything.hold(
-            batch.embeds, batch.mask, positions, batch.vision, drafted=batch.drafted
-        )
+        inputs = batch.embeds, batch.mask, positions, batch.vision
+        return anything.hold(*inputs, groups=batch.groups, drafted=batch.drafted)
 
     def _tokens(self, question: Question) -> tuple[int, ...]:
         if question.sha256 not in self._ids:

@@ -1,0 +1,24 @@
+"""The masks of attention: made anew, not gathered, wherever a stage begins."""
+
+from typing import Final
+
+import onnx_ir as ir
+
+from vtr_export.ops.functions import DOMAIN
+
+CAUSAL: Final = "VtrCausalMask"
+"""(padding [B,T], hidden [B,S,D]) → mask [B,1,S,T]: real keys up to a row, and always itself."""
+GROUPED: Final = "VtrGroupMask"
+"""(padding, hidden, groups [B,G], G ≥ S) → the same, and all of a row's own group but group 0."""
+MASKS: Final = (CAUSAL, GROUPED)
+
+
+def is_mask(node: ir.Node) -> bool:
+    """Whether ``node`` makes one."""
+    return node.domain == DOMAIN and node.op_type in MASKS
+
+
+def groups_of(mask: ir.Value) -> ir.Value | None:
+    """The groups that ``mask`` was made of, if any."""
+    node = mask.producer()
+    return node.inputs[2] if node is not None and node.op_type == GROUPED else None

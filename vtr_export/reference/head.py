@@ -1,0 +1,32 @@
+"""What a model makes of its decoder's last hidden states: its head, and what bends the logits."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+class Head(nn.Module):
+    """Hidden states ``[B, S, D]`` → logits, by ``model``'s own forward around its decoder."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = (model,)  # in a tuple: the model is not a child
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The decoder is passed over: ``hidden`` is what it would have given."""
+        (model,) = self._model
+        decoder = model.get_decoder()
+        own = decoder.forward
+        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+        try:
+            said = model(
+                inputs_embeds=hidden,
+                attention_mask=hidden.new_ones((1, 1, 1, 1), dtype=torch.bool),
+                position_ids=torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device),
+                use_cache=False,
+            )
+        finally:
+            decoder.forward = own
+        return cast("Tensor", said.logits)
