@@ -33,5 +33,6 @@ TINY: Mapping[str, Save] = {
     "qwen2_5_vl": tiny_qwen.qwen2_5_vl,
     "qwen2_vl": tiny_qwen.qwen2_vl,
     "qwen3_vl": tiny_qwen.qwen3_vl,
+    "video_llava": tiny_llavas.video_llava,
     "vipllava": tiny_llavas.vipllava,
 }

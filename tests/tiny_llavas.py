@@ -22,6 +22,10 @@ from transformers import (
     ProcessorMixin,
     Qwen2Config,
     SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaImageProcessor,
+    VideoLlavaProcessor,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
@@ -135,3 +139,22 @@ def vipllava(folder: Path, seed: int = 0) -> PreTrainedModel:
         chat_template=tiny_models.CHAT_TEMPLATE,
     )
     return save(VipLlavaForConditionalGeneration(config), processor, folder, seed)
+
+
+def video_llava(folder: Path, seed: int = 0) -> PreTrainedModel:
+    config = VideoLlavaConfig(
+        vision_config=CLIPVisionConfig(projection_dim=16, **vision_sizes()),
+        text_config=LlamaConfig(**text_sizes()),
+        image_token_index=tiny_models.IMAGE,
+        video_token_index=VIDEO,
+        image_seq_length=(TILE // PATCH) ** 2,
+    )
+    processor = without_videos(VideoLlavaProcessor)(
+        image_processor=VideoLlavaImageProcessor(**CLIP_SIZES),
+        tokenizer=tokenizer_with_video(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tiny_models.CHAT_TEMPLATE,
+    )
+    return save(VideoLlavaForConditionalGeneration(config), processor, folder, seed)

@@ -13,6 +13,7 @@ from vtr_export.families.llava_onevision import llava_onevision
 from vtr_export.families.mistral3 import mistral3
 from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vtr_export.families.section import FRESH, Config
+from vtr_export.families.video_llava import video_llava
 from vtr_export.families.vipllava import vipllava
 
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
@@ -26,6 +27,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "video_llava": video_llava,
     "vipllava": vipllava,
 }
 

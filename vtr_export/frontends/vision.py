@@ -9,7 +9,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from vtr_export.families import ModelFacts
-from vtr_export.frontends.families import internvl, llava, pixtral, qwen_vl
+from vtr_export.frontends.families import internvl, llava, pixtral, qwen_vl, video_llava
 from vtr_export.frontends.feeds import Feed, VisionGraph
 
 
@@ -46,6 +46,7 @@ GRAPHS: Final[Mapping[str, VisionGraph]] = {
     "llava": VisionGraph(llava.projected, one_size),
     "llava_next": VisionGraph(llava.packed, llava.tiles),
     "llava_onevision": VisionGraph(llava.blended, llava.blended_tiles),
+    "video_llava": VisionGraph(video_llava.packed, video_llava.images_and_frames),
     **dict.fromkeys(qwen_vl.KINDS, VisionGraph(qwen_vl.merged, qwen_vl.patches)),
 }
 

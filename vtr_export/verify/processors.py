@@ -1,12 +1,18 @@
 """Transformers' own processors, as a verification asks them: for images and text."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    ProcessorMixin,
+    VideoLlavaImageProcessor,
+)
 from transformers.models.auto.processing_auto import processor_class_from_name
 
 from vtr_export.runtime.processor_class import processor_class
@@ -25,10 +31,27 @@ def load_processor(checkpoint: Path, **options: Any) -> Any:
     return kind.from_pretrained(checkpoint, local_files_only=True, **options)
 
 
+class _WithoutNone(ProcessorMixin):  # type: ignore[misc]  # transformers has no types
+    """Parts that are absent keep their place among the arguments, and are no attributes."""
+
+    parts: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*(arg for arg in args if arg is not None), **options)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, *args: Any, **options: Any) -> list[Any]:
+        loaded = super()._get_arguments_from_pretrained(*args, **options)
+        named = dict(zip(cls.get_attributes(), loaded, strict=True))
+        return [named.get(part) for part in cls.parts]
+
+
 def without_videos(kind: Any) -> Any:
     """A class of processors as ``kind``, whose video processor is left out."""
-    parts = [name for name in kind.get_attributes() if name != "video_processor"]
-    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _: parts)})
+    parts = kind.get_attributes()
+    own = [part for part in parts if part != "video_processor"]
+    fields = {"parts": parts, "get_attributes": classmethod(lambda _: own)}
+    return type(kind.__name__, (kind, _WithoutNone), fields)
 
 
 def pixtral_processor() -> Any:
@@ -53,6 +76,11 @@ def load_image_processor(checkpoint: Path) -> Callable[..., Any]:
         asked = whole._merge_kwargs()["images_kwargs"]
     except (OSError, ValueError, TypeError, AttributeError):  # no whole processor, or a broken one
         return cast("Callable[..., Any]", images)
+
+    if isinstance(images, VideoLlavaImageProcessor):
+        asked["return_legacy_image_output"] = False  # pixel_values, as its model calls them
+    if type(whole)._process_images is ProcessorMixin._process_images:
+        return partial(images, **{name: v for name, v in asked.items() if name != "return_tensors"})
 
     def prepare(images: Any, return_tensors: str) -> Any:
         return whole._process_images(images, **{**asked, "return_tensors": return_tensors})[0]

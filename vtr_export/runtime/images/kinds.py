@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vtr_export.errors import ArtifactError
-from vtr_export.runtime.images import anyres, patches, pixtral, plain, tiles
+from vtr_export.runtime.images import anyres, patches, pixtral, plain, tiles, video_llava
 from vtr_export.runtime.images.inputs import ImageKind
 from vtr_export.runtime.json_files import read_json
 from vtr_export.runtime.processor_class import processor_class
@@ -18,6 +18,7 @@ KINDS: Final[Mapping[str, Read]] = {
     "LlavaNextImageProcessor": anyres.AnyresFacts.read,
     "LlavaOnevisionImageProcessor": anyres.OnevisionFacts.read,
     **dict.fromkeys(patches.PROCESSORS, patches.PatchFacts.read),
+    **dict.fromkeys(video_llava.PROCESSORS, video_llava.TwoTowers.read),
     **dict.fromkeys(tiles.PROCESSORS, tiles.TileFacts.read),
 }
 ASKED: Final[Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]] = {

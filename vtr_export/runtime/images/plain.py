@@ -53,6 +53,7 @@ PROCESSORS: Final[Mapping[str, Mapping[str, Any]]] = {
         "size": {"height": 384, "width": 384},
         "do_center_crop": False,
     },
+    "VideoLlavaImageProcessor": {**_CLIP, "guesses_axes": True},
     "SiglipImageProcessor": {**_SQUARE, "resample": 3, "do_convert_rgb": True},
     "ViTImageProcessor": {**_SQUARE, "resample": 2},
 }
@@ -73,6 +74,7 @@ class ImageFacts:
     crop: tuple[int, int] | None  # height, width; zeros are put around what is smaller
     rescale: float | None
     normalize: tuple[tuple[float, ...], tuple[float, ...]] | None  # mean, standard deviation
+    guesses_axes: bool = False  # takes 1 or 3 rows for the channels, as its processor does
     pad: tuple[int, int] | None = None  # height, width; zeros below and to the right, at the end
     where: str = field(default="", compare=False)
 
@@ -106,6 +108,7 @@ class ImageFacts:
             rescale=float(facts.get("rescale_factor", 1 / 255)) if does["rescale"] else None,
             normalize=(_channels(mean), _channels(std)) if does["normalize"] else None,
             pad=read_crop(pad_size) if pad_size else None,
+            guesses_axes=bool(facts.get("guesses_axes")),
             where=where,
         )
 
@@ -128,7 +131,9 @@ class ImageFacts:
     def decode(self, picture: Picture) -> Pixels:
         """``[3, height, width]`` uint8. InputError for what is no image, or not RGB as it is."""
         image = load(picture)
-        pixels = np.moveaxis(np.array(to_rgb(image) if self.convert_rgb else image), -1, 0)
+        pixels = np.array(to_rgb(image) if self.convert_rgb else image)
+        if not (self.guesses_axes and len(pixels) in (1, 3)):
+            pixels = np.moveaxis(pixels, -1, 0)
         if pixels.ndim != 3 or pixels.dtype != np.uint8 or len(pixels) != 3:
             raise InputError(
                 f"the image has mode {image.mode}, and this model's processor converts none",
