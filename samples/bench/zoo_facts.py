@@ -233,6 +233,7 @@ def _features(
     found = _seen_in_calls(calls, layers, count, parts) | {
         "mRoPE": getattr(given.get("position_ids"), "ndim", 0) == 3,
         "DeepStack": any("deepstack" in name for name in given),
+        "window over decoded tokens": "reference_sliding_attention" in _list(config, "layer_types"),
         "sparse attention (indexer)": _any(parts, "indexer"),
         "linear attention": _any(parts, "linear_attn|mamba") or "mamba_num_heads" in config,
         "convolution over tokens": _any(parts, r"conv(1d)?$"),
