@@ -10,6 +10,7 @@ import pytest
 
 BENCH = Path(__file__).parents[1] / "samples" / "bench"
 SCRIPTS = (
+    "analysis_cost",
     "export_cost",
     "loading",
     "prefill",

@@ -4,6 +4,7 @@ Every case follows from one integer. Many at once: ``python tests/test_random_de
 """
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,7 +202,7 @@ def stage_columns(case: Case, outputs: Mapping[str, Array]) -> list[Array]:
 
 def assert_rows(case: Case, outputs: Mapping[str, Array], rows: Sequence[Found]) -> None:
     """Every number of every real row."""
-    cuts, sequence = case.schedule.cuts, case.feeds["inputs_embeds"].shape[1]
+    cuts = case.schedule.cuts
     masks = [
         case.feeds["attention_mask"],
         *(outputs[f"present_mask.{n}"] for n in range(len(cuts))),
@@ -219,7 +220,6 @@ def assert_rows(case: Case, outputs: Mapping[str, Array], rows: Sequence[Found])
             assert_near(case, outputs["logits"][b, 0], row.logits[-1], f"row {b} logits")
         else:
             assert_near(case, outputs["logits"][b][final], row.logits, f"row {b} logits")
-    assert sequence
 
 
 def assert_near(case: Case, actual: Array, wanted: Array, what: str) -> None:
@@ -274,21 +274,22 @@ def forced(case: Case, rng: np.random.Generator) -> tuple[dict[str, Array], list
 
 
 def check(seed: int) -> str:
-    """Everything that must hold of one case; what could not be asked."""
+    """What must hold of one case (of some cases more); "near tie" where scores do not tell."""
     it = case(seed)
     weights = Random(seed, it.decoder.dtype)
     model = plain(it, weights)
-    unpruned, free = Session(model), Session(cut(model, it.schedule, tunable=it.tunable))
-    check_unpruned(it, weights, unpruned)
-    if seed % 3 == 0:  # one session more
+    if seed % 3 == 0:
+        unpruned = Session(model)
+        check_unpruned(it, weights, unpruned)
         check_keeping_all(it, model, unpruned)
-    check_forced(it, weights, model)
+    if seed % 2 == 0:
+        check_forced(it, weights, model)
     rows = [
         Row(it.decoder, weights.arrays, it.schedule, it.feeds, b).decode() for b in range(it.batch)
     ]
     if min(row.margin for row in rows) < CLEAR[it.decoder.dtype]:
         return "near tie"
-    outputs = free(it.feeds)
+    outputs = Session(cut(model, it.schedule, tunable=it.tunable))(it.feeds)
     assert_kept(it, outputs, rows)
     assert_rows(it, outputs, rows)
     return "checked"
@@ -305,8 +306,6 @@ def without_cuts(it: Case) -> Case:
 
 def check_unpruned(it: Case, weights: Random, unpruned: Session) -> None:
     it = without_cuts(it)
-    if it.schedule.source == "next" and len(it.feeds["attention_mask"]) == 0:
-        return
     rows = [
         Row(it.decoder, weights.arrays, it.schedule, it.feeds, b).decode() for b in range(it.batch)
     ]
@@ -347,7 +346,15 @@ def check_forced(it: Case, weights: Random, model: ir.Model) -> None:
     assert_rows(it, outputs, rows)
 
 
-SHORT_OF_PADS = (25, 900, 1377, 1431, 3089, 3310, 3551)  # kept a token too many, or lost the last row
+SHORT_OF_PADS = (
+    25,
+    900,
+    1377,
+    1431,
+    3089,
+    3310,
+    3551,
+)  # kept a token too many, or lost the last row
 BLOCKS, BLOCK = 10, 30
 
 
@@ -362,21 +369,20 @@ def test_seeds_that_failed_before(seed: int) -> None:
     assert check(seed) == "checked"
 
 
-if __name__ == "__main__":
-    import collections
-    import traceback
-
-    first, last = int(sys.argv[1]), int(sys.argv[2])
-    found: collections.Counter[str] = collections.Counter()
-    for number in range(first, last):
+def main(first: int, last: int) -> None:
+    """Check many seeds; failures as they come, and counts at the end."""
+    found: Counter[str] = Counter()
+    for seed in range(first, last):
         try:
-            found[check(number)] += 1
+            found[check(seed)] += 1
         except Exception as error:
             found["failed"] += 1
-            print(
-                f"seed {number}: {type(error).__name__}: {' '.join(str(error).split())[: int(sys.argv[3])]}",
-                flush=True,
-            )
-            if "-v" in sys.argv:
-                traceback.print_exc()
+            words = " ".join(str(error).split())
+            print(f"seed {seed}: {type(error).__name__}: {words[:300]}", flush=True)
+        if (seed + 1 - first) % 100 == 0:
+            print(f"{seed + 1 - first}: {dict(found)}", file=sys.stderr, flush=True)
     print(dict(found))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:3]))

@@ -23,11 +23,15 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 @dataclass(frozen=True)
 class Usage:
-    """A finished child: seconds from start to end, its peak resident set, its last line as JSON."""
+    """A finished child: seconds from start to end, its peak resident set, its last line as JSON.
+
+    ``cpu_seconds`` are those its own work took, whatever else the machine did.
+    """
 
     seconds: float
     peak_bytes: int
     report: dict[str, Any]
+    cpu_seconds: float = 0.0
 
 
 def child(*command: object) -> Usage:
@@ -47,7 +51,8 @@ def child(*command: object) -> Usage:
         lines, words = (_text(file).strip().splitlines() for file in (out, err))
     if process.returncode:
         raise SystemExit("\n".join([f"failed: {shlex.join(text)}", *words[-20:]]))
-    return Usage(seconds, usage.ru_maxrss * 1024, _report(lines))
+    busy = usage.ru_utime + usage.ru_stime
+    return Usage(seconds, usage.ru_maxrss * 1024, _report(lines), busy)
 
 
 def python(script: str, *arguments: object, interpreter: str = sys.executable) -> Usage:
