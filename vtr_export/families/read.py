@@ -6,6 +6,7 @@ from typing import Final
 from vtr_export.errors import CheckpointError
 from vtr_export.families.facts import ModelFacts
 from vtr_export.families.gemma import gemma3, paligemma
+from vtr_export.families.idefics3 import idefics3
 from vtr_export.families.internvl import internvl
 from vtr_export.families.llava import llava
 from vtr_export.families.llava_next import llava_next
@@ -18,6 +19,7 @@ from vtr_export.families.vipllava import vipllava
 
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "gemma3": gemma3,
+    "idefics3": idefics3,
     "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,
@@ -27,6 +29,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "smolvlm": idefics3,
     "video_llava": video_llava,
     "vipllava": vipllava,
 }

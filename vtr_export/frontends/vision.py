@@ -9,7 +9,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from vtr_export.families import ModelFacts
-from vtr_export.frontends.families import internvl, llava, pixtral, qwen_vl, video_llava
+from vtr_export.frontends.families import idefics3, internvl, llava, pixtral, qwen_vl, video_llava
 from vtr_export.frontends.feeds import Feed, VisionGraph
 
 
@@ -42,6 +42,7 @@ def whole_images(model: Any, pixel_values: Tensor) -> Tensor:
 
 
 GRAPHS: Final[Mapping[str, VisionGraph]] = {
+    **dict.fromkeys(("idefics3", "smolvlm"), VisionGraph(idefics3.features, one_size)),
     "internvl": VisionGraph(internvl.features, one_size),
     "llava": VisionGraph(llava.projected, one_size),
     "llava_next": VisionGraph(llava.packed, llava.tiles),

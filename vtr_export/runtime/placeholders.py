@@ -79,14 +79,36 @@ def paligemma(special: Special, config: Mapping[str, Any]) -> Placeholder:
     return replace(image, prompt=prompt)
 
 
+def idefics3(special: Special, _: Mapping[str, Any]) -> Placeholder:
+    """A tile is led by its row and column, the image as a whole by a token of its own."""
+    token = special.get("image_token", "<image>")
+    fake = special.get("fake_image_token", "<fake_token_around_image>")
+    whole = special.get("global_image_token", "<global-img>")
+
+    def written(image: Seen) -> str:
+        assert image.tiles is not None, "an image is cut into tiles"
+        rows, columns = image.tiles
+        each = token * (image.tokens // (rows * columns + 1))
+        lines = [
+            "".join(f"{fake}<row_{row + 1}_col_{column + 1}>{each}" for column in range(columns))
+            for row in range(rows)
+        ]
+        cut = "\n".join([*lines, "", ""]) if lines else ""
+        return f"{cut}{fake}{whole}{each}{fake}"
+
+    return Placeholder(token, token, written)
+
+
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     "Gemma3Processor": gemma3,
+    "Idefics3Processor": idefics3,
     "InternVLProcessor": internvl,
     "PixtralProcessor": pixtral,
     "PaliGemmaProcessor": paligemma,
     "Qwen2VLProcessor": qwen_vl,
     "Qwen2_5_VLProcessor": qwen_vl,
     "Qwen3VLProcessor": qwen_vl,
+    "SmolVLMProcessor": idefics3,
 }
 
 

@@ -9,6 +9,7 @@ from vtr_export.runtime.json_files import read_json
 FILES: Final = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 OF_MODELS: Final[Mapping[str, str]] = {  # where no file names one, as transformers chooses
     "gemma3": "Gemma3Processor",
+    "idefics3": "Idefics3Processor",
     "internvl": "InternVLProcessor",
     "mistral3": "PixtralProcessor",
     "paligemma": "PaliGemmaProcessor",
@@ -16,6 +17,7 @@ OF_MODELS: Final[Mapping[str, str]] = {  # where no file names one, as transform
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
     "qwen3_vl_moe": "Qwen3VLProcessor",
+    "smolvlm": "SmolVLMProcessor",
 }
 
 

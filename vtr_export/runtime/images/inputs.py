@@ -19,10 +19,12 @@ class Seen:
     """One image among the tokens: how many it becomes, and how they lie.
 
     ``grid`` is frames, rows and columns of tokens; None where they lie in no single grid (tiles).
+    ``tiles`` are rows and columns of tiles, for those who write them into a prompt.
     """
 
     tokens: int
     grid: tuple[int, int, int] | None = None
+    tiles: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vtr_export.errors import ArtifactError
-from vtr_export.runtime.images import anyres, patches, pixtral, plain, tiles, video_llava
+from vtr_export.runtime.images import anyres, idefics3, patches, pixtral, plain, tiles, video_llava
 from vtr_export.runtime.images.inputs import ImageKind
 from vtr_export.runtime.json_files import read_json
 from vtr_export.runtime.processor_class import processor_class
@@ -17,6 +17,7 @@ KINDS: Final[Mapping[str, Read]] = {
     **dict.fromkeys(pixtral.PROCESSORS, pixtral.EdgeFacts.read),
     "LlavaNextImageProcessor": anyres.AnyresFacts.read,
     "LlavaOnevisionImageProcessor": anyres.OnevisionFacts.read,
+    **dict.fromkeys(idefics3.PROCESSORS, idefics3.CutFacts.read),
     **dict.fromkeys(patches.PROCESSORS, patches.PatchFacts.read),
     **dict.fromkeys(video_llava.PROCESSORS, video_llava.TwoTowers.read),
     **dict.fromkeys(tiles.PROCESSORS, tiles.TileFacts.read),
