@@ -119,6 +119,17 @@ def test_ids_tell_which_tokens_are_an_image_s(tmp_path: Path) -> None:
         called(without, feeds, None, np.float32)  # a row without pads, and without an image
 
 
+def test_one_row_at_a_time_is_compared_one_row_at_a_time(tmp_path: Path) -> None:
+    file = tmp_path / "decoder.onnx"
+    model = write(
+        tiny_llama(), Style(), **{"float[b,s,32] inputs_embeds": "float[1,s,32] inputs_embeds"}
+    )
+    ir.save(model, file)
+    gates = cut(file, tmp_path).gates
+    assert all(gate.passed for gate in gates)
+    assert {gate.detail.rpartition(" ")[2] for gate in gates} == {"4"}  # calls of one conversation
+
+
 def test_budgets_can_stay_an_input(tmp_path: Path) -> None:
     file = tmp_path / "decoder.onnx"
     ir.save(write(tiny_llama(), Style()), file)

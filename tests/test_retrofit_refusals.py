@@ -147,6 +147,12 @@ def test_a_rewrite_that_says_something_else_is_not_published(tmp_path: Path) -> 
     refused(file, tmp_path, GateError, "canonical.*nothing was published")
 
 
+def test_a_decoder_in_branches_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(deep(1).SerializeToString())
+    refused(file, tmp_path, AnalysisError, "graph within")
+
+
 def test_a_schedule_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     file = saved(tmp_path, Style(), {})
     refused(

@@ -10,17 +10,18 @@ from vtr_export.errors import AnalysisError
 OLDEST: Final = 13
 # From 13 on these only gained types, attributes with the old meaning as default, or wording.
 GAINED: Final = {
-    "Abs", "Add", "And", "ArgMax", "ArgMin", "Attention", "BitShift", "Cast",
-    "CastLike", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Cos", "CumSum",
-    "DepthToSpace", "DequantizeLinear", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp",
-    "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gemm", "Greater",
-    "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN",
-    "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MatMul", "Max",
-    "Mean", "Min", "Mod", "Mul", "Neg", "NonZero", "Not", "OneHot", "Or", "PRelu", "Pow",
-    "QuantizeLinear", "RMSNormalization", "Range", "Reciprocal", "Relu", "Reshape",
-    "RotaryEmbedding", "Round", "ScatterElements", "ScatterND", "Shape", "Sigmoid", "Sign", "Sin",
-    "Size", "Slice", "Softmax", "Softplus", "SpaceToDepth", "Sqrt", "Squeeze", "Sub", "Sum",
-    "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where", "Xor", "ReduceSum", "Pad",
+    "Abs", "Add", "And", "ArgMax", "ArgMin", "Attention", "BitShift", "Cast", "CastLike", "Ceil",
+    "Clip", "Concat", "Constant", "ConstantOfShape", "Cos", "CumSum", "DepthToSpace",
+    "DequantizeLinear", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand",
+    "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gemm", "Greater",
+    "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "If", "IsInf", "IsNaN",
+    "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "Loop",
+    "MatMul", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "NonZero", "Not", "OneHot", "Or", "PRelu",
+    "Pad", "Pow", "QuantizeLinear", "RMSNormalization", "Range", "Reciprocal", "ReduceSum", "Relu",
+    "Reshape", "RotaryEmbedding", "Round", "Scan", "ScatterElements", "ScatterND", "Shape",
+    "Sigmoid", "Sign", "Sin", "Size", "Slice", "Softmax", "Softplus", "SpaceToDepth", "Sqrt",
+    "Squeeze", "Sub", "Sum", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where",
+    "Xor",
 }  # fmt: skip
 # At 18 their axes became an input; Split's parts must be counted.
 AXES: Final = {
@@ -56,11 +57,12 @@ class RaiseOpset(ir.passes.InPlacePass):
                 f"the graph is of opset {old}; from {OLDEST} on it can be raised",
                 hint=f"export it again with opset {OLDEST} or newer",
             )
-        for node in model.graph:
+        nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+        for node in nodes:
             _check(node, old, self.version)
-        for node in list(model.graph):
+        for node in nodes:
             if node.op_type in AXES and node.domain == "":
-                _give_axes(model.graph, node)
+                _give_axes(node)
             if node.op_type == "Split" and node.domain == "" and len(node.inputs) < 2:
                 node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
         model.opset_imports[""] = self.version
@@ -85,10 +87,10 @@ def _check(node: ir.Node, old: int, new: int) -> None:
         )
 
 
-def _give_axes(graph: ir.Graph, node: ir.Node) -> None:
+def _give_axes(node: ir.Node) -> None:
     """``axes`` as an input instead of an attribute."""
-    axes = node.attributes.pop("axes", None)
-    if axes is None:
+    axes, graph = node.attributes.pop("axes", None), node.graph
+    if axes is None or graph is None:
         return
     constant = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", axes.as_ints())])
     constant.outputs[0].name = f"{node.outputs[0].name}.axes"

@@ -70,12 +70,11 @@ def canonicalise(model: ir.Model) -> Decoder:
             common.TopologicalSortPass(),
             RaiseOpset(OPSET),
             UnfuseSkipNorms(),
-            NameInputs(),
-            NarrowShapes(),
-            InferShapes(),
         ),
         model,
     )
+    _check_branches(model.graph)
+    model = run((NameInputs(), NarrowShapes(), InferShapes()), model)
     fold(model)
     model.ir_version = max(model.ir_version or 0, IR_VERSION)
     forms = find_forms(model.graph)
@@ -134,6 +133,17 @@ def _check_found(graph: ir.Graph, forms: list[Form]) -> None:
         where=where,
         hint="give a decoder with past and present inputs and outputs",
     )
+
+
+def _check_branches(graph: ir.Graph) -> None:
+    """AnalysisError for a decoder that lies in graphs within the graph."""
+    branches = [node for node in graph if node.op_type in ("If", "Loop", "Scan")]
+    if branches and not find_forms(graph):
+        raise AnalysisError(
+            "no attention reads a cache, unless it lies in a graph within the graph",
+            where=f"node {branches[0].name!r} ({branches[0].op_type})",
+            hint="give the decoder that always takes a past (decoder_with_past_model.onnx)",
+        )
 
 
 def _carried(graph: ir.Graph, forms: list[Form]) -> dict[str, str]:

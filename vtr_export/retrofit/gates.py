@@ -44,6 +44,12 @@ class Player:
         free = [name for name in self.outputs if name not in self.carried.values()]
         return "logits" if "logits" in free else free[0]
 
+    def takes(self, rows: int) -> bool:
+        """Whether no input is for another number of rows."""
+        sources = ("inputs_embeds", "input_ids")
+        batches = [v.shape[0] for n, v in self.inputs.items() if self.roles.get(n, n) in sources]
+        return all(not isinstance(batch, int) or batch == rows for batch in batches)
+
     def play(self, conversations: Sequence[Sequence[Mapping[str, Array]]]) -> list[Array]:
         """Logits of every call; each conversation begins with an empty cache."""
         found = []
@@ -69,7 +75,13 @@ class Player:
 
     def _feed(self, name: str, call: Mapping[str, Array]) -> Array:
         value = self.inputs[name]
-        dtype = _DTYPES[value.type]
+        dtype = _DTYPES.get(value.type)
+        if dtype is None:
+            raise InputError(
+                f"the input {name!r} is a {value.type}, which cannot be fed on the CPU",
+                where=str(self.file),
+                hint="--no-verify publishes without comparing",
+            )
         if name in self.carried:
             batch = len(call["attention_mask"])
             empty = np.zeros(cache_sizes(value.shape, batch, 0), dtype)
