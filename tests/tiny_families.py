@@ -37,4 +37,5 @@ TINY: Mapping[str, Save] = {
     "qwen3_vl": tiny_qwen.qwen3_vl,
     "video_llava": tiny_llavas.video_llava,
     "vipllava": tiny_llavas.vipllava,
+    "smolvlm": tiny_idefics3.smolvlm,
 }

@@ -1,6 +1,7 @@
 """Tiny random Idefics3 and SmolVLM models with their processors."""
 
 from pathlib import Path
+from typing import Any
 
 import tiny_models
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,7 +14,15 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
+    SmolVLMProcessor,
+    SmolVLMVisionConfig,
 )
+
+from vtr_export.verify.processors import without_videos
 
 TILE, PATCH, MERGE = 28, 7, 2
 TOKENS = (TILE // PATCH // MERGE) ** 2  # of a tile
@@ -25,6 +34,7 @@ NAMED = {
     **{f"row_{r}_col_{c}_token": f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)},
 }
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", *NAMED.values())
+IMAGES = {"size": {"longest_edge": 2 * TILE}, "max_image_size": {"longest_edge": TILE}}
 SIZES = {"vocab_size": 72, "hidden_size": 32, "intermediate_size": 64}
 VISION = {
     "hidden_size": 16,
@@ -66,9 +76,35 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def idefics3(folder: Path, seed: int = 0) -> PreTrainedModel:
-    model = Idefics3ForConditionalGeneration(
-        Idefics3Config(
-            vision_config=Idefics3VisionConfig(**VISION),
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(**IMAGES),
+        tiny_tokenizer(),
+        image_seq_len=TOKENS,
+        chat_template=tiny_models.CHAT_TEMPLATE,
+    )
+    vision = Idefics3VisionConfig(**VISION)
+    return save(Idefics3ForConditionalGeneration, Idefics3Config, vision, processor, folder, seed)
+
+
+def smolvlm(folder: Path, seed: int = 0) -> PreTrainedModel:
+    processor = without_videos(SmolVLMProcessor)(
+        SmolVLMImageProcessorPil(**IMAGES),
+        tiny_tokenizer(),
+        None,
+        image_seq_len=TOKENS,
+        chat_template=tiny_models.CHAT_TEMPLATE,
+    )
+    vision = SmolVLMVisionConfig(**VISION)
+    return save(SmolVLMForConditionalGeneration, SmolVLMConfig, vision, processor, folder, seed)
+
+
+def save(
+    kind: Any, config: Any, vision: Any, processor: ProcessorMixin, folder: Path, seed: int
+) -> PreTrainedModel:
+    """A random model of class ``kind`` and its processor."""
+    model: PreTrainedModel = kind(
+        config(
+            vision_config=vision,
             text_config=text_config(),
             scale_factor=MERGE,
             image_token_id=SPECIAL.index("<image>"),
@@ -77,12 +113,5 @@ def idefics3(folder: Path, seed: int = 0) -> PreTrainedModel:
     )
     tiny_models.randomize(model, seed)
     model.eval().save_pretrained(folder)
-    Idefics3Processor(
-        Idefics3ImageProcessorPil(
-            size={"longest_edge": 2 * TILE}, max_image_size={"longest_edge": TILE}
-        ),
-        tiny_tokenizer(),
-        image_seq_len=TOKENS,
-        chat_template=tiny_models.CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return model

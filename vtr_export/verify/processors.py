@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from transformers import (
@@ -51,6 +52,7 @@ def without_videos(kind: Any) -> Any:
     parts = kind.get_attributes()
     own = [part for part in parts if part != "video_processor"]
     fields = {"parts": parts, "get_attributes": classmethod(lambda _: own)}
+    fields["video_processor"] = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM asks for them
     return type(kind.__name__, (kind, _WithoutNone), fields)
 
 
@@ -74,7 +76,7 @@ def load_image_processor(checkpoint: Path) -> Callable[..., Any]:
     try:
         whole = load_processor(checkpoint, backend="pil")
         asked = whole._merge_kwargs()["images_kwargs"]
-    except (OSError, ValueError, TypeError, AttributeError):  # no whole processor, or a broken one
+    except (ImportError, OSError, ValueError, TypeError, AttributeError):  # none, or a broken one
         return cast("Callable[..., Any]", images)
 
     if isinstance(images, VideoLlavaImageProcessor):

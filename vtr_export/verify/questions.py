@@ -143,7 +143,7 @@ def _rows(
     rows = tuple(tuple(ids) for ids in ours)
     try:
         theirs = [_their_ids(processor, checkpoint, prompt, image) for prompt in prompts]
-    except (OSError, ValueError, TypeError) as error:
+    except (ImportError, OSError, ValueError, TypeError) as error:
         warnings.append(f"token ids were not checked: transformers: {error}")
         return rows, []
     wrong = [p for p, mine, other in zip(prompts, ours, theirs, strict=True) if mine != other]

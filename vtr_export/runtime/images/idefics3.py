@@ -88,10 +88,12 @@ class CutFacts:
         """``[tiles, channels, tile, tile]`` and the rows and columns that were cut."""
         pixels, tile = self.pixels.decode(picture), self.tile
         if self.longest is not None:
-            pixels = self.pixels.resized(pixels, *fitted(*pixels.shape[1:], self.longest))
+            _, height, width = pixels.shape
+            pixels = self.pixels.resized(pixels, *fitted(height, width, self.longest))
         if not self.splits:
             return self.pixels.prepare(self.pixels.resized(pixels, tile, tile))[None], (0, 0)
-        rows, columns = whole_tiles(*pixels.shape[1:], tile)
+        _, height, width = pixels.shape
+        rows, columns = whole_tiles(height, width, tile)
         pixels = self.pixels.resized(pixels, rows * tile, columns * tile)
         cut = pixels.reshape(-1, rows, tile, columns, tile).transpose(1, 3, 0, 2, 4)
         tiles = list(cut.reshape(rows * columns, -1, tile, tile))
