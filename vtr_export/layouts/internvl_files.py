@@ -42,6 +42,7 @@ def _images(full: Config, config: Config) -> dict[str, Any]:
         "crop_to_patches": dynamic,
         "min_patches": full["min_dynamic_patch"] if dynamic else 1,
         "max_patches": full["max_dynamic_patch"] if dynamic else 1,
+        "ps_version": full["ps_version"],  # transformers leaves it alone
         "do_convert_rgb": True,
         "do_resize": True,
         "do_rescale": True,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -10,9 +10,10 @@ from PIL import Image
 
 from vtr_export.errors import ArtifactError
 from vtr_export.families import ModelFacts, VisionFacts
-from vtr_export.runtime.images.inputs import Array, ImageInputs, Seen
+from vtr_export.runtime.images.inputs import Array, ImageInputs
 from vtr_export.runtime.images.picture import Picture
 from vtr_export.runtime.images.plain import ImageFacts
+from vtr_export.runtime.images.tiles import seen_in_tiles, sheet
 
 LARGEST: Final = 4096  # pixels of a side, before the cut
 LANCZOS: Final = 1  # Pillow's number
@@ -70,10 +71,10 @@ class CutFacts:
         self._check(vision)
         parts = [self._tiles(image) for image in images]
         tiles = np.concatenate([values for values, _ in parts])
-        each = (self.tile // vision.patch_size // vision.merge) ** 2
+        side = self.tile // vision.patch_size // vision.merge
         mask = np.ones((1, len(tiles), self.tile, self.tile), np.int64)
         given = {"pixel_values": tiles[None], "pixel_attention_mask": mask}
-        seen = tuple(Seen(len(values) * each, tiles=grid) for values, grid in parts)
+        seen = tuple(seen_in_tiles(len(values), side, cut=grid) for values, grid in parts)
         return ImageInputs({"pixel_values": tiles}, given, seen)
 
     def _check(self, vision: VisionFacts) -> None:
@@ -103,11 +104,8 @@ class CutFacts:
         return np.stack([self.pixels.prepare(each) for each in tiles]), (rows, columns)
 
     def view(self, inputs: ImageInputs, number: int) -> Image.Image:
-        """The image as a whole: its last tile."""
-        counts = np.array([image.tokens for image in inputs.seen])
-        values = inputs.feeds["pixel_values"]
-        ends = np.cumsum(counts) * len(values) // counts.sum()
-        return self.pixels.view(replace(inputs, feeds={"pixel_values": values}), ends[number] - 1)
+        """Tiles under each other, the image as a whole last."""
+        return self.pixels.picture(sheet(inputs, number))
 
 
 def fitted(height: int, width: int, longest: int) -> tuple[int, int]:

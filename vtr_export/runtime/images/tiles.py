@@ -38,6 +38,7 @@ class TileFacts:
     width: int
     least: int
     most: int
+    by_rows: bool = True  # how a tile's tokens lie; if not, column by column
 
     @property
     def where(self) -> str:
@@ -60,6 +61,7 @@ class TileFacts:
                 width=width,
                 least=least if cuts else 1,
                 most=most if cuts else 1,
+                by_rows=facts.get("ps_version") != "v1",
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
@@ -75,8 +77,9 @@ class TileFacts:
         self._check(vision)
         parts = [self._tiles(load(image)) for image in images]
         values = {"pixel_values": np.concatenate(parts)}
-        tokens = (self.height // vision.patch_size // vision.merge) ** 2
-        return ImageInputs(values, values, tuple(Seen(len(part) * tokens) for part in parts))
+        side = self.height // vision.patch_size // vision.merge
+        seen = tuple(seen_in_tiles(len(part), side, by_rows=self.by_rows) for part in parts)
+        return ImageInputs(values, values, seen)
 
     def _check(self, vision: VisionFacts) -> None:
         if (self.height, self.width) != (vision.image_size, vision.image_size):
@@ -116,12 +119,22 @@ class TileFacts:
 
     def view(self, inputs: ImageInputs, number: int) -> Image.Image:
         """Tiles under each other."""
-        counts = np.array([image.tokens for image in inputs.seen])
-        values = inputs.feeds["pixel_values"]
-        ends = np.cumsum(counts) * len(values) // counts.sum()
-        own = values[ends[number - 1] if number else 0 : ends[number]]
-        sheet = np.concatenate(list(own), axis=1)
-        return self.pixels.view(ImageInputs({"pixel_values": sheet[None]}, {}, ()), 0)
+        return self.pixels.picture(sheet(inputs, number))
+
+
+def seen_in_tiles(
+    tiles: int, side: int, *, cut: tuple[int, int] | None = None, by_rows: bool = True
+) -> Seen:
+    """Of square tiles of ``side`` by ``side`` tokens; ``sheet`` shows them as they lie."""
+    return Seen(tiles * side**2, (1, tiles * side, side) if by_rows else None, cut)
+
+
+def sheet(inputs: ImageInputs, number: int) -> Array:
+    """Pixel values of one image's tiles under each other: so lie their tokens."""
+    counts = np.array([image.tokens for image in inputs.seen])
+    values = inputs.feeds["pixel_values"]
+    ends = np.cumsum(counts) * len(values) // counts.sum()
+    return np.concatenate(list(values[ends[number - 1] if number else 0 : ends[number]]), axis=1)
 
 
 def _grids(least: int, most: int) -> list[Grid]:
