@@ -61,12 +61,17 @@ def calls(draw: st.DrawFn, tokens: st.SearchStrategy[int] = FEW, size: int = 1) 
     return Call(rng.integers(0, 2, (batch, past)), current, index)
 
 
-def visible(padding: Array, rows: int) -> Array:
+def visible(padding: Array, rows: int, groups: Array | None = None) -> Array:
+    """What the last ``rows`` see; ``groups`` are of all rows of this call."""
     batch, total = padding.shape
+    new = rows if groups is None else groups.shape[1]
+    numbers = np.zeros((batch, total), np.int64)
+    numbers[:, total - new :] = 0 if groups is None else groups
     mask = np.zeros((batch, 1, rows, total), bool)
     for b, i, t in np.ndindex(batch, rows, total):
         at = total - rows + i
-        mask[b, 0, i, t] = (t <= at and padding[b, t] == 1) or t == at
+        together = numbers[b, at] > 0 and numbers[b, at] == numbers[b, t]
+        mask[b, 0, i, t] = (t <= at and padding[b, t] == 1) or t == at or together
     return mask
 
 
@@ -80,10 +85,18 @@ def asking(call: Call, b: int, query: str) -> list[int]:
     return [i for i in range(last + 1) if i == last or (i >= first and call.current[b, i])]
 
 
-def scored(call: Call, query: Array, keys: Array, scale: float, choice: ops.Choice) -> Array:
+def scored(
+    call: Call,
+    query: Array,
+    keys: Array,
+    scale: float,
+    choice: ops.Choice,
+    groups: Array | None = None,
+) -> Array:
     """[B,V] in double precision."""
     batch, past, _, tokens = call.sizes
-    mask, group = visible(call.padding, call.current.shape[1]), query.shape[1] // keys.shape[1]
+    mask = visible(call.padding, call.current.shape[1], groups)
+    group = query.shape[1] // keys.shape[1]
     score = np.zeros((batch, tokens))
     for b in range(batch):
         rows = []

@@ -16,11 +16,15 @@ PAD_SCORE = -2
 
 @dataclass(frozen=True)
 class Rows:
-    """What has a token axis: hidden states [B,S,D], positions [B,S], and whose rows they are."""
+    """What has a token axis: hidden states [B,S,D], positions [B,S], and whose rows they are.
+
+    Tokens of one number in ``groups`` [B,S] see each other; 0 is no group.
+    """
 
     hidden: Array
     positions: Array
     call: Call
+    groups: Array
 
 
 @dataclass
@@ -34,8 +38,14 @@ class Decoded:
 class Oracle:
     """One call under a schedule; ``feeds`` as the graph takes them, in double precision."""
 
-    def __init__(self, schedule: Resolved, feeds: Mapping[str, Array], call: Call) -> None:
-        self.schedule, self.call = schedule, call
+    def __init__(
+        self,
+        schedule: Resolved,
+        feeds: Mapping[str, Array],
+        call: Call,
+        softcap: float | None = None,
+    ) -> None:
+        self.schedule, self.call, self.softcap = schedule, call, softcap
         self.cuts = {cut.before_layer: cut for cut in schedule.cuts}
         self.feeds = {
             name: array.astype(float) if array.dtype == np.float32 else array
@@ -45,7 +55,8 @@ class Oracle:
 
     def decode(self) -> Decoded:
         """Layer after layer."""
-        rows = Rows(self.feeds["inputs_embeds"], self.feeds["position_ids"], self.call)
+        groups = self.feeds.get("token_groups", np.zeros_like(self.call.current))
+        rows = Rows(self.feeds["inputs_embeds"], self.feeds["position_ids"], self.call, groups)
         for index in range(self.schedule.layers):
             rows = self._layer(index, rows)
         self.found.outputs["logits"] = rows.hidden[:, -1:] @ self.feeds["head"]
@@ -56,17 +67,19 @@ class Oracle:
         if is_next and index in self.cuts:
             deeper = Call(self._past(self.stage + 1), rows.call.current, rows.call.vision)
             query, keys, _ = self._project(index, rows)
-            rows = self._narrow(rows, self._choose(self.cuts[index], query, keys, deeper))
+            chosen = self._choose(self.cuts[index], query, keys, deeper, rows.groups)
+            rows = self._narrow(rows, chosen)
         query, keys, values = self._project(index, rows)
         self.found.outputs |= {f"present.{index}.key": keys, f"present.{index}.value": values}
-        mixed = attend(query, keys, values, visible(rows.call.padding, query.shape[2]))
+        mask = visible(rows.call.padding, query.shape[2], rows.groups)
+        mixed = attend(query, keys, values, mask, self.softcap)
         if not is_next and index + 1 in self.cuts:
-            kept = self._choose(self.cuts[index + 1], query, keys, rows.call)
+            kept = self._choose(self.cuts[index + 1], query, keys, rows.call, rows.groups)
         if kept is not None and self.schedule.drop_point == "inside":
             mixed, rows, kept = take(mixed, kept[0]), self._narrow(rows, kept), None
         hidden = rows.hidden + mixed @ self._weight("wo", index)
         hidden = hidden + np.tanh(hidden @ self._weight("wm", index))
-        rows = Rows(hidden, rows.positions, rows.call)
+        rows = Rows(hidden, rows.positions, rows.call, rows.groups)
         return rows if kept is None else self._narrow(rows, kept)
 
     def _weight(self, name: str, index: int) -> Array:
@@ -90,23 +103,26 @@ class Oracle:
         keys = np.concatenate([past_key, rotate(key, angles)], 2)
         return rotate(query, angles), keys, np.concatenate([past_value, value], 2)
 
-    def _choose(self, cut: Cut, query: Array, keys: Array, call: Call) -> tuple[Array, Array]:
+    def _choose(
+        self, cut: Cut, query: Array, keys: Array, call: Call, groups: Array
+    ) -> tuple[Array, Array]:
         """Surviving columns, and where the vision tokens stand among them."""
         schedule, columns = self.schedule, self.call.vision.shape[1]
-        choice = ops.Choice(schedule.query, schedule.heads, schedule.rank)
-        score = scored(call, query, keys, query.shape[-1] ** -0.5, choice)
+        said = schedule.query, schedule.heads, schedule.rank
+        choice = ops.Choice(*said, softcap=self.softcap)
+        score = scored(call, query, keys, query.shape[-1] ** -0.5, choice, groups)
         keep, chosen = cut.keep.of(columns), []
         images = columns // (schedule.tokens_per_image or 1) if schedule.rank == "per_image" else 1
         for b, count in enumerate(self.call.counts):
-            groups = np.split(score[b], images) if images else []
+            ranked_apart = np.split(score[b], images) if images else []
             share = keep // images if images else 0
             budget = share if schedule.rank == "per_image" else cut.keep.of(int(count))
-            for group in groups:
+            for group in ranked_apart:
                 self.found.margin = min(self.found.margin, margin_of(group, budget))
             chosen.append(
                 [
                     number * len(group) + entry
-                    for number, group in enumerate(groups)
+                    for number, group in enumerate(ranked_apart)
                     for entry in ranked(group, share, budget)
                 ]
             )
@@ -125,7 +141,7 @@ class Oracle:
             positions = counted[:, call.past.shape[1] :]
         number = self.stage - 1
         self.found.outputs |= {f"present_mask.{number}": call.padding, f"kept.{number}": columns}
-        return Rows(take(rows.hidden, columns), positions, call)
+        return Rows(take(rows.hidden, columns), positions, call, take(rows.groups, columns))
 
 
 def split(rows: Array, width: int) -> Array:
@@ -140,7 +156,9 @@ def rotate(states: Array, angles: Array) -> Array:
     return np.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
 
 
-def attend(query: Array, keys: Array, values: Array, mask: Array) -> Array:
+def attend(
+    query: Array, keys: Array, values: Array, mask: Array, softcap: float | None = None
+) -> Array:
     """Softmax over the visible keys, times their values: [B,S,H·d]."""
     batch, heads, rows, width = query.shape
     mixed = np.zeros((batch, rows, heads * width))
@@ -148,6 +166,7 @@ def attend(query: Array, keys: Array, values: Array, mask: Array) -> Array:
     for b, h, i in np.ndindex(batch, heads, rows):
         seen = mask[b, 0, i]
         logits = keys[b, h // group, seen] @ query[b, h, i] * width**-0.5
+        logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
         odds = np.exp(logits - logits.max())
         mixed[b, i, h * width : (h + 1) * width] = odds / odds.sum() @ values[b, h // group, seen]
     return mixed
@@ -177,6 +196,8 @@ def drawn(inputs: Mapping[str, Any], call: Call, seed: int) -> dict[str, Array]:
         "position_ids": np.maximum(np.cumsum(call.padding, 1) - 1, 0)[:, past:],
         "vision_index": call.vision,
     }
+    if "token_groups" in inputs:
+        feeds["token_groups"] = rng.integers(0, 3, (batch, length)) * call.current
     for name, value in inputs.items():
         if name in feeds or name == "keep":
             continue

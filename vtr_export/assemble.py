@@ -82,6 +82,16 @@ def missing_assets(folder: Path) -> list[str]:
     ]
 
 
+def limits(facts: ModelFacts) -> list[str]:
+    """A warning for each thing that the model does and its artifact does not."""
+    if facts.window is None:
+        return []
+    return [
+        f"some layers see only {facts.window} tokens back, the graph's see all: "
+        f"prompt and answer are refused beyond {facts.context} tokens, where that would differ"
+    ]
+
+
 def save_graphs(models: Mapping[str, ir.Model], folder: Path) -> None:
     """Write ``<name>.onnx`` files whose weights are already placed."""
     for name, model in models.items():

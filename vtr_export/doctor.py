@@ -102,12 +102,12 @@ def examine() -> list[Check]:
 
 def foresee(model: str | Path) -> Outlook:
     """Raises CheckpointError for what could not be exported."""
-    from vtr_export.assemble import missing_assets
+    from vtr_export.assemble import limits, missing_assets
 
     folder = find_folder(model)
     facts = read_model_facts(folder)
     sizes = {name: weight_bytes(facts, get_weight_type(name)) for name in ("fp32", "fp16")}
-    remarks = [*missing_assets(folder), *_weights_remarks(folder)]
+    remarks = [*limits(facts), *missing_assets(folder), *_weights_remarks(folder)]
     return Outlook(
         folder=str(folder),
         model_type=facts.model_type,

@@ -191,7 +191,7 @@ def _export(
         _make(options.dump)
     with publish(target, force=options.force) as staging:
         written = _write_graphs(checkpoint, facts, resolved, staging, options, clock)
-        warnings = assemble.copy_assets(checkpoint, staging)
+        warnings = [*assemble.copy_assets(checkpoint, staging), *assemble.limits(facts)]
         (staging / "schedule.yaml").write_text(schedule.dump(), encoding="utf-8")
         peak = peak_rss_bytes()
         draft = assemble.draft(
@@ -386,6 +386,6 @@ def _dry_report(
         files=dict.fromkeys(names),
         vision_tokens_per_layer=None if tokens is None else tuple(resolved.keep_per_layer(tokens)),
         steps=dict(clock.steps),
-        warnings=tuple(assemble.missing_assets(checkpoint.folder)),
+        warnings=(*assemble.missing_assets(checkpoint.folder), *assemble.limits(facts)),
         dry_run=True,
     )

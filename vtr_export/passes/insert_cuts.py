@@ -1,7 +1,7 @@
 """Drop vision tokens where a schedule says so."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -57,7 +57,7 @@ class InsertCuts(ir.passes.InPlacePass):
         labels = label_axes(model.graph, token_seeds(model.graph))
         sites = find_sites(find_layers(model.graph, labels), labels, self.schedule)
         if sites:
-            _Surgeon(model, self.schedule, self.tunable).operate(sites)
+            _Surgeon(model, self.schedule, _softcap(sites), self.tunable).operate(sites)
         return ir.passes.PassResult(model, modified=bool(sites))
 
 
@@ -108,11 +108,14 @@ def _softcap(sites: Sequence[Site]) -> float | None:
 class _Surgeon:
     """One operation on one model."""
 
-    def __init__(self, model: ir.Model, schedule: Resolved, tunable: bool) -> None:
+    def __init__(
+        self, model: ir.Model, schedule: Resolved, softcap: float | None, tunable: bool
+    ) -> None:
         self.graph, self.schedule = model.graph, schedule
         # a row of fewer tokens may lose more of them to a later cut than the widest row does
         self.is_ragged = schedule.tokens_per_image is None and len(schedule.cuts) > 1
-        choice = ops.Choice(schedule.query, schedule.heads, schedule.rank, self.is_ragged)
+        said = schedule.query, schedule.heads, schedule.rank
+        choice = ops.Choice(*said, self.is_ragged, softcap)
         self.build = Build(model, choice)
         self.inputs = {value.name: value for value in model.graph.inputs}
         self.positions = self.inputs["position_ids"]
@@ -129,8 +132,6 @@ class _Surgeon:
 
     def operate(self, sites: list[Site]) -> None:
         """Build a narrower stage behind each site, then move every node onto its stage."""
-        softcap = _softcap(sites)
-        self.build.choice = replace(self.build.choice, softcap=softcap)
         self.past = symbol(sites[0].scored.past_key, 2) or "past"
         stages = [self._first(sites)]
         for number, site in enumerate(sites):

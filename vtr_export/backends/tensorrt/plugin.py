@@ -167,7 +167,9 @@ def serves(model: ir.Model) -> str | None:
 
 def _refusal(node: ir.Node) -> str | None:
     if "plugin_namespace" not in node.attributes:
-        return f"{node.name} does not name a plugin: export the artifact again"
+        return (
+            f"{node.name} names no plugin: none bends logits (softcap), and old artifacts lack it"
+        )
     said = ((name, node.attributes[name].as_string()) for name in python_plugin.SERVED)
     return next((why for name, word in said if (why := python_plugin.refusal(name, word))), None)
 
