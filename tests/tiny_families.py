@@ -35,6 +35,7 @@ TINY: Mapping[str, Save] = {
     "qwen2_5_vl": tiny_qwen.qwen2_5_vl,
     "qwen2_vl": tiny_qwen.qwen2_vl,
     "qwen3_vl": tiny_qwen.qwen3_vl,
+    "qwen3_vl_moe": tiny_qwen.qwen3_vl_moe,
     "video_llava": tiny_llavas.video_llava,
     "vipllava": tiny_llavas.vipllava,
     "smolvlm": tiny_idefics3.smolvlm,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from tiny_models import WORDS_LINE, randomize
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -17,6 +18,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
 )
 
@@ -141,13 +144,30 @@ def qwen2_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
     return save(model, Qwen2VLProcessor, folder)
 
 
-def qwen3_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
+def text_3(**more: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-    config = Qwen3VLConfig(
-        text_config=text_config(num_hidden_layers=5, head_dim=HEAD_DIM, rope_parameters=rope),
-        vision_config=VISION_3,
-        **IDS,
-    )
+    return text_config(num_hidden_layers=5, head_dim=HEAD_DIM, rope_parameters=rope, **more)
+
+
+def qwen3_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
+    config = Qwen3VLConfig(text_config=text_3(), vision_config=VISION_3, **IDS)
     model = Qwen3VLForConditionalGeneration(config).eval()
     randomize(model, seed)
     return save(model, Qwen3VLProcessor, folder)
+
+
+def qwen3_vl_moe(folder: Path, seed: int = 0) -> PreTrainedModel:
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    config = Qwen3VLMoeConfig(text_config=text_3(**experts), vision_config=VISION_3, **IDS)
+    model = Qwen3VLMoeForConditionalGeneration(config).eval()
+    randomize(model, seed)
+    save(model, Qwen3VLProcessor, folder)
+    turn_experts(folder / "model.safetensors")
+    return model
+
+
+def turn_experts(file: Path) -> None:
+    """As the hub's files have them: [experts, in, out]."""
+    tensors = load_file(file)
+    turned = {name: x.mT.contiguous() for name, x in tensors.items() if ".experts." in name}
+    save_file({**tensors, **turned}, file, {"format": "pt"})

@@ -7,10 +7,11 @@ from vtr_export.errors import CheckpointError
 from vtr_export.families.section import FRESH, Config, Section, section_of
 
 QKV_BIASES: Final = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")  # always, and nowhere else
-QK_NORMS: Final = ("qwen3", "qwen3_vl_text")  # of head_dim weights each
+MIXTURES: Final = ("qwen3_vl_moe_text",)  # of experts, in every layer
+QK_NORMS: Final = ("qwen3", "qwen3_vl_text", *MIXTURES)  # of head_dim weights each
 GEMMAS: Final = ("gemma", "gemma2", "gemma3_text")
 SANDWICHED: Final = GEMMAS[1:]  # a norm behind attention and MLP, too
-BIASES_ASKED: Final = ("llama", *GEMMAS)  # where attention_bias says so
+BIASES_ASKED: Final = ("llama", *QK_NORMS, *GEMMAS)  # where attention_bias says so
 DECODERS: Final = ("llama", "mistral", *QKV_BIASES, *QK_NORMS, *GEMMAS)
 
 
@@ -59,7 +60,7 @@ def read_decoder(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate=text.size("intermediate_size"),
+        intermediate=_intermediate(kind, text),
         vocab=text.size("vocab_size"),
         context=min(positions, window or positions),
         tied=top.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
@@ -101,6 +102,23 @@ def _window(kind: str, text: Section) -> int | None:
     return min((size for size in sizes if size is not None), default=None)
 
 
+def _intermediate(kind: str, text: Section) -> int:
+    """Of all experts together, where there are some: the graph runs them all."""
+    if kind not in MIXTURES:
+        return text.size("intermediate_size")
+    if text.values.get("mlp_only_layers") or text.size("decoder_sparse_step") > 1:
+        raise text.error(
+            "mlp_only_layers or decoder_sparse_step give some layers no experts",
+            "export a model whose layers are alike",
+        )
+    return _experts(text) * text.size("moe_intermediate_size")
+
+
+def _experts(text: Section) -> int:
+    """Transformers 5 writes another name than the hub's files have."""
+    return text.number("num_local_experts") or text.size("num_experts")
+
+
 def _layer_biases(kind: str, text: Section, q: int, kv: int, head_dim: int) -> int:
     hidden, intermediate = text.size("hidden_size"), text.size("intermediate_size")
     count = 2 * hidden if kind in SANDWICHED else 0
@@ -110,6 +128,8 @@ def _layer_biases(kind: str, text: Section, q: int, kv: int, head_dim: int) -> i
         count += q + 2 * kv
     if kind in BIASES_ASKED and text.flag("attention_bias", False):
         count += q + 2 * kv + hidden
+    if kind in MIXTURES:
+        count += hidden * _experts(text)
     if kind == "llama" and text.flag("mlp_bias", False):
         count += 2 * intermediate + hidden
     return count

@@ -62,7 +62,8 @@ class ModelFacts:
 
     ``tokens_per_image`` is None where it depends on the image's size. ``projector_macs`` are
     multiply-adds per vision token. ``layer_biases`` counts the biases of one decoder layer, and
-    the weights of its norms beyond two. ``mrope``: positions are triples (time, row, column).
+    the weights of its norms beyond two and of a router; experts make ``intermediate`` wide.
+    ``mrope``: positions are triples (time, row, column).
     ``planes``: features that are added to vision tokens behind the first layers, a plane a layer.
     ``context`` ends at ``window`` where some layers see no further back than that. Positions are
     counted from ``first_position``.

@@ -28,6 +28,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "paligemma": paligemma,
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "smolvlm": idefics3,
     "video_llava": video_llava,

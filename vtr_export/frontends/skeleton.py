@@ -11,7 +11,12 @@ from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from vtr_export.checkpoint import CONFIG, Checkpoint, TensorRef
 from vtr_export.errors import CheckpointError
@@ -104,16 +109,22 @@ def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str,
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    turned = {  # stored the other way round, and read as stored
+        pattern
+        for entry in converters
+        if all(isinstance(step, Transpose) for step in entry.operations)
+        for pattern in entry.source_patterns
+    }
     found: dict[str, TensorRef] = {}
     for source, ref in checkpoint.tensors.items():
         args = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": wanted}
         name, pattern = rename_source_key(source, renamings, converters, **args)
         if name not in wanted:
             name, pattern = rename_source_key(source, [], [], **args)
-        if pattern is None and name in wanted:
+        if name in wanted and (pattern is None or pattern in turned):
             found[name] = ref
     _tie(model, wanted, found)
-    _check(model, checkpoint, wanted, found)
+    _check(model, checkpoint, found)
     return found
 
 
@@ -129,12 +140,7 @@ def _tie(model: PreTrainedModel, wanted: Mapping[str, object], found: dict[str, 
                 found[one] = found[other]
 
 
-def _check(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    wanted: Mapping[str, torch.Tensor],
-    found: Mapping[str, TensorRef],
-) -> None:
+def _check(model: PreTrainedModel, checkpoint: Checkpoint, found: Mapping[str, TensorRef]) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = sorted(name for name in parameters if name not in found)
     if missing:
@@ -150,10 +156,16 @@ def _check(
                 where=str(ref.shard),
                 hint="start from a float16, bfloat16 or float32 checkpoint",
             )
-        if name in parameters and tuple(wanted[name].shape) != tuple(ref.shape):
+
+
+def check_shapes(model: PreTrainedModel, tensors: Mapping[str, TensorRef]) -> None:
+    """CheckpointError where a parameter's tensor has another shape."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        ref = tensors[name]
+        if tuple(parameter.shape) != tuple(ref.shape):
             raise CheckpointError(
                 f"{ref.name} has shape {list(ref.shape)}, "
-                f"but config.json asks for {list(wanted[name].shape)}",
+                f"but config.json asks for {list(parameter.shape)}",
                 where=str(ref.shard),
                 hint="config.json and the weights belong to different models",
             )

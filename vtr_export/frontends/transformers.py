@@ -14,8 +14,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vtr_export.checkpoint import Checkpoint, TensorRef
 from vtr_export.families import ModelFacts
+from vtr_export.frontends.experts import open_experts
 from vtr_export.frontends.mrope import straighten
-from vtr_export.frontends.skeleton import DTYPES, build_skeleton, name_tensors, read_config
+from vtr_export.frontends.skeleton import (
+    DTYPES,
+    build_skeleton,
+    check_shapes,
+    name_tensors,
+    read_config,
+)
 from vtr_export.frontends.trace import trace
 from vtr_export.frontends.uniform import Stack, truncated
 from vtr_export.frontends.vision import VisionEncoder, vision_graph
@@ -93,6 +100,8 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     mode = FakeTensorMode()
     model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode)
     tensors = name_tensors(model, checkpoint)
+    open_experts(model, tensors, mode)
+    check_shapes(model, tensors)
     if facts.mrope:
         straighten(model.get_decoder())
     buffers = dict(model.named_buffers())

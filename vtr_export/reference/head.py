@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
 class Head(nn.Module):
@@ -15,11 +15,11 @@ class Head(nn.Module):
         self._model = (model,)  # in a tuple: the model is not a child
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The decoder is passed over: ``hidden`` is what it would have given."""
+        """The decoder is passed over: ``hidden`` is what it would have given (no router's logits)."""
         (model,) = self._model
         decoder = model.get_decoder()
         own = decoder.forward
-        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+        decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
         try:
             said = model(
                 inputs_embeds=hidden,
