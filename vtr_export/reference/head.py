@@ -15,7 +15,7 @@ class Head(nn.Module):
         self._model = (model,)  # in a tuple: the model is not a child
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The decoder is passed over: ``hidden`` is what it would have given (no router's logits)."""
+        """The decoder is passed over: ``hidden`` is what it would have given, without a router."""
         (model,) = self._model
         decoder = model.get_decoder()
         own = decoder.forward
