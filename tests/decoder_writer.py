@@ -18,6 +18,7 @@ Tables = tuple[ir.Value, ir.Value] | None
 FAR = 2**63 - 1
 EPSILON = 1e-5
 TABLE_ROWS = 64
+SOFTCAP = 1.5
 
 
 class Weights(Protocol):
@@ -140,7 +141,11 @@ class Builder:
             mask = self._input("mask", ("batch", 1, "sequence", "total"), ir.DataType.BOOL)
         else:
             padding = self._input("attention_mask", ("batch", "total"), ir.DataType.INT64)
-            mask = self.pen.op("VtrCausalMask", padding, hidden, domain=ops.DOMAIN)
+            kind, more = "VtrCausalMask", []
+            if it.grouped:
+                kind = "VtrGroupMask"
+                more = [self._input("groups", ("batch", "sequence"), ir.DataType.INT64)]
+            mask = self.pen.op(kind, padding, hidden, *more, domain=ops.DOMAIN)
         if it.absolute:
             table = self.pen.weight(("absolute", (TABLE_ROWS, it.width)))
             hidden = self.pen.op(
@@ -374,7 +379,8 @@ class Builder:
             self._output(f"present.{name}", joined, ("batch", it.kv_heads, "total", width))
             whole.append(joined)
         scale = it.scale if it.scaled else None
-        mixed = pen.op("Attention", query, *whole, mask, scale=scale)
+        softcap = SOFTCAP if it.softcap else None
+        mixed = pen.op("Attention", query, *whole, mask, scale=scale, softcap=softcap)
         mixed = pen.op("Transpose", mixed, perm=[0, 2, 1, 3])
         flat = it.heads * it.value_width
         mixed = pen.op("Reshape", mixed, pen.ints(0, 0, flat))

@@ -173,10 +173,6 @@ def causal_by_itself(it: Losing, node: ir.Node) -> None:
     node.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
 
 
-def capped(it: Losing, node: ir.Node) -> None:
-    node.attributes["softcap"] = ir.AttrFloat32("softcap", 5.0)
-
-
 def unmasked(it: Losing, node: ir.Node) -> None:
     node.replace_input_with(3, None)
 
@@ -184,7 +180,7 @@ def unmasked(it: Losing, node: ir.Node) -> None:
 ATTENTIONS: dict[str, Callable[[Losing, ir.Node], None]] = {
     each.__name__: each
     for each in (
-        keys_of_an_earlier_layer, new_keys_first, causal_by_itself, capped, unmasked,
+        keys_of_an_earlier_layer, new_keys_first, causal_by_itself, unmasked,
     )
 }  # fmt: skip
 

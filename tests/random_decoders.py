@@ -46,6 +46,8 @@ class Decoder:
     multiplier: bool = False
     output_gate: bool = False
     constants: Literal["nodes", "initializers"] = "nodes"
+    softcap: bool = False
+    grouped: bool = False  # tokens of a group see each other
 
     @property
     def heads(self) -> int:
@@ -107,6 +109,8 @@ CHOICES: Mapping[str, Sequence[Any]] = {
     "multiplier": (False, False, True),
     "output_gate": (False, False, True),
     "constants": ("nodes", "initializers"),
+    "softcap": (False, False, True),
+    "grouped": (False, False, True),
 }
 
 
@@ -116,6 +120,8 @@ def drawn(rng: np.random.Generator) -> Decoder:
     found["value_width"] = found["value_width"] or found["head_width"]
     if found["fp16"]:  # rounding that grows from layer to layer is not what is tested
         found["layers"] = min(found["layers"], 3)
+    if found["grouped"]:
+        found["stand_in"] = False
     if found["rope"] == "none":
         found |= {"positions": "plain", "tables": "computed", "rope_form": "op", "partial": False}
     if found["rope_form"] == "op_cached" and (found["positions"] != "plain"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from decoder_writer import EPSILON
+from decoder_writer import EPSILON, SOFTCAP
 from random_decoders import Decoder
 
 from vtr_export.schedule import Cut, Resolved
@@ -150,6 +150,11 @@ class Row:
         logits = np.einsum("shd,htd->hst", query, keys.repeat(it.group, 0)) * it.scale
         past, rows = len(seen), len(states)
         ahead = np.arange(past + rows) > past + np.arange(rows)[:, None]
+        if it.softcap:
+            logits = SOFTCAP * np.tanh(logits / SOFTCAP)
+        if it.grouped:
+            groups = self.feeds["groups"][self.b, self.columns]
+            ahead[:, past:] &= (groups[:, None] != groups) | (groups == 0)
         logits = np.where(ahead, -np.inf, logits)
         odds = np.exp(logits - logits.max(-1, keepdims=True))
         return odds / odds.sum(-1, keepdims=True), keys, values

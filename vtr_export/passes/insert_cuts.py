@@ -181,6 +181,8 @@ class _Surgeon:
         groups = None
         if stage.groups is not None:
             groups = build.call("VtrNarrow", [stage.groups, kept], "groups")
+            if self.is_ragged and number:  # what stands in for a pad belongs to nobody
+                groups = build.call("VtrAlive", [groups, kept], "alive_groups")
         made = self._mask(padding, hidden, groups, "mask")
         new = Stage(hidden, padding, current, vision_index, made, groups)
         new.streams = self._narrow(site, stage, new, kept)
