@@ -1,6 +1,7 @@
 """What is particular to InternVL: tiles, OpenGVLab's own layout, and what of it is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import tiny_internvl_chat
 import torch
 from PIL import Image
 from test_family_contract import STAGES
+from transformers import Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vtr_export import Artifact, Schedule, export
@@ -184,6 +187,33 @@ def processor_of(checkpoint: Path, folder: Path) -> Processor:
     """Of the files that an artifact of ``checkpoint`` gets."""
     copy_assets(Checkpoint.open(checkpoint), folder)
     return Processor(folder)
+
+
+def test_a_vocabulary_and_its_merges_become_a_tokenizer(internlm2: Path, tmp_path: Path) -> None:
+    model, artifact = tmp_path / "model", tmp_path / "artifact"
+    shutil.copytree(internlm2, model)
+    (model / "tokenizer.json").unlink()
+    letters = {letter: number for number, letter in enumerate(bytes_to_unicode().values())}
+    (model / "vocab.json").write_text(json.dumps({**letters, "wh": 256, "at": 257, "what": 258}))
+    (model / "merges.txt").write_text("#version: 0.2\nw h\na t\nwh at\n")
+    added = {"<img>": 259, "<IMG_CONTEXT>": 260, "</img>": 261, "<|endoftext|>": 262}
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": {
+            str(number): {"content": token, "special": True} for token, number in added.items()
+        },
+    }
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    artifact.mkdir()
+    (model / "merges.txt").rename(model / "lost")
+    assert any("tokenizer.json" in said for said in copy_assets(Checkpoint.open(model), artifact))
+    (model / "lost").rename(model / "merges.txt")
+    assert copy_assets(Checkpoint.open(model), artifact) == []
+    text = "what is <img><IMG_CONTEXT></img>\n it?"
+    assert (
+        Processor(artifact).tokenizer.encode(text)
+        == Qwen2Tokenizer.from_pretrained(model)(text)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,12 @@ def copy_assets(checkpoint: Checkpoint, folder: Path) -> list[str]:
             shutil.copyfile(source, folder / name)
     for name, text in checkpoint.files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    return missing_assets(folder)
+    warnings = list[str]()
+    if not (folder / "tokenizer.json").is_file():
+        from vtr_export.frontends.tokenizer import write_tokenizer
+
+        warnings += write_tokenizer(checkpoint.folder, folder)
+    return warnings + missing_assets(folder)
 
 
 def missing_assets(folder: Path) -> list[str]:
