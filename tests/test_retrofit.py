@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from command import vtr
 from foreign_parity import BATCH, IMAGE, STAGES, TEXT, assert_parity, called, cut, opened
 from int4 import meant, quantise
 from written_llama import LAYERS, Style, parts, tiny_llama, write
@@ -135,3 +136,22 @@ def test_budgets_can_stay_an_input(tmp_path: Path) -> None:
     ir.save(write(tiny_llama(), Style()), file)
     session = opened(Path(cut(file, tmp_path, tunable=True).artifact) / "decoder.onnx")
     assert {value.name: value.shape for value in session.get_inputs()}["keep"] == [2]
+
+
+def test_the_command_says_what_it_did(tmp_path: Path) -> None:
+    file, schedule = tmp_path / "decoder.onnx", tmp_path / "s.yaml"
+    ir.save(write(tiny_llama(), STYLES["grouped, packed"]), file)
+    schedule.write_text(STAGES)
+    command = ["export", "--onnx", file, "--schedule", schedule, "--out", tmp_path / "out"]
+    done = vtr(*command, "--image-tokens", IMAGE, "--json")
+    said = done.json
+    assert (done.code, said["layers"], said["verified"]) == (0, LAYERS, True)
+    assert said["vision_tokens_per_layer"] == [8, 5, 2]
+    assert {"decoder.onnx", "decoder.onnx.data", "schedule.yaml"} == set(said["files"])
+    again = vtr(*command, "--image-tokens", IMAGE)
+    assert again.code == 2
+    assert "--force" in again.err
+    assert vtr(*command, "--model", tmp_path).code == 2
+    assert vtr("export", "-s", schedule, "-o", tmp_path / "x", "--image-tokens", 3).code == 2
+    told = vtr("inspect", tmp_path / "out" / "decoder.onnx", "--json")
+    assert told.code == 0, told.err

@@ -1,5 +1,6 @@
 """Decoders that transformers' exporter and mobius made, cut."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from int4 import packed, quantise
 from transformers import DynamicCache, LlamaForCausalLM
 from written_llama import HIDDEN, WIDTH, tiny_llama
 
+SAMPLE = Path(__file__).parents[1] / "samples" / "retrofit_int4.py"
 mobius = pytest.importorskip("mobius", reason="mobius-onnx is not installed")
 
 
@@ -71,3 +73,12 @@ def test_an_int4_decoder_keeps_its_weights(tmp_path: Path) -> None:
     for name, weight in before.items():
         assert after[name].dtype == np.uint8
         np.testing.assert_array_equal(after[name], weight)
+
+
+def test_the_int4_sample_answers_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["retrofit_int4.py", "--out", str(tmp_path), "--count", "8"])
+    runpy.run_path(str(SAMPLE), run_name="__main__")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == ["int4, all tokens: 8 of 8 right", "int4, cut: 8 of 8 right"]
