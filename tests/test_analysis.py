@@ -77,6 +77,7 @@ FOLLOWED = {
     "both axes of a mask": ("y = Add (m, m)", "b,1,s,t", Axes(2, 3)),
     "queries and keys": ("k = Squeeze (m, one) y = Neg (k)", "b,s,t", Axes(1, 2)),
     "features put together": ("y = Concat <axis: int = 2> (x, x)", "b,s,12", Axes(1)),
+    "a fused projection": ("z, y = Split <axis: int = -1, num_outputs: int = 2> (x)", "b,s,3", Axes(1)),
     "all rows": ("y = Slice (x, zero, far, one)", "b,s,6", Axes(1)),
     "some features": ("y = Slice (x, one, two, minus)", "b,s,1", Axes(1)),
     "the last row": ("y = Slice (x, minus, far, one)", "b,1,6", NONE),
@@ -111,6 +112,7 @@ UNFOLLOWED = {
     "two rows": ("y = Gather <axis: int = 1> (x, pair)", "b,2,6"),
     "as many rows as a table has": ("y = Add (x, fixed)", "b,n,6"),
     "rows put before rows": ("y = Concat <axis: int = 1> (x, x)", "b,n,6"),
+    "rows parted": ("z, y = Split <axis: int = 1, num_outputs: int = 2> (x)", "b,n,6"),
     "rows by a length": (
         "l = Shape <start: int = 1, end: int = 2> (x) y = Slice (x, zero, l, one)", "b,n,6"
     ),
