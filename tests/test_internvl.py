@@ -22,6 +22,7 @@ from vtr_export.assemble import copy_assets
 from vtr_export.checkpoint import Checkpoint, read_model_facts
 from vtr_export.errors import CheckpointError
 from vtr_export.families import read_facts
+from vtr_export.frontends.tokenizer import write_tokenizer
 from vtr_export.memory import parameters
 from vtr_export.reference.internvl_chat import shuffled
 from vtr_export.runtime.images import read_kind
@@ -206,9 +207,12 @@ def test_a_vocabulary_and_its_merges_become_a_tokenizer(internlm2: Path, tmp_pat
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     artifact.mkdir()
     (model / "merges.txt").rename(model / "lost")
-    assert any("tokenizer.json" in said for said in copy_assets(Checkpoint.open(model), artifact))
+    assert any(
+        "tokenizer.json" in said
+        for said in copy_assets(Checkpoint.open(model), artifact, write_tokenizer)
+    )
     (model / "lost").rename(model / "merges.txt")
-    assert copy_assets(Checkpoint.open(model), artifact) == []
+    assert copy_assets(Checkpoint.open(model), artifact, write_tokenizer) == []
     text = "what is <img><IMG_CONTEXT></img>\n it?"
     assert (
         Processor(artifact).tokenizer.encode(text)

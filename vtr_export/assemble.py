@@ -1,7 +1,7 @@
 """Lay out an artifact's folder: graphs, the checkpoint's own small files, the manifest's facts."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -61,8 +61,15 @@ def check_assets(checkpoint: Checkpoint) -> None:
         _token_ids(checkpoint, name)
 
 
-def copy_assets(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Copy the checkpoint's small files; return a warning for each thing a run will miss."""
+def copy_assets(
+    checkpoint: Checkpoint,
+    folder: Path,
+    write_tokenizer: Callable[[Path, Path], list[str]] | None = None,
+) -> list[str]:
+    """Copy the checkpoint's small files; return a warning for each thing a run will miss.
+
+    ``write_tokenizer(checkpoint, folder)`` is called where there is no ``tokenizer.json``.
+    """
     for name in ASSETS:
         source = checkpoint.folder / name
         if source.is_file():
@@ -70,9 +77,7 @@ def copy_assets(checkpoint: Checkpoint, folder: Path) -> list[str]:
     for name, text in checkpoint.files.items():
         (folder / name).write_text(text, encoding="utf-8")
     warnings = list[str]()
-    if not (folder / "tokenizer.json").is_file():
-        from vtr_export.frontends.tokenizer import write_tokenizer
-
+    if write_tokenizer is not None and not (folder / "tokenizer.json").is_file():
         warnings += write_tokenizer(checkpoint.folder, folder)
     return warnings + missing_assets(folder)
 

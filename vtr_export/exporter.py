@@ -11,6 +11,7 @@ from vtr_export.builder import build
 from vtr_export.checkpoint import Checkpoint, find_folder, read_model_facts
 from vtr_export.errors import GateError, InputError, ScheduleError, UnavailableError
 from vtr_export.families import ModelFacts
+from vtr_export.frontends.tokenizer import write_tokenizer
 from vtr_export.manifest import Gate, Manifest
 from vtr_export.memory import get_weight_type, weight_bytes
 from vtr_export.plan import check_fits_target
@@ -191,7 +192,8 @@ def _export(
         _make(options.dump)
     with publish(target, force=options.force) as staging:
         written = _write_graphs(checkpoint, facts, resolved, staging, options, clock)
-        warnings = [*assemble.copy_assets(checkpoint, staging), *assemble.limits(facts)]
+        warnings = assemble.copy_assets(checkpoint, staging, write_tokenizer)
+        warnings += assemble.limits(facts)
         (staging / "schedule.yaml").write_text(schedule.dump(), encoding="utf-8")
         peak = peak_rss_bytes()
         draft = assemble.draft(
@@ -374,7 +376,8 @@ def _dry_report(
     onnx = list(assemble.graph_files().model_dump().values())
     data = [f"{name}.data" for name in onnx] if options.weights == "copy" else []
     golden = assemble.GOLDEN if _scope(facts, options) == "all" else ()
-    assets = [name for name in assemble.ASSETS if (checkpoint.folder / name).is_file()]
+    own = {name for name in assemble.ASSETS if (checkpoint.folder / name).is_file()}
+    assets = own | set(checkpoint.files)
     names = sorted([*onnx, *data, *golden, *assets, "schedule.yaml", MANIFEST])
     tokens = resolved.tokens_per_image
     return Report(
