@@ -22,7 +22,7 @@ SEEDS = 6
 
 def a_decoder(seed: int, form: str) -> Decoder:
     it = replace(drawn(np.random.default_rng(seed)), stand_in=False, output_gate=False)
-    it = replace(it, value_width=it.head_width)
+    it = replace(it, value_width=it.head_width, grouped=False)
     return replace(it, group=1) if form == "multi_head" else it
 
 

@@ -32,6 +32,7 @@ from vtr_export.schedule import Cut, Keep, Resolved
 
 PRUNE, NARROW = "VtrTopKPrune", "VtrNarrow"
 MAX_TRAIL = 12
+OTHER_FORM = "; vtr export --onnx brings decoders of other exporters into the form that is cut"
 
 
 def inspect_path(path: Path, layer: int | None = None) -> tuple[Manifest | None, list[GraphFacts]]:
@@ -64,7 +65,7 @@ def inspect_file(file: Path, layer: int | None = None) -> GraphFacts:
 def _facts(file: Path, model: ir.Model, layer: int | None) -> GraphFacts:
     graph = model.graph
     attentions = find_attentions(graph)
-    if any(each.query is not None and each.query.shape is None for each in attentions):
+    if any(None in (each.heads, each.kv_heads) for each in attentions):
         InferShapes()(model)
         attentions = find_attentions(graph)
     labels = label_axes(graph, token_seeds(graph))
@@ -128,12 +129,12 @@ def _without_external(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _layers(graph: ir.Graph, labels: Mapping[ir.Value, Axes]) -> tuple[list[Layer], str]:
     """The layers as a cut needs them, or why it cannot be made as the graph stands."""
     if not any(value.name == "inputs_embeds" for value in graph.inputs):
-        return [], "no input is called inputs_embeds: not a decoder that can be cut"
+        return [], f"no input is called inputs_embeds{OTHER_FORM}"
     try:
         layers = find_layers(graph, labels)
     except AnalysisError as error:
         return [], " ".join(part for part in (error.message, error.where) if part)
-    return layers, "" if layers else "no Attention node reads a value with a token axis"
+    return layers, "" if layers else f"no Attention reads a value with a token axis{OTHER_FORM}"
 
 
 def _each_layer(
