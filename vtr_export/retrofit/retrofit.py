@@ -13,7 +13,7 @@ import onnx_ir.passes.common as common
 from vtr_export import __version__
 from vtr_export.assemble import schedule_facts, versions
 from vtr_export.compile import run
-from vtr_export.errors import GateError, InputError
+from vtr_export.errors import AnalysisError, GateError, InputError
 from vtr_export.manifest import Gate
 from vtr_export.passes.derive_vision_index import DeriveVisionIndex
 from vtr_export.passes.insert_cuts import InsertCuts
@@ -90,7 +90,7 @@ def retrofit(request: Request, progress: Announce | None = None) -> Report:
     with clock.step("check"):
         verdict = check_file(request.onnx)
     with clock.step("analyse"):
-        decoder = canonicalise(load(request.onnx))
+        decoder = _understood(request.onnx)
         resolved = schedule.resolve(
             _Model(len(decoder.kinds), request.image_tokens, decoder.has_mrope)
         )
@@ -120,6 +120,18 @@ def retrofit(request: Request, progress: Announce | None = None) -> Report:
         steps=clock.steps,
         seconds=clock.seconds,
     )
+
+
+def _understood(file: Path) -> Decoder:
+    """The canonical decoder; AnalysisError also for a graph that contradicts itself."""
+    try:
+        return canonicalise(load(file))
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise AnalysisError(
+            f"the analysis cannot follow the graph ({type(error).__name__}: {error})",
+            where=str(file),
+            hint="onnx.checker.check_model(path, full_check=True) may say what contradicts itself",
+        ) from error
 
 
 def _cut(decoder: Decoder, schedule: Resolved, request: Request) -> ir.Model:
