@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import tiny_gemma
+import tiny_idefics2
 import tiny_idefics3
 import tiny_internvl
 import tiny_llavas
@@ -24,6 +25,7 @@ def llava(folder: Path, seed: int = 0) -> PreTrainedModel:
 TINY: Mapping[str, Save] = {
     "gemma3": tiny_gemma.gemma3,
     "idefics3": tiny_idefics3.idefics3,
+    "idefics2": tiny_idefics2.idefics2,
     "internvl": tiny_internvl.internvl,
     "llava": llava,
     "llava/pixtral": tiny_mistral.pixtral,

@@ -13,7 +13,8 @@ class VisionFacts:
 
     ``tokens`` is the tower's own sequence length per image or tile, CLS included; None, as
     ``image_size``, where images keep their size. ``merge`` by ``merge`` of them become one vision
-    token. ``kind`` is the tower's own model type, where several may stand in its place.
+    token; a resampler makes ``latents`` of an image or tile, however many they are. ``kind`` is the
+    tower's own model type, where several may stand in its place.
     ``parameters`` counts what the exported encoder holds (embeddings and ``layers_run``
     layers). Where some layers attend in windows, those are ``window`` by ``window`` vision tokens.
     A patch spans ``frames`` frames. Learned positions lie ``grid`` by ``grid``, and images take
@@ -33,6 +34,7 @@ class VisionFacts:
     parameters: int
     merge: int = 1
     kind: str = ""
+    latents: int | None = None
     window: int | None = None
     frames: int = 1
     grid: int | None = None

@@ -6,6 +6,7 @@ from typing import Final
 from vtr_export.errors import CheckpointError
 from vtr_export.families.facts import ModelFacts
 from vtr_export.families.gemma import gemma3, paligemma
+from vtr_export.families.idefics2 import idefics2
 from vtr_export.families.idefics3 import idefics3
 from vtr_export.families.internvl import internvl
 from vtr_export.families.llava import llava
@@ -20,6 +21,7 @@ from vtr_export.families.vipllava import vipllava
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "gemma3": gemma3,
     "idefics3": idefics3,
+    "idefics2": idefics2,
     "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,

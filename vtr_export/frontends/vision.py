@@ -9,7 +9,15 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from vtr_export.families import ModelFacts
-from vtr_export.frontends.families import idefics3, internvl, llava, pixtral, qwen_vl, video_llava
+from vtr_export.frontends.families import (
+    idefics2,
+    idefics3,
+    internvl,
+    llava,
+    pixtral,
+    qwen_vl,
+    video_llava,
+)
 from vtr_export.frontends.feeds import Feed, VisionGraph
 
 
@@ -44,6 +52,7 @@ def whole_images(model: Any, pixel_values: Tensor) -> Tensor:
 GRAPHS: Final[Mapping[str, VisionGraph]] = {
     **dict.fromkeys(("idefics3", "smolvlm"), VisionGraph(idefics3.features, one_size)),
     "internvl": VisionGraph(internvl.features, one_size),
+    "idefics2": VisionGraph(idefics2.resampled, idefics2.patches),
     "llava": VisionGraph(llava.projected, one_size),
     "llava_next": VisionGraph(llava.packed, llava.tiles),
     "llava_onevision": VisionGraph(llava.blended, llava.blended_tiles),

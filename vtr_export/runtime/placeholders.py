@@ -1,5 +1,6 @@
 """What a processor writes into a prompt where an image belongs."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
@@ -19,6 +20,7 @@ class Placeholder:
     token: str
     written: Callable[[Seen], str]
     prompt: Callable[[str, int], str] | None = None
+    joined: Callable[[str], str] = str  # the whole text, once the images are written
 
 
 Special: TypeAlias = Mapping[str, str]  # the tokenizer's special tokens by name
@@ -42,6 +44,19 @@ def internvl(special: Special, config: Mapping[str, Any]) -> Placeholder:
     start = special.get("start_image_token", "<img>")
     end = special.get("end_image_token", "</img>")
     return Placeholder(token, token, lambda image: start + token * image.tokens + end)
+
+
+def idefics2(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """The image token for each latent, between fake tokens that neighbours share."""
+    token = special.get("image_token", "<image>")
+    fake = special.get("image_boundary_token", "<fake_token_around_image>")
+    tile = fake + token * int(config.get("image_seq_len") or 64) + fake
+    latents = tile.count(token)
+
+    def joined(text: str) -> str:
+        return re.sub(rf"{re.escape(fake)}(?=[^\s<])", f"{fake} ", text.replace(fake + fake, fake))
+
+    return Placeholder(token, token, lambda image: tile * (image.tokens // latents), joined=joined)
 
 
 def pixtral(_: Special, config: Mapping[str, Any]) -> Placeholder:
@@ -102,6 +117,7 @@ def idefics3(special: Special, _: Mapping[str, Any]) -> Placeholder:
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     "Gemma3Processor": gemma3,
     "Idefics3Processor": idefics3,
+    "Idefics2Processor": idefics2,
     "InternVLProcessor": internvl,
     "PixtralProcessor": pixtral,
     "PaliGemmaProcessor": paligemma,

@@ -141,6 +141,7 @@ class Processor:
         spread = parts[0]
         for image, part in zip(images, parts[1:], strict=True):
             spread += self.placeholder.written(image) + part
+        spread = self.placeholder.joined(spread)
         if form == "continued":
             return self.tokenizer.encode_continued(spread)
         bos = self.tokenizer.special.get("bos_token")

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from vtr_export.errors import ArtifactError
-from vtr_export.runtime.images import anyres, idefics3, patches, pixtral, plain, tiles, video_llava
+from vtr_export.runtime.images import (
+    anyres,
+    idefics2,
+    idefics3,
+    patches,
+    pixtral,
+    plain,
+    tiles,
+    video_llava,
+)
 from vtr_export.runtime.images.inputs import ImageKind
 from vtr_export.runtime.json_files import read_json
 from vtr_export.runtime.processor_class import processor_class
@@ -14,6 +23,7 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Read = Callable[[str, Mapping[str, Any], str], ImageKind]
 KINDS: Final[Mapping[str, Read]] = {
     **dict.fromkeys(plain.PROCESSORS, plain.ImageFacts.read),
+    **dict.fromkeys(idefics2.PROCESSORS, idefics2.SplitFacts.read),
     **dict.fromkeys(pixtral.PROCESSORS, pixtral.EdgeFacts.read),
     "LlavaNextImageProcessor": anyres.AnyresFacts.read,
     "LlavaOnevisionImageProcessor": anyres.OnevisionFacts.read,

@@ -34,6 +34,24 @@ def cut(pixels: Array, patch: int, merge: int) -> Array:
     return ordered.reshape(rows * columns, merge**2, channels, patch, patch)
 
 
+def buckets(rows: int, columns: int, side: int) -> Ints:
+    """``[rows, columns]``: which of ``side`` by ``side`` learned positions a patch takes.
+
+    Both grids lie over one square (NaViT, arXiv 2307.06304); in fp32, as transformers compares.
+    """
+    edges = np.arange(1 / side, 1.0, 1 / side).astype(np.float32)
+    down, across = (
+        np.arange(count, dtype=np.float32) * (np.float32(1) / np.float32(count))
+        for count in (rows, columns)
+    )
+    last = np.float32(1 - 1e-6)
+    row, column = (
+        np.searchsorted(edges, np.minimum(places, last), side="right") for places in (down, across)
+    )
+    found: Ints = (row[:, None] * side + column).astype(np.int64)
+    return found
+
+
 def frames(grids: Sequence[Grid], merge: int) -> dict[str, Ints]:
     """A frame of an image sees itself: ``frames`` and ``frame_places``."""
     lengths = np.array([rows * columns for time, rows, columns in grids for _ in range(time)])
