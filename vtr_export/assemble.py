@@ -49,6 +49,8 @@ NEEDED_TO_RUN = {
     "tokenizer.json": "token ids",
     "preprocessor_config.json|processor_config.json": "pixel values",
 }
+ONNXRUNTIME: Final = ">=1.24"  # the first with opset 24 Attention
+CAPS_BEFORE_MASKS: Final = ">=1.27"  # before, a softcap made masked keys visible (onnx#7865)
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors")
 
 
@@ -119,14 +121,15 @@ def draft(
     dtype: str,
     weights: str,
     tunable: bool,
+    needs: str = ONNXRUNTIME,
 ) -> Manifest:
-    """The manifest of an artifact in ``folder`` that nobody verified yet."""
+    """The manifest of an artifact in ``folder`` that nobody verified yet; ``needs`` a runtime."""
     known = {
         f"{ONNX}/{name}": File(bytes=file.size_bytes, sha256=file.sha256)
         for name, file in written.files.items()
     }
     return Manifest(
-        versions=versions(),
+        versions=versions(needs),
         source=source(checkpoint, written.shards),
         dtype=dtype,  # type: ignore[arg-type]  # checked by pydantic
         weights=weights_place(checkpoint, weights),
@@ -148,15 +151,21 @@ def graph_files() -> Graphs:
     )
 
 
-def versions() -> Versions:
-    """Our version and those of the packages that shaped the graphs."""
+def needed(facts: ModelFacts) -> str:
+    """The versions of ONNX Runtime that compute the model right."""
+    return ONNXRUNTIME if facts.softcap is None else CAPS_BEFORE_MASKS
+
+
+def versions(needs: str = ONNXRUNTIME) -> Versions:
+    """Our version, those of the packages that shaped the graphs, and the runtime they need."""
     found: dict[str, str] = {}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return Versions(vtr_export=__version__, opset=OPSET, packages=found)
+    runtimes = {"onnxruntime": needs}
+    return Versions(vtr_export=__version__, opset=OPSET, packages=found, runtimes=runtimes)
 
 
 def source(checkpoint: Checkpoint, shards: Mapping[str, str]) -> Source:

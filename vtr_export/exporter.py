@@ -205,6 +205,7 @@ def _export(
             dtype=options.dtype,
             weights=options.weights,
             tunable=options.tunable,
+            needs=assemble.needed(facts),
         )
         draft.save(staging)
         scope, outcome = _verify(checkpoint, facts, resolved, staging, options, clock)

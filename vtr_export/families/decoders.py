@@ -11,6 +11,7 @@ MIXTURES: Final = ("qwen3_vl_moe_text",)  # of experts, in every layer
 QK_NORMS: Final = ("qwen3", "qwen3_vl_text", *MIXTURES)  # of head_dim weights each
 GEMMAS: Final = ("gemma", "gemma2", "gemma3_text")
 SANDWICHED: Final = GEMMAS[1:]  # a norm behind attention and MLP, too
+CAPPED: Final = ("gemma2",)  # Gemma 3 reads the value and leaves it
 BIASES_ASKED: Final = ("llama", *QK_NORMS, *GEMMAS)  # where attention_bias says so
 DECODERS: Final = ("llama", "mistral", *QKV_BIASES, *QK_NORMS, *GEMMAS)
 
@@ -32,6 +33,7 @@ class DecoderFacts:
     layer_biases: int
     gated: bool = True
     window: int | None = None
+    softcap: float | None = None
 
 
 def read_decoder(
@@ -67,6 +69,7 @@ def read_decoder(
         dtype=_dtype(config) or _dtype(text.values),
         layer_biases=_layer_biases(kind, text, heads * head_dim, kv_heads * head_dim, head_dim),
         window=window if window is not None and window < positions else None,
+        softcap=text.positive("attn_logit_softcapping") if kind in CAPPED else None,
     )
 
 

@@ -68,7 +68,7 @@ class ModelFacts:
     ``mrope``: positions are triples (time, row, column).
     ``planes``: features that are added to vision tokens behind the first layers, a plane a layer.
     ``context`` ends at ``window`` where some layers see no further back than that. Positions are
-    counted from ``first_position``.
+    counted from ``first_position``. ``softcap`` bends what attention's softmax takes.
     """
 
     model_type: str
@@ -95,3 +95,4 @@ class ModelFacts:
     window: int | None = None
     attends: Attends = "causal"
     first_position: int = 0
+    softcap: float | None = None

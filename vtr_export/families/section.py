@@ -60,6 +60,15 @@ class Section:
         """A positive integer, or nothing."""
         return None if self.values.get(key) is None else self.size(key)
 
+    def positive(self, key: str) -> float | None:
+        """A number above zero, or nothing."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self.error(f"{key} is {value!r}, not a number above zero")
+        return float(value)
+
     def error(self, message: str, hint: str = FRESH) -> CheckpointError:
         """What is wrong with this section."""
         return CheckpointError(f"{self.name}{message}", where=self.where, hint=hint)

@@ -19,7 +19,7 @@ from vtr_export.runtime.images import ImageInputs, Picture, Seen
 from vtr_export.runtime.model import Model
 from vtr_export.runtime.processor import Form, Processor
 from vtr_export.runtime.sampling import Options
-from vtr_export.runtime.session import Session, open_session
+from vtr_export.runtime.session import Session, check_version, open_session
 from vtr_export.runtime.show_kept import Grid, Panel, draw
 from vtr_export.runtime.text import Detokenizer
 
@@ -322,6 +322,7 @@ def _open_graphs(
             where=str(folder),
             hint="run it with --device cuda, or export with --dtype fp16 or fp32",
         )
+    check_version(manifest.versions.runtimes["onnxruntime"], device)
     shards, graphs = manifest.linked_shards(), manifest.graphs
     sessions = [
         open_session(folder / graph, device=device, threads=threads, shards=shards)

@@ -213,6 +213,18 @@ def import_runtime(device: Device) -> Any:
     return onnxruntime
 
 
+def check_version(needed: str, device: str) -> None:
+    """UnavailableError for an older onnxruntime than ``>=major.minor``."""
+    where: Device = "cuda" if device == "cuda" else "cpu"
+    installed = import_runtime(where).__version__
+    least = [int(part) for part in needed.removeprefix(">=").split(".")]
+    if [int(part) for part in installed.split(".")[: len(least)]] < least:
+        raise UnavailableError(
+            f"this artifact needs onnxruntime {needed}; {installed} computes it wrong, or not",
+            hint=f"pip install -U '{PACKAGES[where]}'",
+        )
+
+
 def _failures() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises while it opens a graph; it has no common base."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
