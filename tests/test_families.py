@@ -246,9 +246,17 @@ def test_the_context_ends_where_a_window_begins_to_slide(text: Any, window: int 
     assert (facts.window, facts.context) == (window, window or 64)
 
 
+POOLED = {"vision_config": {"image_size": 896, "patch_size": 14}}
+FITTING: dict[str, Any] = {  # what a class's defaults lack, or what in them does not fit the rest
+    **dict.fromkeys(("gemma3", "idefics3", "smolvlm"), POOLED),
+    "llava_onevision": {"vision_feature_select_strategy": "full"},
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe"), {"vision_config": {"num_position_embeddings": 2304}}
+    ),
+}
+
+
 def test_the_table_lists_families_by_model_type() -> None:
-    """Of some classes the defaults of tower and pool do not fit each other."""
-    fitting = {"vision_config": {"image_size": 896, "patch_size": 14}}
-    sized = dict.fromkeys(("gemma3", "idefics3", "smolvlm"), fitting)
     for name in FAMILIES:
-        assert read_facts({"model_type": name, **sized.get(name, {})}, "x").model_type == name
+        facts = read_facts({"model_type": name, **FITTING.get(name, {})}, "x")
+        assert facts.model_type == name
