@@ -247,12 +247,12 @@ def test_the_context_ends_where_a_window_begins_to_slide(text: Any, window: int 
 
 
 POOLED = {"vision_config": {"image_size": 896, "patch_size": 14}}
+LEARNED = {"vision_config": {"num_position_embeddings": 2304}}
+TILED = {"vision_config": {"model_type": "siglip_vision_model", "image_size": 384}}
 FITTING: dict[str, Any] = {  # what a class's defaults lack, or what in them does not fit the rest
     **dict.fromkeys(("gemma3", "idefics3", "smolvlm"), POOLED),
-    "llava_onevision": {"vision_feature_select_strategy": "full"},
-    **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe"), {"vision_config": {"num_position_embeddings": 2304}}
-    ),
+    "llava_onevision": {**TILED, "vision_feature_select_strategy": "full"},
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), LEARNED),
 }
 
 
