@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cut_graphs import Client, Tracer
 from cut_oracle import Call, calls
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,3 +65,35 @@ def test_the_reference_gives_a_row_what_it_gives_it_alone(source: Any, positions
         places = vision[row : row + 1, first:] - first
         alone = reference(embeds[row : row + 1, first:], own, positions_of(own), places)
         torch.testing.assert_close(both.logits[row], alone.logits[0])
+
+
+@pytest.mark.parametrize("source", ["previous", "next"])
+def test_the_graph_and_the_reference_agree_on_a_short_row(source: Any, traced: Tracer) -> None:
+    """Prefill and one step behind it."""
+    it = traced("llama")
+    schedule = Resolved(it.facts.layers, None, HALF_THEN_TWO_FIFTHS, source=source, query="text")
+    client = Client(it.cut(schedule))
+    reference = Reference(it.model.model.language_model, it.model.lm_head, schedule)
+    mask = torch.tensor([[1] * 9, [0] + [1] * 8])
+    vision = torch.tensor([[1, 2, 3, 4, 5], [0, 2, 3, 5, 6]])
+    draw = torch.Generator().manual_seed(3)
+    cache = None
+    for length in (9, 1):
+        embeds = torch.randn(2, length, it.model.config.text_config.hidden_size, generator=draw)
+        positions = positions_of(mask)[:, -length:]
+        wanted = reference(embeds, mask, positions, vision, cache)
+        actual = client(
+            inputs_embeds=embeds.numpy(),
+            attention_mask=mask.numpy(),
+            position_ids=positions.numpy(),
+            vision_index=vision.numpy(),
+        )
+        for number, kept in enumerate(wanted.kept):
+            assert actual[f"kept.{number}"].tolist() == kept.tolist()
+        np.testing.assert_allclose(actual["logits"], wanted.logits.numpy(), atol=2e-5)
+        mask, vision, cache = (
+            torch.nn.functional.pad(mask, (0, 1), value=1),
+            vision[:, :0],
+            wanted.cache,
+        )
+    assert mask.shape == (2, 11)
