@@ -13,6 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from vtr_export.errors import AnalysisError, InputError
 from vtr_export.passes.canonical_attention import CanonicalAttention
 from vtr_export.passes.derive_vision_index import DeriveVisionIndex
+from vtr_export.passes.hide_keys import HideKeys
 from vtr_export.passes.lift_embeddings import LiftEmbeddings, LowerEmbeddings
 from vtr_export.passes.name_caches import NameCaches
 from vtr_export.passes.name_inputs import NameInputs
@@ -26,6 +27,7 @@ IMAGE = 7
 PASSES: dict[str, Callable[[], ir.passes.InPlacePass]] = {
     "canonical_attention": CanonicalAttention,
     "derive_vision_index": lambda: DeriveVisionIndex(IMAGE),
+    "hide_keys": lambda: HideKeys((1, 2)),
     "lift_embeddings": LiftEmbeddings,
     "name_caches": NameCaches,
     "name_inputs": NameInputs,
@@ -64,6 +66,8 @@ def feeds(batch: int = 2) -> dict[str, Array]:
         "added": np.where(visible, 0, -1e9).astype(np.float32),
         "attention_mask": np.ones((2, 7), np.int64),
         "position_ids": np.broadcast_to(np.arange(4, 7), (2, 3)),
+        "visible.0": np.ones((2, 7), np.int64),
+        "visible.1": np.ones((2, 7), np.int64),
         "seqlens_k": np.array([6, 6], np.int32),
         "total_sequence_length": np.array([7], np.int32),
         "input_ids": np.array([[IMAGE, 1, IMAGE], [2, IMAGE, IMAGE]]),

@@ -145,6 +145,11 @@ def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     command = ["export", "--onnx", file, "--schedule", schedule, "--out", tmp_path / "out"]
     done = vtr(*command, "--image-tokens", IMAGE, "--json")
     said = done.json
+    assert [gate["name"] for gate in said["gates"]] == [
+        "canonical",
+        "keep_all",
+        "dropped_as_hidden",
+    ]
     assert (done.code, said["layers"], said["verified"]) == (0, LAYERS, True)
     assert said["vision_tokens_per_layer"] == [8, 5, 2]
     assert {"decoder.onnx", "decoder.onnx.data", "schedule.yaml"} == set(said["files"])

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -13,6 +14,7 @@ from written_llama import MICROSOFT, Style, tiny_llama, write
 from vtr_export.errors import AnalysisError, GateError, InputError, ScheduleError, VtrError
 from vtr_export.retrofit import check
 from vtr_export.retrofit.check import check_file
+from vtr_export.retrofit.gates import hidden
 
 GQA = Style("gqa_rotary", "skip", opset=20, positions="none")
 MATMUL = Style("matmul", "plain", opset=17)
@@ -122,6 +124,19 @@ def test_a_decoder_that_a_cut_would_change_is_refused(name: str, tmp_path: Path)
     style, changes, words = CASES[name]
     error = refused(saved(tmp_path, style, changes), tmp_path, AnalysisError, words)
     assert error.where
+
+
+def test_a_cut_that_drops_others_than_it_says_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin is told that the first vision tokens were kept, whichever were."""
+
+    def first_ones(asked: Any, kept: Any) -> Any:
+        return hidden(asked, [[np.sort(each % each.shape[1], 1) for each in call] for call in kept])
+
+    monkeypatch.setattr("vtr_export.retrofit.retrofit.hidden", first_ones)
+    file = saved(tmp_path, MATMUL, {})
+    refused(file, tmp_path, GateError, "dropped_as_hidden.*nothing was published")
 
 
 def test_an_old_opset_is_refused(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ class Player:
         self.roles, self.carried = roles, carried
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.cache: dict[str, Array] = {}
+        self.kept: list[list[Array]] = []  # of each call, the columns each cut kept
 
     @property
     def dtype(self) -> str:
@@ -70,6 +71,8 @@ class Player:
             ) from None
         found = dict(zip(self.outputs, results, strict=True))
         self.cache = {past: found[present] for past, present in self.carried.items()}
+        names = sorted(name for name in found if name.startswith("kept."))
+        self.kept.append([found[name] for name in sorted(names, key=_number)])
         logits: Array = found[self.logits]
         return logits
 
@@ -109,6 +112,44 @@ _DTYPES: Final[Mapping[str, Any]] = {
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
 }
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition(".")[2])
+
+
+def hidden(
+    asked: Sequence[Sequence[Mapping[str, Array]]], kept: Sequence[Sequence[Array]]
+) -> list[list[dict[str, Array]]]:
+    """The same calls, told which keys each stage sees: ``visible.J`` [B,T] of ``HideKeys``."""
+    found, chosen = [], iter(kept)
+    for calls in asked:
+        seen: list[Array] = []
+        told = []
+        for call in calls:
+            now = _visible(next(chosen), call["position_ids"].shape)
+            before = seen or [np.zeros((len(each), 0), np.int64) for each in now]
+            seen = [np.concatenate(pair, 1) for pair in zip(before, now, strict=True)]
+            told.append({**call, **{f"visible.{stage}": each for stage, each in enumerate(seen)}})
+        found.append(told)
+    return found
+
+
+def _visible(kept: Sequence[Array], shape: tuple[int, ...]) -> list[Array]:
+    """Of this call's columns, those that are there behind each cut."""
+    columns: Array = np.broadcast_to(np.arange(shape[-1]), shape)
+    found = []
+    for each in kept:
+        columns = np.take_along_axis(columns, each, 1)
+        now = np.zeros(shape, np.int64)
+        np.put_along_axis(now, columns, 1, 1)
+        found.append(now)
+    return found
+
+
+def last_rows(logits: Sequence[Array]) -> list[Array]:
+    """Of each call: the row that every schedule keeps."""
+    return [each[:, -1:] for each in logits]
 
 
 def _open(file: Path) -> Any:

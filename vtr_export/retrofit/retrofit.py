@@ -16,6 +16,7 @@ from vtr_export.compile import run
 from vtr_export.errors import AnalysisError, GateError, InputError
 from vtr_export.manifest import Gate
 from vtr_export.passes.derive_vision_index import DeriveVisionIndex
+from vtr_export.passes.hide_keys import HideKeys
 from vtr_export.passes.insert_cuts import InsertCuts
 from vtr_export.passes.lift_embeddings import LowerEmbeddings
 from vtr_export.process import Announce, Clock
@@ -23,8 +24,9 @@ from vtr_export.publish import check_target, publish
 from vtr_export.published import hash_files, sha256_of
 from vtr_export.retrofit.canonical import Decoder, canonicalise, load
 from vtr_export.retrofit.check import Verdict, check_file
-from vtr_export.retrofit.gates import BARS, Player, compare, conversations
+from vtr_export.retrofit.gates import BARS, Player, compare, conversations, hidden, last_rows
 from vtr_export.retrofit.manifest import DecoderManifest, Facts, Original, stages
+from vtr_export.retrofit.probe import Array
 from vtr_export.schedule import Cut, Keep, Resolved, Schedule
 
 GRAPH: Final = "decoder.onnx"
@@ -134,11 +136,15 @@ def _understood(file: Path) -> Decoder:
         ) from error
 
 
-def _cut(decoder: Decoder, schedule: Resolved, request: Request) -> ir.Model:
+def _cut(
+    decoder: Decoder, schedule: Resolved | None, request: Request, *others: ir.passes.PassBase
+) -> ir.Model:
     """A copy of the canonical decoder with the schedule's cuts, its inputs as they will be."""
+    cuts = () if schedule is None else (InsertCuts(schedule, tunable=request.tunable),)
     model = run(
         (
-            InsertCuts(schedule, tunable=request.tunable),
+            *cuts,
+            *others,
             LowerEmbeddings(),
             DeriveVisionIndex(request.image_token_id),
             common.RemoveUnusedNodesPass(),
@@ -159,7 +165,7 @@ def _save(model: ir.Model, folder: Path) -> None:
 
 
 def _compare(request: Request, decoder: Decoder, schedule: Resolved, staging: Path) -> list[Gate]:
-    """The given decoder, ours without cuts, ours with cuts that keep all; and the cut one runs."""
+    """The given decoder, ours without cuts, ours with cuts that keep all, the cut one."""
     plainly = replace(request, image_token_id=None, tunable=False)
     every = replace(
         schedule, cuts=tuple(Cut(cut.before_layer, Keep(1, 1)) for cut in schedule.cuts)
@@ -174,15 +180,13 @@ def _compare(request: Request, decoder: Decoder, schedule: Resolved, staging: Pa
     bar = BARS.get(given.dtype, max(BARS.values()))
     expected = given.play(asked)
     del given
-    with _beside(_cut(decoder, replace(schedule, cuts=()), plainly), staging) as file:
+    with _beside(_cut(decoder, None, plainly), staging) as file:
         plain = _player(file).play(asked)
     gates = [compare("canonical", expected, plain, bar)]
     if schedule.cuts:
         with _beside(_cut(decoder, every, plainly), staging) as file:
             gates.append(compare("keep_all", plain, _player(file).play(asked), bar))
-        if not request.tunable:
-            pruned = _player(staging / GRAPH).play(asked)
-            gates.append(compare("runs", pruned, pruned, bar))
+        gates += _compare_cut(request, decoder, schedule, staging, asked, bar)
     for gate in gates:
         if not gate.passed:
             raise GateError(
@@ -192,6 +196,29 @@ def _compare(request: Request, decoder: Decoder, schedule: Resolved, staging: Pa
                 hint="report the graph; vtr inspect shows what was found in it",
             )
     return gates
+
+
+def _compare_cut(
+    request: Request,
+    decoder: Decoder,
+    schedule: Resolved,
+    staging: Path,
+    asked: list[list[dict[str, Array]]],
+    bar: float,
+) -> list[Gate]:
+    """The published decoder beside one that hides what it drops, and drops nothing.
+
+    Not for positions that are numbered anew, nor for budgets that are an input.
+    """
+    if request.tunable or schedule.positions == "repacked":
+        return []
+    player = _player(staging / GRAPH)
+    found = last_rows(player.play(asked))
+    told, firsts = hidden(asked, player.kept), [cut.before_layer for cut in schedule.cuts]
+    plainly = replace(request, image_token_id=None)
+    with _beside(_cut(decoder, None, plainly, HideKeys(firsts)), staging) as file:
+        expected = last_rows(_player(file).play(told))
+    return [compare("dropped_as_hidden", expected, found, bar)]
 
 
 @contextmanager
