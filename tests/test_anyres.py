@@ -177,7 +177,7 @@ def test_several_images_of_one_prompt_have_no_tiles_in_onevision() -> None:
         ({"image_grid_pinpoints": [[336, 500]]}, "in tiles of 336 pixels"),
         ({"image_grid_pinpoints": []}, "in tiles of 336 pixels"),
         ({"vision_feature_select_strategy": "full"}, "577 tokens, which are no 24 rows of 24"),
-        ({"text_config": {"model_type": "gemma"}}, "gemma"),
+        ({"text_config": {"model_type": "mamba"}}, "mamba"),
     ],
 )
 def test_models_whose_tiles_do_not_fit_are_refused(change: dict[str, Any], said: str) -> None:

@@ -176,7 +176,7 @@ def test_the_nested_file_is_looked_at_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"image_processor_type": "Qwen2VLImageProcessor"}, "Qwen2VLImageProcessor"),
+        ({"image_processor_type": "FlavaImageProcessor"}, "FlavaImageProcessor"),
         (
             {"image_processor_type": "CLIPImageProcessor", "do_image_splitting": True},
             "do_image_splitting",

@@ -35,6 +35,9 @@ from vtr_export.verify.processors import without_videos
 TILE, PATCH = 28, 7  # pixels
 VIDEO = 63  # the token
 CLIP_SIZES = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
+VIDEO_TEMPLATE = tiny_models.CHAT_TEMPLATE.replace(
+    "{% else %}", "{% elif part['type'] == 'video' %} <video>{% else %}"
+)
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 
 
@@ -117,7 +120,7 @@ def llava_onevision(folder: Path, seed: int = 0) -> PreTrainedModel:
         num_image_tokens=(TILE // PATCH) ** 2,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_3",
-        chat_template=tiny_models.CHAT_TEMPLATE,
+        chat_template=VIDEO_TEMPLATE,
     )
     return save(LlavaOnevisionForConditionalGeneration(config), processor, folder, seed)
 
@@ -155,6 +158,6 @@ def video_llava(folder: Path, seed: int = 0) -> PreTrainedModel:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=tiny_models.CHAT_TEMPLATE,
+        chat_template=VIDEO_TEMPLATE,
     )
     return save(VideoLlavaForConditionalGeneration(config), processor, folder, seed)

@@ -44,6 +44,7 @@ ASSETS = (
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
 )
 NEEDED_TO_RUN = {
     "tokenizer.json": "token ids",

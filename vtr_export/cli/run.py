@@ -34,6 +34,10 @@ def run(
     image: Annotated[
         list[Path] | None, typer.Option("--image", "-i", help="Image file; repeat for several.")
     ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option("--video", help="Folder of a video's frames, by name; repeat for several."),
+    ] = None,
     no_image: Annotated[
         bool, typer.Option("--no-image", help="The prompt needs none: ask about the text alone.")
     ] = False,
@@ -62,13 +66,14 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Answer a prompt; the answer alone goes to stdout."""
-    images = list(image or ())
-    _check_images(images, no_image)
+    _check_images([*(image or ()), *(video or ())], no_image)
     if show_kept is not None:
-        _check_picture(show_kept, images)
+        _check_picture(show_kept, list(image or ()))
     keeps = None if keep is None else _numbers(keep)
     from vtr_export.runtime.artifact import Artifact
+    from vtr_export.runtime.images import Video
 
+    images = [*(image or ()), *(Video.of_folder(folder) for folder in video or ())]
     loaded = Artifact.load(artifact, device=device, threads=threads, keep=keeps)
     live = stream and not as_json
     answer = loaded.generate(

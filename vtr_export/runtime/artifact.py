@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from vtr_export.published import kind_of
 from vtr_export.runtime.batch import Ints
 from vtr_export.runtime.decoder import Cache, Decoder
 from vtr_export.runtime.generation import Finish, Generated, generate
-from vtr_export.runtime.images import ImageInputs, Picture, Seen
+from vtr_export.runtime.images import ImageInputs, Picture, Seen, Video
 from vtr_export.runtime.model import Model
 from vtr_export.runtime.processor import Form, Processor
 from vtr_export.runtime.sampling import Options
@@ -169,7 +170,7 @@ class Artifact:
     def prepare(self, requests: Sequence[Request]) -> Prepared:
         """Images and token ids of a first call."""
         start = time.perf_counter()
-        texts = [self.written(request.prompt, len(request.images)) for request in requests]
+        texts = [self.written(request.prompt, request.images) for request in requests]
         images = [image for request in requests for image in request.images]
         inputs = self.image_inputs(images, [len(request.images) for request in requests])
         seen = () if inputs is None else inputs.seen
@@ -179,11 +180,11 @@ class Artifact:
             rows.append(Row(tuple(self.processor.token_ids(text, own, form)), len(own)))
         return Prepared(tuple(rows), inputs, time.perf_counter() - start)
 
-    def written(self, prompt: str, images: int) -> tuple[str, Form]:
+    def written(self, prompt: str, images: Sequence[Picture]) -> tuple[str, Form]:
         """A first prompt as text, and how to encode it."""
         if self.processor.is_written_out(prompt):
             return prompt, "plain"
-        return self.processor.render(self.processor.messages(prompt, images)), "chat"
+        return self.processor.render(self.processor.messages(prompt, *count(images))), "chat"
 
     def image_inputs(
         self, images: Sequence[Picture], counts: Sequence[int] | None = None
@@ -194,6 +195,11 @@ class Artifact:
         """
         if not images:
             return None
+        if self.manifest.schedule.rank == "per_image" and count(images)[1]:
+            raise InputError(
+                "this artifact ranks the tokens of each image apart, and a video has more",
+                hint="export it again with rank: joint",
+            )
         inputs = self.processor.image_inputs(images, counts or [len(images)])
         if misfits := self.model.misfits(inputs.feeds):
             raise ArtifactError(
@@ -305,11 +311,17 @@ class Artifact:
         )
 
 
+def count(images: Sequence[Picture]) -> tuple[int, int]:
+    """How many images, and how many videos."""
+    videos = sum(isinstance(image, Video) for image in images)
+    return len(images) - videos, videos
+
+
 def as_list(images: Sequence[Picture] | Picture | None) -> Sequence[Picture]:
     """One image, several or none as a sequence."""
     if images is None:
         return ()
-    return [images] if isinstance(images, str | Path | bytes | Image.Image) else images
+    return [images] if isinstance(images, str | Path | bytes | Image.Image | Video) else images
 
 
 def _open_graphs(
@@ -365,9 +377,10 @@ def _keeps(manifest: Manifest, keep: Sequence[int] | None) -> Ints | None:
     fits = len(wanted) == len(limits) and all(
         0 <= number <= limit for number, limit in zip(wanted, limits, strict=True)
     )
-    if not fits or wanted != sorted(wanted, reverse=True):
+    kept = [Fraction(*pair) for pair in zip(wanted, limits, strict=False)]
+    if not fits or kept != sorted(kept, reverse=True):
         raise InputError(
             f"keep {wanted} does not fit",
-            hint=f"give {len(limits)} numbers, none above the one before or above {limits}",
+            hint=f"give {len(limits)} numbers out of {limits}, none a larger share than before",
         )
     return np.array(wanted, np.int64)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtr_export.errors import InputError
-from vtr_export.runtime.artifact import Answer, Artifact, Prepared, Row, Stream, as_list
+from vtr_export.runtime.artifact import Answer, Artifact, Prepared, Row, Stream, as_list, count
 from vtr_export.runtime.images import Picture
 from vtr_export.runtime.processor import Form
 from vtr_export.runtime.sampling import Options
@@ -46,7 +46,7 @@ class Conversation:
         given = as_list(images)
         chosen = Options(**options)
         written_out = self._written_out if self.turns else self._takes_as_is(prompt)
-        messages = [] if written_out else [*self._messages, *self._turn(prompt, len(given))]
+        messages = [] if written_out else [*self._messages, *self._turn(prompt, given)]
         prepared = self._prepare(prompt, given, messages)
         (answer,), generated = self.artifact.answer(self._cache, prepared, chosen, stream)
         self._written_out, self._cache = written_out, generated.cache
@@ -58,9 +58,10 @@ class Conversation:
     def _takes_as_is(self, prompt: str) -> bool:
         return self.artifact.processor.is_written_out(prompt)
 
-    def _turn(self, prompt: str, images: int) -> list[Any]:
-        placed = self.artifact.processor.image_token in prompt
-        return list(self.artifact.processor.messages(prompt, 0 if placed else images))
+    def _turn(self, prompt: str, images: Sequence[Picture]) -> list[Any]:
+        processor = self.artifact.processor
+        given = () if processor.placeholder.places(prompt) else images
+        return list(processor.messages(prompt, *count(given)))
 
     def _prepare(self, prompt: str, images: Sequence[Picture], messages: Sequence[Any]) -> Prepared:
         start = time.perf_counter()

@@ -19,8 +19,14 @@ class Placeholder:
     place: str
     token: str
     written: Callable[[Seen], str]
-    prompt: Callable[[str, int], str] | None = None
     joined: Callable[[str], str] = str  # the whole text, once the images are written
+    prompt: Callable[[str, int], str] | None = None
+    video: str | None = None  # stands for a video; it becomes image tokens too, which are replaced
+
+    def places(self, text: str) -> list[str]:
+        """Those in a text, in order."""
+        known = [re.escape(place) for place in (self.place, self.video) if place is not None]
+        return re.findall("|".join(known), text)
 
 
 Special: TypeAlias = Mapping[str, str]  # the tokenizer's special tokens by name
@@ -31,6 +37,12 @@ def plain(special: Special, config: Mapping[str, Any]) -> Placeholder:
     """The image token, so many times; ``config`` is ``processor_config.json``."""
     token = str(special.get("image_token") or config.get("image_token") or "<image>")
     return Placeholder(token, token, lambda image: token * image.tokens)
+
+
+def with_videos(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """As an image; a video has a place of its own."""
+    place = special.get("video_token") or config.get("video_token") or "<video>"
+    return replace(plain(special, config), video=str(place))
 
 
 def qwen_vl(special: Special, config: Mapping[str, Any]) -> Placeholder:
@@ -56,7 +68,9 @@ def idefics2(special: Special, config: Mapping[str, Any]) -> Placeholder:
     def joined(text: str) -> str:
         return re.sub(rf"{re.escape(fake)}(?=[^\s<])", f"{fake} ", text.replace(fake + fake, fake))
 
-    return Placeholder(token, token, lambda image: tile * (image.tokens // latents), joined=joined)
+    return Placeholder(
+        token, token, lambda image: tile * (image.tokens // latents), joined=joined
+    )
 
 
 def pixtral(_: Special, config: Mapping[str, Any]) -> Placeholder:
@@ -116,10 +130,12 @@ def idefics3(special: Special, _: Mapping[str, Any]) -> Placeholder:
 
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     "Gemma3Processor": gemma3,
-    "Idefics3Processor": idefics3,
     "Idefics2Processor": idefics2,
+    "Idefics3Processor": idefics3,
     "InternVLProcessor": internvl,
+    "LlavaOnevisionProcessor": with_videos,
     "PixtralProcessor": pixtral,
+    "VideoLlavaProcessor": with_videos,
     "PaliGemmaProcessor": paligemma,
     "Qwen2VLProcessor": qwen_vl,
     "Qwen2_5_VLProcessor": qwen_vl,

@@ -103,11 +103,12 @@ class Processor:
         if count != tokens:
             raise self._broken(f"it counts {count} tokens for an image, the model {tokens}")
 
-    def messages(self, question: str, images: int) -> list[Message]:
-        """One user turn: the images, then the question."""
+    def messages(self, question: str, images: int, videos: int = 0) -> list[Message]:
+        """One user turn: the images, the videos, then the question."""
         if self.template is not None and not self.template.lists:
-            return [{"role": "user", "content": self.image_token * images + question}]
-        parts = [{"type": "image"} for _ in range(images)]
+            places = self.image_token * images + (self.placeholder.video or "") * videos
+            return [{"role": "user", "content": places + question}]
+        parts = [{"type": "image"}] * images + [{"type": "video"}] * videos
         return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
 
     def render(self, messages: Sequence[Message], *, ask: bool = True) -> str:
@@ -123,7 +124,7 @@ class Processor:
 
     def is_written_out(self, prompt: str) -> bool:
         """Whether a prompt is to be taken as it is: it places its images itself."""
-        return self.template is None or self.image_token in prompt
+        return self.template is None or bool(self.placeholder.places(prompt))
 
     def token_ids(self, text: str, images: Sequence[Seen], form: Form = "plain") -> list[int]:
         """Ids of a text whose n-th placeholder stands for ``images[n]``.
@@ -135,12 +136,15 @@ class Processor:
         whole = self.placeholder.prompt if form == "plain" else None
         if whole is not None:
             text = whole(text, len(images))
-        parts = text.split(self.image_token)
-        if len(parts) - 1 != len(images):
-            raise self._miscounted(len(parts) - 1, len(images))
-        spread = parts[0]
-        for image, part in zip(images, parts[1:], strict=True):
-            spread += self.placeholder.written(image) + part
+        places = self.placeholder.places(text)
+        if len(places) != len(images):
+            raise self._miscounted(len(places), len(images))
+        spread, rest = "", text
+        for image, place in zip(images, places, strict=True):
+            self._check_place(image, place)
+            before, _, rest = rest.partition(place)
+            spread += before + self.placeholder.written(image)
+        spread += rest
         spread = self.placeholder.joined(spread)
         if form == "continued":
             return self.tokenizer.encode_continued(spread)
@@ -167,6 +171,15 @@ class Processor:
             where=str(self.folder / PROCESSOR),
             hint="see patch_size, num_additional_image_tokens, vision_feature_select_strategy",
         )
+
+    def _check_place(self, image: Seen, place: str) -> None:
+        """An image at an image's place, a video at a video's."""
+        if image.is_video != (place == self.placeholder.video):
+            given = "a video" if image.is_video else "an image"
+            raise InputError(
+                f"the prompt has {place} where {given} is given",
+                hint="give images and videos in the order of their places; images come first",
+            )
 
     def _miscounted(self, placeholders: int, images: int) -> InputError:
         if not placeholders:

@@ -12,15 +12,22 @@ CORNERS = 4  # rows that one token is blended of
 
 
 def projected(model: Any, pixel_values: Tensor) -> Tensor:
-    """[images or tiles, tokens, D]: the selected layers of the tower, side by side, projected."""
-    config, model = model.config, model.model
-    layers = config.vision_feature_layer
-    hidden = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-    strategy = getattr(config, "vision_feature_select_strategy", "default")
-    first = 1 if strategy == "default" else 0
+    """[images or tiles, tokens, D]: what LLaVA's one tower gives."""
+    return seen_by(model, model.model.vision_tower, pixel_values, dropped(model.config))
+
+
+def dropped(config: Any) -> int:
+    """Tokens that come first and are left out."""
+    return 1 if config.vision_feature_select_strategy == "default" else 0
+
+
+def seen_by(model: Any, tower: Any, pixel_values: Tensor, first: int) -> Tensor:
+    """[images, tokens, D]: selected layers of a tower side by side, from a token on, projected."""
+    layers = model.config.vision_feature_layer
+    hidden = tower(pixel_values, output_hidden_states=True).hidden_states
     chosen = [layers] if isinstance(layers, int) else layers
     features = torch.cat([hidden[layer][:, first:] for layer in chosen], dim=-1)
-    found: Tensor = model.multi_modal_projector(features)
+    found: Tensor = model.model.multi_modal_projector(features)
     return found
 
 

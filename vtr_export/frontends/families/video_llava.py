@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vtr_export.families import ModelFacts
+from vtr_export.frontends.families.llava import dropped, seen_by
 from vtr_export.frontends.feeds import Feed
 
 
@@ -13,8 +14,9 @@ def packed(
     model: Any, pixel_values: Tensor, pixel_values_videos: Tensor, pack_index: Tensor
 ) -> Tensor:
     """[tokens, D]: rows of ``pack_index`` of the images' tokens and then the frames'."""
-    images = model.model.get_image_features(pixel_values).pooler_output
-    frames = model.model.get_video_features(pixel_values_videos[None]).pooler_output
+    own = model.model
+    images = seen_by(model, own.image_tower, pixel_values, dropped(model.config))
+    frames = seen_by(model, own.video_tower, pixel_values_videos, 0)
     rows = torch.cat((images.flatten(0, 1), frames.flatten(0, 1)))
     return torch.index_select(rows, 0, pack_index)
 

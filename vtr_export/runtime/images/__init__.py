@@ -2,7 +2,7 @@
 
 from vtr_export.runtime.images.inputs import ByPrompt, ImageInputs, ImageKind, Seen
 from vtr_export.runtime.images.kinds import PREPROCESSOR, PROCESSOR, read_kind
-from vtr_export.runtime.images.picture import Picture, load
+from vtr_export.runtime.images.picture import Picture, Video, load
 
 __all__ = [
     "PREPROCESSOR",
@@ -12,6 +12,7 @@ __all__ = [
     "ImageKind",
     "Picture",
     "Seen",
+    "Video",
     "load",
     "read_kind",
 ]

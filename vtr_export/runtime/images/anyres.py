@@ -2,19 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil, inf
 from typing import Any, Final
 
 import numpy as np
 from PIL import Image
 
-from vtr_export.errors import ArtifactError
+from vtr_export.errors import ArtifactError, InputError
 from vtr_export.families import ModelFacts
 from vtr_export.families.section import defaults
 from vtr_export.runtime.images.inputs import Array, ImageInputs, Seen
-from vtr_export.runtime.images.picture import Picture
+from vtr_export.runtime.images.picture import Picture, Video
 from vtr_export.runtime.images.plain import CLIP_MEAN, ImageFacts, pad_square
-from vtr_export.runtime.images.tile_tokens import Tokens, all_of_first, joined, newline, tiled
+from vtr_export.runtime.images.tile_tokens import (
+    Tokens,
+    all_of_first,
+    joined,
+    newline,
+    pooled,
+    tiled,
+)
 
 PROCESSORS: Final = {  # whose pinpoints they take where their file is silent
     "LlavaNextImageProcessor": "llava_next",
@@ -25,10 +33,10 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True)
 class Tiled:
-    """One image: the whole of it and then its tiles, [tiles, 3, H, W], and its tokens."""
+    """One image: the whole of it and then its tiles, [tiles, 3, H, W]; or a video's frames."""
 
     pixels: Array
-    size: Size  # of the image, in pixels
+    size: Size | None  # of the image, in pixels; None of a video
     tokens: Tokens
 
 
@@ -88,8 +96,14 @@ class AnyresFacts:
         return Tiled(np.stack(pieces), (height, width), tokens)
 
     def view(self, inputs: ImageInputs, number: int) -> Image.Image:
-        """The whole image, without its tiles."""
-        return self.tile.picture(inputs.given["pixel_values"][number, 0])
+        """The whole image, without its tiles; InputError for a video."""
+        if inputs.seen[number].is_video:
+            raise InputError(
+                "what is kept of a video cannot be drawn",
+                hint="leave --show-kept out; the answer's JSON lists the kept tokens",
+            )
+        before = sum(not image.is_video for image in inputs.seen[:number])
+        return self.tile.picture(inputs.given["pixel_values"][before, 0])
 
     def _check(self, facts: ModelFacts) -> None:
         """The model counts tiles by its own configuration."""
@@ -112,18 +126,24 @@ class AnyresFacts:
 class OnevisionFacts(AnyresFacts):
     """As LLaVA-NeXT; what has too many tokens is shrunk, and only a prompt's lone image has tiles.
 
-    ``counts`` are the images of each prompt; None takes each for the only one of its prompt.
+    ``counts`` are the images and videos of each prompt; None takes each for the only one of its
+    prompt.
     """
 
+    frame: ImageFacts  # what is done to a video's frames
     counts: tuple[int, ...] | None = None
     color: tuple[int, ...] = (0, 0, 0)  # by channel, around an image that is none
 
     @classmethod
     def read(cls, kind: str, config: Mapping[str, Any], where: str) -> "OnevisionFacts":
-        """As LLaVA-NeXT's."""
+        """As LLaVA-NeXT's; a video's frames have facts of their own."""
         base = AnyresFacts.read(kind, config, where)
         mean = config.get("image_mean") or CLIP_MEAN
-        return cls(**vars(base), color=tuple(int(share * 255) for share in mean))
+        return cls(
+            **vars(base),
+            frame=read_frames(kind, config, where),
+            color=tuple(int(share * 255) for share in mean),
+        )
 
     def of_prompts(self, counts: Sequence[int]) -> "OnevisionFacts":
         """For images of several prompts."""
@@ -132,16 +152,29 @@ class OnevisionFacts(AnyresFacts):
     def inputs(self, images: Sequence[Picture], facts: ModelFacts) -> ImageInputs:
         """Tiles and blended tokens; an image among others is one tile and a newline."""
         self._check(facts)
-        counts = [1] * len(images) if self.counts is None else [n for n in self.counts if n]
-        alone = [count == 1 for count in counts for _ in range(count)]
+        stills = self._stills(images)
+        alone = [count == 1 for count in stills for _ in range(count)]
         parts = [
-            self._tiled(image, facts) if is_alone else self._square(image, facts)
-            for image, is_alone in zip(images, alone, strict=True)
+            self._video(image, facts)
+            if isinstance(image, Video)
+            else self._tiled(image, facts)
+            if alone.pop(0)
+            else self._square(image, facts)
+            for image in images
         ]
         tokens = _side_by_side(parts, facts)
         made = _together(parts, {"pack_index": tokens.index, "pack_weight": tokens.weight})
-        given = {**made.given, "batch_num_images": np.array(counts, np.int64)}
+        if not stills:
+            return made
+        given = {**made.given, "batch_num_images": np.array(stills, np.int64)}
         return replace(made, given=given)
+
+    def _stills(self, images: Sequence[Picture]) -> list[int]:
+        """Images of each prompt that has some."""
+        ends = np.cumsum([1] * len(images) if self.counts is None else self.counts).tolist()
+        prompts = [images[start:end] for start, end in pairwise((0, *ends))]
+        counts = [sum(not isinstance(each, Video) for each in prompt) for prompt in prompts]
+        return [count for count in counts if count]
 
     def _square(self, image: Picture, facts: ModelFacts) -> Tiled:
         assert facts.anyres is not None
@@ -149,6 +182,20 @@ class OnevisionFacts(AnyresFacts):
         whole = self.tile.prepare(pad_square(pixels, self.color))
         tokens = joined(all_of_first(facts.anyres), newline())
         return Tiled(whole[None], (pixels.shape[1], pixels.shape[2]), tokens)
+
+    def _video(self, video: Video, facts: ModelFacts) -> Tiled:
+        assert facts.anyres is not None
+        pixels = self.frame.pixel_values(video.frames)
+        return Tiled(pixels, None, pooled(facts.anyres, len(pixels)))
+
+
+def read_frames(kind: str, config: Mapping[str, Any], where: str) -> ImageFacts:
+    """What is done to each frame of a video; an image's facts where the file has none.
+
+    Frames are not sampled: those that are given are the sample.
+    """
+    own = config.get("video_processor") or config
+    return ImageFacts.read(kind, {**own, "do_sample_frames": False}, where)
 
 
 def _side_by_side(parts: Sequence[Tiled], facts: ModelFacts) -> Tokens:
@@ -163,14 +210,16 @@ def _side_by_side(parts: Sequence[Tiled], facts: ModelFacts) -> Tokens:
 
 def _together(parts: Sequence[Tiled], pack: Mapping[str, Array]) -> ImageInputs:
     """``given`` has as many tiles for each image: zeros where they have fewer."""
-    most = max(len(part.pixels) for part in parts)
+    stills = [part for part in parts if part.size is not None]
+    most = max((len(part.pixels) for part in stills), default=0)
+    given = {
+        "pixel_values": np.stack([_padded(part.pixels, most) for part in stills]),
+        "image_sizes": np.array([part.size for part in stills], np.int64),
+    } if stills else {}  # fmt: skip
     return ImageInputs(
         {"pixel_values": np.concatenate([part.pixels for part in parts]), **pack},
-        {
-            "pixel_values": np.stack([_padded(part.pixels, most) for part in parts]),
-            "image_sizes": np.array([part.size for part in parts], np.int64),
-        },
-        tuple(Seen(len(part.tokens)) for part in parts),
+        given,
+        tuple(Seen(len(part.tokens), is_video=part.size is None) for part in parts),
     )
 
 

@@ -25,6 +25,7 @@ class Seen:
     tokens: int
     grid: tuple[int, int, int] | None = None
     tiles: tuple[int, int] | None = None
+    is_video: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class ImageInputs:
     """The images of one call, in the order of their places.
 
     ``feeds`` are the vision encoder's inputs by name. ``given`` is what transformers' processor
-    gives its own model for the same images: the same values under transformers' names.
+    gives its own model for the same images: the same values under transformers' names, of still
+    images only.
     """
 
     feeds: Mapping[str, Array]

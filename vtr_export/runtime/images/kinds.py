@@ -20,14 +20,15 @@ from vtr_export.runtime.json_files import read_json
 from vtr_export.runtime.processor_class import processor_class
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+VIDEOS = "video_preprocessor_config.json"
 Read = Callable[[str, Mapping[str, Any], str], ImageKind]
 KINDS: Final[Mapping[str, Read]] = {
     **dict.fromkeys(plain.PROCESSORS, plain.ImageFacts.read),
     **dict.fromkeys(idefics2.PROCESSORS, idefics2.SplitFacts.read),
+    **dict.fromkeys(idefics3.PROCESSORS, idefics3.CutFacts.read),
     **dict.fromkeys(pixtral.PROCESSORS, pixtral.EdgeFacts.read),
     "LlavaNextImageProcessor": anyres.AnyresFacts.read,
     "LlavaOnevisionImageProcessor": anyres.OnevisionFacts.read,
-    **dict.fromkeys(idefics3.PROCESSORS, idefics3.CutFacts.read),
     **dict.fromkeys(patches.PROCESSORS, patches.PatchFacts.read),
     **dict.fromkeys(video_llava.PROCESSORS, video_llava.TwoTowers.read),
     **dict.fromkeys(tiles.PROCESSORS, tiles.TileFacts.read),
@@ -36,7 +37,9 @@ ASKED: Final[Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]] = {
     # what a whole processor, of this processor_config.json, asks of its image processor
     "Gemma3Processor": lambda _: {"do_convert_rgb": True, "do_pan_and_scan": False},
     "InternVLProcessor": lambda _: {"crop_to_patches": True},
+    "LlavaOnevisionProcessor": lambda whole: {"video_processor": whole.get("video_processor")},
     "PixtralProcessor": pixtral.asked,
+    "VideoLlavaProcessor": lambda whole: {"video_processor": whole.get("video_processor")},
 }
 
 
@@ -45,7 +48,7 @@ def read_kind(folder: Path) -> ImageKind:
 
     ArtifactError when neither says anything of images, and for facts we cannot follow.
     """
-    whole = read_json(folder / PROCESSOR)
+    whole = {"video_processor": read_json(folder / VIDEOS), **read_json(folder / PROCESSOR)}
     ask = ASKED.get(processor_class(folder))
     for name in (PROCESSOR, PREPROCESSOR):
         facts = whole.get("image_processor") if name == PROCESSOR else read_json(folder / name)

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -10,11 +11,35 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vtr_export.errors import InputError
 
-Picture: TypeAlias = str | Path | bytes | Image.Image  # a file, its content, or what Pillow opened
+Still: TypeAlias = str | Path | bytes | Image.Image  # a file, its content, or what Pillow opened
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames in order; the model sees each of them."""
+
+    frames: tuple[Still, ...]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Video":
+        """The image files in a folder, by name. InputError where there are none."""
+        known = Image.registered_extensions()
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        frames = tuple(file for file in files if file.suffix.lower() in known)
+        if not frames:
+            hint = "give a folder of its frames as image files, which are taken by name"
+            raise InputError("no folder with frames of a video", where=str(folder), hint=hint)
+        return cls(frames)
+
+
+Picture: TypeAlias = Still | Video
 
 
 def load(image: Picture) -> Image.Image:
     """An image decoded to its last pixel. InputError for what is none, truncated or too large."""
+    if isinstance(image, Video):
+        hint = "give its frames as images, or a model that takes videos"
+        raise InputError("this model takes no videos", hint=hint)
     if isinstance(image, Image.Image):
         with _decoding(str(getattr(image, "filename", ""))):
             image.load()

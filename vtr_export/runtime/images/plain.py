@@ -173,15 +173,18 @@ class ImageFacts:
     def inputs(self, images: Sequence[Picture], facts: ModelFacts) -> ImageInputs:
         """Pixel values, the same for the graph and for transformers."""
         pixels = self.pixel_values(images)
+        values = {"pixel_values": pixels}
+        return ImageInputs(values, values, (self.seen(pixels, facts),) * len(images))
+
+    def seen(self, pixels: Pixels, facts: ModelFacts) -> Seen:
+        """What an image of prepared ``pixels`` becomes."""
         height, width = pixels.shape[-2:]
         tokens = facts.tokens_per_image
         assert tokens is not None, "a family of images of one size"
         assert facts.vision is not None, "it has a tower"
         patch = facts.vision.patch_size * facts.vision.merge
         rows, columns = height // patch, width // patch
-        grid = (1, rows, columns) if tokens >= rows * columns else None
-        values = {"pixel_values": pixels}
-        return ImageInputs(values, values, (Seen(tokens, grid),) * len(images))
+        return Seen(tokens, (1, rows, columns) if tokens >= rows * columns else None)
 
     def view(self, inputs: ImageInputs, number: int) -> Image.Image:
         """One image's pixel values as a picture again."""

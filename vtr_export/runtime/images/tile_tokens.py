@@ -57,6 +57,15 @@ def all_of_first(anyres: Anyres) -> Tokens:
     return plain(np.arange(1, anyres.side**2 + 1))
 
 
+def pooled(anyres: Anyres, frames: int) -> Tokens:
+    """A tile for each frame of a video, halved both ways, and one newline at the end."""
+    side, count = anyres.side, anyres.side**2
+    half = -(-side // 2)
+    small = _blended(np.arange(1, count + 1).reshape(side, side), (half, half))
+    one = Tokens(small.index.reshape(-1, 4), small.weight.reshape(-1, 4))
+    return joined(*(one.after(number * count) for number in range(frames)), newline())
+
+
 def plain(rows: Ints) -> Tokens:
     """Each of ``rows`` [...] as it is."""
     index = np.full((*rows.shape, 4), NEWLINE, np.int64)
