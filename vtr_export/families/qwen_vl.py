@@ -3,10 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Final
 
 from vtr_export.families.decoders import read_decoder
 from vtr_export.families.facts import ModelFacts, VisionFacts
 from vtr_export.families.section import Config, Section, image_token, section_of
+
+LEARNED: Final = 48**2  # positions, where a file of Qwen3-VL does not say how many
 
 
 def qwen2_vl(config: Config, where: str) -> ModelFacts:
@@ -40,7 +43,8 @@ def qwen3_vl(config: Config, where: str) -> ModelFacts:
     kind = config["model_type"]
     _, vision = section_of(config, "vision_config", f"{kind}_vision", where)
     width, out = vision.size("hidden_size"), vision.size("out_hidden_size")
-    inner, learned = vision.size("intermediate_size"), vision.size("num_position_embeddings")
+    inner = vision.size("intermediate_size")
+    learned = vision.number("num_position_embeddings") or LEARNED
     norms, mlp = 4 * width, 2 * width * inner + inner + width
     tower = _tower(vision, width, inner, norms + mlp)
     own = tower.parameters + width + learned * width  # the patches' bias

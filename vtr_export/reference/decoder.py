@@ -288,7 +288,8 @@ class Reference:
         drafted: int = 0,
     ) -> Held:
         """A call before layer 0."""
-        own, *planes = torch.split(embeds, self.decoder.config.hidden_size, -1)
+        width = getattr(self.decoder.config, "hidden_size", embeds.shape[-1])
+        own, *planes = torch.split(embeds, width, -1)
         with self._layers.heard():
             hidden, _ = self._layers.hand(own, positions)
         groups = torch.zeros_like(mask) if groups is None else groups
