@@ -69,6 +69,8 @@ class ModelFacts:
     ``planes``: features that are added to vision tokens behind the first layers, a plane a layer.
     ``context`` ends at ``window`` where some layers see no further back than that. Positions are
     counted from ``first_position``. ``softcap`` bends what attention's softmax takes.
+    ``estimated``: what the model holds and costs is not counted exactly; its
+    ``projector_parameters`` and its tower's are not known.
     """
 
     model_type: str
@@ -95,4 +97,5 @@ class ModelFacts:
     window: int | None = None
     attends: Attends = "causal"
     first_position: int = 0
+    estimated: bool = False
     softcap: float | None = None

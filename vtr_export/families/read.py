@@ -6,6 +6,7 @@ from typing import Final
 from vtr_export.errors import CheckpointError
 from vtr_export.families.facts import ModelFacts
 from vtr_export.families.gemma import gemma3, paligemma
+from vtr_export.families.generic import generic
 from vtr_export.families.idefics2 import idefics2
 from vtr_export.families.idefics3 import idefics3
 from vtr_export.families.internvl import internvl
@@ -14,7 +15,7 @@ from vtr_export.families.llava_next import llava_next
 from vtr_export.families.llava_onevision import llava_onevision
 from vtr_export.families.mistral3 import mistral3
 from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl, qwen3_vl
-from vtr_export.families.section import FRESH, Config
+from vtr_export.families.section import FRESH, Config, architectures
 from vtr_export.families.video_llava import video_llava
 from vtr_export.families.vipllava import vipllava
 
@@ -49,13 +50,15 @@ def read_facts(config: Config, where: str) -> ModelFacts:
     for part in (config, config.get("text_config"), config.get("vision_config")):
         _refuse_quantised(part, where)
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(
-            f"model_type {model_type!r} is not supported",
-            where=where,
-            hint=f"supported: {', '.join(sorted(FAMILIES))}",
-        )
-    return FAMILIES[model_type](config, where)
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type](config, where)
+    if isinstance(model_type, str) and model_type in architectures():
+        return generic(config, where)
+    raise CheckpointError(
+        f"model_type {model_type!r} is not supported",
+        where=where,
+        hint=f"supported: {', '.join(sorted(FAMILIES))}",
+    )
 
 
 def _refuse_quantised(part: object, where: str) -> None:

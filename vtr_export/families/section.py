@@ -13,12 +13,23 @@ Config = Mapping[str, Any]
 FRESH: Final = "check it against a fresh download of the model"
 
 
-@cache
 def defaults() -> Mapping[str, Config]:
     """What transformers' configuration classes say where a file is silent: by ``model_type``."""
-    text = (Path(__file__).parent / "defaults.json").read_text(encoding="utf-8")
-    types: Mapping[str, Config] = json.loads(text)["types"]
+    types: Mapping[str, Config] = _stored()["types"]
     return types
+
+
+def architectures() -> Mapping[str, str]:
+    """Class by ``model_type``: all that transformers has for images and text."""
+    classes: Mapping[str, str] = _stored()["architectures"]
+    return classes
+
+
+@cache
+def _stored() -> Mapping[str, Any]:
+    text = (Path(__file__).parent / "defaults.json").read_text(encoding="utf-8")
+    found: Mapping[str, Any] = json.loads(text)
+    return found
 
 
 @dataclass(frozen=True)

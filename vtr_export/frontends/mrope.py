@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def is_bent(decoder: Any) -> bool:
+    """Whether three positions are put together by a rule that ``straighten`` knows."""
+    return hasattr(getattr(decoder, "rotary_emb", None), "recomposition_frequencies")
+
+
 def straighten(decoder: Any) -> None:
     """Replace the rule by which ``decoder`` puts three positions into one table.
 

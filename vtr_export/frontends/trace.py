@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import onnx_ir as ir
 import torch
@@ -13,8 +13,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module
 from transformers import AttentionInterface
 
+from vtr_export.errors import CheckpointError
+
 OPSET = 24
 DynamicShapes = Any
+HARMLESS: Final = frozenset(  # what an attention may be given without being another attention
+    (
+        *("dropout", "training", "use_cache", "logits_to_keep", "return_dict", "layer_idx"),
+        *("position_ids", "cache_position", "position_embeddings"),  # spent when it is called
+        *("sliding_window", "local_attention"),  # a context ends where they begin to count
+        *("is_causal", "head_mask", "target_dtype", "use_top_left_mask"),
+        *("grid_thw", "image_grid_thw", "cu_seqlens", "max_seqlen", "deterministic"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # kernels without mask
+    )
+)
 
 
 def attention(
@@ -25,9 +37,13 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
-    """One ONNX ``Attention`` node. query [B,H,S,d], key and value [B,kv_heads,T,d]."""
+    """One ONNX ``Attention`` node. query [B,H,S,d], key and value [B,kv_heads,T,d].
+
+    CheckpointError for a term that such a node has not (sinks, a bias, chosen blocks).
+    """
+    _refuse(module, attention_mask, others)
     output = torch.onnx.ops.attention(
         query, key, value, attention_mask, scale=scaling, softcap=softcap or 0.0
     )[0]
@@ -35,6 +51,26 @@ def attention(
 
 
 AttentionInterface.register("vtr", attention)
+
+
+def _refuse(module: Module, mask: Tensor | None, others: Mapping[str, object]) -> None:
+    """What would be lost without a word."""
+    foreign = [
+        name
+        for name, value in others.items()
+        if value is not None
+        and value is not False
+        and name not in HARMLESS
+        and not name.startswith("output_")
+    ]
+    if mask is None and others.get("is_causal") is True:
+        foreign.append("is_causal")
+    if foreign:
+        raise CheckpointError(
+            f"the attention of {type(module).__name__} takes {foreign[0]!r}, "
+            "which no ONNX Attention has",
+            hint="this architecture cannot be exported; report it with its config.json",
+        )
 
 
 @contextmanager

@@ -2,20 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.export import Dim
 from torch.nn import Module
 from transformers import DynamicCache, PreTrainedModel
 
 from vtr_export.checkpoint import Checkpoint, TensorRef
+from vtr_export.errors import CheckpointError
 from vtr_export.families import ModelFacts
+from vtr_export.frontends import generic
 from vtr_export.frontends.experts import open_experts
-from vtr_export.frontends.mrope import straighten
+from vtr_export.frontends.feeds import Feed, VisionGraph
+from vtr_export.frontends.mrope import is_bent, straighten
 from vtr_export.frontends.skeleton import (
     DTYPES,
     build_skeleton,
@@ -97,12 +101,14 @@ class Decoder(Module):
 
 def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     """Trace the checkpoint's model in ``dtype`` (fp32, fp16 or bf16); no weight is read."""
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants, such as a grid
     model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode)
     tensors = name_tensors(model, checkpoint)
     open_experts(model, tensors, mode)
+    if facts.estimated and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # the default's sizes depend on values
     check_shapes(model, tensors)
-    if facts.mrope:
+    if facts.mrope and (not facts.estimated or is_bent(model.get_decoder())):
         straighten(model.get_decoder())
     buffers = dict(model.named_buffers())
     with mode, truncated(model) as stacks:
@@ -132,8 +138,45 @@ def stamp(graph: ir.Model, stack: Stack) -> None:
 
 
 def _trace_vision(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
+    if facts.estimated:
+        return _trace_accessor(model, dtype)
     encoder = vision_graph(facts)
-    feeds = encoder.feeds(facts, dtype)
+    return _trace_encoder(model, encoder, encoder.feeds(facts, dtype))
+
+
+def _trace_accessor(model: PreTrainedModel, dtype: torch.dtype) -> ir.Model:
+    """The first of the forms that torch.export follows; CheckpointError when it follows none."""
+    with unset_fake_temporarily():
+        forms = generic.taken(model, dtype)
+    for last, form in zip((*[False] * (len(forms) - 1), True), forms, strict=True):
+        graph = VisionGraph(partial(_accessed, form.constants), lambda *_: {})
+        try:
+            return _trace_encoder(model, graph, form.feeds)
+        except Exception as error:  # torch.export's own have no common class
+            if last:
+                raise untraceable("vision encoder", model, error) from error
+    raise AssertionError("there is a form")
+
+
+def _accessed(constants: Mapping[str, Tensor], model: PreTrainedModel, **feeds: Tensor) -> Tensor:
+    return generic.encoded(model, constants, **feeds)
+
+
+def untraceable(part: str, model: PreTrainedModel, error: Exception) -> CheckpointError:
+    """What torch.export, or the model's own code under it, stumbled over; in one line."""
+    if isinstance(error, CheckpointError):
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return CheckpointError(
+        f"the {part} of {model.config.model_type} cannot be traced: "
+        f"{type(error).__name__}: {lines[0][:200] if lines else ''}",
+        hint="this architecture cannot be exported; report it with its config.json",
+    )
+
+
+def _trace_encoder(
+    model: PreTrainedModel, encoder: VisionGraph, feeds: Mapping[str, Feed]
+) -> ir.Model:
     return trace(
         VisionEncoder(model, encoder, list(feeds)),
         tuple(feed.example for feed in feeds.values()),
@@ -161,6 +204,15 @@ def _trace_embedding(model: PreTrainedModel) -> ir.Model:
 
 
 def _trace_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
+    if not facts.estimated:
+        return _traced_decoder(model, facts, dtype)
+    try:
+        return _traced_decoder(model, facts, dtype)
+    except Exception as error:  # torch.export's own have no common class
+        raise untraceable("decoder", model, error) from error
+
+
+def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
     batch, sequence, past = 2, 3, 5
     lead = (3,) if facts.mrope else ()
     dims = Dim("batch"), Dim("sequence"), Dim("past")

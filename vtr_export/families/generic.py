@@ -1,0 +1,191 @@
+"""Facts of an architecture without a reader of its own: what its sections say, and why it may not.
+
+What such a decoder holds and costs is an estimate: norms, biases and routers are not counted.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from vtr_export.errors import CheckpointError
+from vtr_export.families.facts import Attends, ModelFacts
+from vtr_export.families.section import FRESH, Config, Section, defaults, filled
+
+SEEN: Final = ("full_attention", "sliding_attention", "chunked_attention")  # by every later row
+CROSSING: Final = "image features enter through cross-attention, not as tokens of the prompt"
+NO_IMAGE: Final = "it takes no image"
+BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
+    "blip": CROSSING,
+    "idefics": CROSSING,
+    "mllama": CROSSING,
+    "evolla": NO_IMAGE,
+    "mistral4": NO_IMAGE,
+    "git": "features stand before the prompt and have no tokens in it",
+    "diffusion_gemma": "it fills blocks of tokens in many steps (block diffusion)",
+    "pi0": "its decoder is an expert that makes actions, not text",
+    "instructblip": "its Q-Former reads the question, too",
+    "instructblipvideo": "its Q-Former reads the question, too",
+    "kosmos-2": "places of images are told by a mask of their own, not by a token",
+    "kosmos-2.5": "places of images are told by a mask of their own, not by a token",
+    "granite4_vision": "features of several depths are laid over tokens inside the decoder",
+    "unlimited_ocr": "its cache drops decoded tokens (a window over what it said)",
+}
+BY_FIELD: Final[Mapping[str, str]] = {
+    "index_topk": "each row chooses the keys it sees (a sparse indexer)",
+    "index_topk_blocks": "each row chooses the blocks it sees (a sparse indexer)",
+    "kv_lora_rank": "keys and values are of unlike width (latent attention)",
+    "num_kv_shared_layers": "layers read the keys of other layers (KV sharing)",
+    "hidden_size_per_layer_input": "layers take embeddings of their own",
+    "hc_mult": "several residual streams",
+    "altup_num_inputs": "several residual streams",
+    "conv_kernel_size": "layers convolve over tokens",
+    "layers_block_type": "layers without attention (recurrent, or none)",
+}
+PREFIXES: Final[Mapping[str, Attends]] = {"molmo2": "images"}
+
+
+def generic(config: Config, where: str) -> ModelFacts:
+    """Facts read off the sections; CheckpointError says what such a schedule cannot follow."""
+    config = filled(config)
+    kind, top = config["model_type"], Section(config, "", where)
+    if config.get("is_encoder_decoder"):
+        raise _refusal(kind, "it is an encoder-decoder", where)
+    if kind in BY_TYPE:
+        raise _refusal(kind, BY_TYPE[kind], where)
+    text = _decoder_section(config, where)
+    _check_layers(kind, text)
+    heads, hidden = text.size("num_attention_heads"), text.size("hidden_size")
+    kv_heads = text.number("num_key_value_heads") or heads
+    positions, window = text.size("max_position_embeddings"), _window(text)
+    rope = text.values.get("rope_parameters")
+    dtype = config.get("dtype", config.get("torch_dtype", text.values.get("dtype")))
+    return ModelFacts(
+        model_type=kind,
+        layers=text.size("num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=text.number("head_dim") or hidden // heads,
+        intermediate=_intermediate(text),
+        gated=True,
+        vocab=text.size("vocab_size"),
+        context=min(positions, window or positions),
+        tied=bool(config.get("tie_word_embeddings") or text.values.get("tie_word_embeddings")),
+        dtype=dtype if isinstance(dtype, str) else None,
+        tokens_per_image=top.number("mm_tokens_per_image"),
+        image_token_id=_image_token(kind, config, where),
+        vision=None,
+        projector_parameters=0,
+        projector_macs=0,
+        mrope="mrope_section" in str(rope),
+        planes=_planes(config),
+        window=window if window is not None and window < positions else None,
+        attends=PREFIXES.get(kind, "causal"),
+        estimated=True,
+    )
+
+
+def _refusal(kind: str, reason: str, where: str) -> CheckpointError:
+    return CheckpointError(
+        f"{kind} cannot be pruned: {reason}",
+        where=where,
+        hint="a schedule needs a decoder whose every layer attends to the prompt's image tokens",
+    )
+
+
+def _decoder_section(config: Config, where: str) -> Section:
+    """``text_config`` over its defaults, or the whole where the decoder's values are at the top."""
+    kind = defaults()[config["model_type"]].get("sub_configs", {}).get("text_config")
+    if kind is None:
+        return Section(_derived(config, config["model_type"]), "", where)
+    given = config.get("text_config") or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError("text_config is not an object", where=where, hint=FRESH)
+    named = given.get("model_type")
+    own = _derived(given, named if isinstance(named, str) and named in defaults() else kind)
+    return Section(own, "text_config.", where)
+
+
+def _derived(given: Config, kind: str) -> Config:
+    """``given`` over what the class of ``kind`` says, and what follows from other fields."""
+    own = defaults()[kind]
+    found: dict[str, Any] = {**own, **given}
+    for alias, name in own.get("aliases", {}).items():
+        if alias in given:
+            found.setdefault(name, given[alias])
+            found[name] = given.get(name, given[alias])
+    for name, rule in own.get("derived", {}).items():
+        if found.get(name) is None or found[name] == rule:
+            found[name] = _follows(rule, found)
+    return found
+
+
+def _follows(rule: Any, values: Mapping[str, Any]) -> Any:
+    """A rule of ``defaults.json``: a field, a quotient of two, or a value."""
+    if not isinstance(rule, str):
+        return rule
+    first, *rest = (values.get(part) for part in rule.split(" // "))
+    if not isinstance(first, int) or not rest:
+        return first
+    return first // rest[0] if isinstance(rest[0], int) and rest[0] else None
+
+
+def _check_layers(kind: str, text: Section) -> None:
+    """Refuse what the cuts, or their proof, cannot follow."""
+    types = text.values.get("layer_types")
+    others = [t for t in types if t not in SEEN] if isinstance(types, list) else []
+    if isinstance(types, Mapping):
+        others = [t for part in types.values() for t in part if t not in SEEN]
+    if others:
+        raise _refusal(kind, f"a layer is of the kind {others[0]!r}", text.where)
+    for field, reason in BY_FIELD.items():
+        if text.values.get(field):
+            raise _refusal(kind, f"{reason}: {text.name}{field}", text.where)
+    if text.values.get("use_bidirectional_attention"):
+        raise _refusal(kind, "image tokens see what comes behind them (prefix)", text.where)
+    each = text.values.get("per_layer_config") or {}
+    if any("head_dim" in changes for changes in each.values()):
+        raise _refusal(kind, "heads differ in width from layer to layer", text.where)
+
+
+def _window(text: Section) -> int | None:
+    """Tokens up to which every layer sees all that came before."""
+    types = text.values.get("layer_types")
+    kinds = (
+        str(types)
+        if types
+        else str(["sliding_attention"] * bool(text.values.get("use_sliding_window", True)))
+    )
+    sizes = []
+    if "sliding_attention" in kinds:
+        sizes.append(text.number("sliding_window"))
+    if "chunked_attention" in kinds:
+        sizes.append(text.number("attention_chunk_size"))
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def _intermediate(text: Section) -> int:
+    """Of the experts that a token goes through, where there are some."""
+    for field in ("intermediate_size", "ffn_dim", "moe_intermediate_size"):
+        value = text.values.get(field)
+        if isinstance(value, list):
+            value = max(value)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 4 * text.size("hidden_size")
+
+
+def _image_token(kind: str, config: Config, where: str) -> int:
+    """Under any of the names it has; CheckpointError where the file names none."""
+    for name in ("image_token_id", "image_token_index", "image_patch_id"):
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    mapped = config.get("vocabulary_map")
+    if isinstance(mapped, Mapping) and isinstance(mapped.get("<image>"), int):
+        return int(mapped["<image>"])
+    raise _refusal(kind, "config.json names no token for an image's places", where)
+
+
+def _planes(config: Config) -> int:
+    """DeepStack: features of inner blocks, one for each of the first layers."""
+    vision = config.get("vision_config") or {}
+    return len(vision.get("deepstack_visual_indexes") or ())

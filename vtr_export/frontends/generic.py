@@ -1,0 +1,179 @@
+"""The vision encoder of an architecture without a graph of its own: its model's own accessor.
+
+It is traced for one image of one size, the tower's own; grids and masks are constants. Where
+``pixel_values`` [images, C, H, W] is all it takes, it is traced for any number of images.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from vtr_export.frontends.concrete import Concrete
+from vtr_export.frontends.feeds import Feed
+
+SIDE: Final = 448  # pixels, of towers that name no size; ten times this is as good
+GRID: Final = 32  # patches of a side, of towers that take images of any size
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one image is to the accessor: what is fed, and what is constant."""
+
+    feeds: Mapping[str, Feed]
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def accessor(model: Any) -> Callable[..., Any]:
+    """``get_image_features`` of the model, or of the model inside it."""
+    own = getattr(model, "get_image_features", None)
+    found: Callable[..., Any] = own or model.model.get_image_features
+    return found
+
+
+def encoded(model: Any, constants: Mapping[str, Tensor], **feeds: Tensor) -> Tensor:
+    """[..., (1 + planes) D] of all images, in order."""
+    with Concrete():
+        said = accessor(model)(**feeds, **constants, return_dict=True)
+        rows = said.pooler_output if said.pooler_output is not None else said.last_hidden_state
+        planes = getattr(said, "deepstack_features", None) or ()
+        return torch.cat([_one(found) for found in (rows, *planes)], dim=-1)
+
+
+def _one(found: Tensor | list[Tensor]) -> Tensor:
+    return (
+        found if isinstance(found, Tensor) else torch.cat([part.flatten(0, -2) for part in found])
+    )
+
+
+def taken(model: Any, dtype: torch.dtype) -> list[Taken]:
+    """What the encoder may be traced on, the most general first."""
+    names = signature(accessor(model)).parameters
+    if (own := BY_TYPE.get(model.config.model_type)) is not None:
+        return [own(model.config, dtype)]
+    if "image_grid_thw" in names:
+        return [grid(model.config, dtype)]
+    side, channels = _side(_vision(model.config)), 3
+    pixels = torch.empty(2, channels, side, side, dtype=dtype)
+    one = Taken({"pixel_values": Feed(pixels[:1], (None,) * 4)})
+    if "image_sizes" in names:
+        return [Taken(one.feeds, {"image_sizes": torch.tensor([[side, side]])})]
+    return [Taken({"pixel_values": Feed(pixels, ("images", None, None, None))}), one]
+
+
+def _vision(config: Any) -> Any:
+    return getattr(config, "vision_config", None) or config
+
+
+def _side(vision: Any) -> int:
+    for name in ("image_size", "resolution"):
+        found = getattr(vision, name, None)
+        if isinstance(found, (list, tuple)):
+            found = found[0]
+        if isinstance(found, int):
+            return found
+    return SIDE
+
+
+def _first(vision: Any, *names: str, default: int) -> int:
+    return next((int(v) for n in names if (v := getattr(vision, n, None)) is not None), default)
+
+
+def grid(
+    config: Any, dtype: torch.dtype, shape: Callable[..., tuple[int, ...]] | None = None
+) -> Taken:
+    """Patches in a row, and a constant ``image_grid_thw``."""
+    vision = config.vision_config
+    patch = vision.patch_size
+    merge = _first(vision, "spatial_merge_size", "merge_size", default=2)
+    if isinstance(getattr(vision, "image_size", None), int):
+        side = vision.image_size // patch // merge * merge
+    else:
+        side = GRID // merge * merge
+    channels = _first(vision, "in_channels", "in_chans", "num_channels", default=3)
+    frames = _first(vision, "temporal_patch_size", "patch_temporal", default=1)
+    values = (channels * frames * patch**2,) if shape is None else shape(channels, patch)
+    pixels = torch.empty(side * side, *values, dtype=dtype)
+    return Taken(
+        {"pixel_values": Feed(pixels, (None,) * pixels.ndim)},
+        {"image_grid_thw": torch.tensor([[1, side, side]])},
+    )
+
+
+def kernels(config: Any, dtype: torch.dtype) -> Taken:
+    """Patches as small images."""
+    return grid(config, dtype, lambda channels, patch: (channels, patch, patch))
+
+
+def strided(config: Any, dtype: torch.dtype) -> Taken:
+    """Patches, and how far they are merged."""
+    found = grid(config, dtype)
+    return Taken(found.feeds, {**found.constants, "image_merge_sizes": torch.tensor([2])})
+
+
+def tiled(count: int, *, sizes: bool = False) -> Callable[[Any, torch.dtype], Taken]:
+    """``pixel_values`` [1, tiles, C, H, W]: ``count`` tiles of one image."""
+
+    def make(config: Any, dtype: torch.dtype) -> Taken:
+        side = _side(_vision(config))
+        pixels = torch.empty(1, count, 3, side, side, dtype=dtype)
+        constants = {"image_sizes": torch.tensor([[2 * side, 2 * side]])} if sizes else {}
+        return Taken({"pixel_values": Feed(pixels, (None,) * 5)}, constants)
+
+    return make
+
+
+def masked(config: Any, dtype: torch.dtype) -> Taken:
+    """One tile, which is real."""
+    found = tiled(1)(config, dtype)
+    return Taken(found.feeds, {"pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)})
+
+
+def two_sizes(config: Any, dtype: torch.dtype) -> Taken:
+    """The same image twice: small and large."""
+    sides = {
+        "pixel_values": _side(config.vision_config),
+        "high_res_pixel_values": _side(config.high_res_vision_config),
+    }
+    return Taken(
+        {
+            name: Feed(torch.empty(1, 3, side, side, dtype=dtype), (None,) * 4)
+            for name, side in sides.items()
+        }
+    )
+
+
+def rows(config: Any, dtype: torch.dtype) -> Taken:
+    """``pixel_values`` [1, patches, values]: patches that go to the decoder as they are."""
+    pixels = torch.empty(1, 16, 3 * config.patch_size**2, dtype=dtype)
+    return Taken({"pixel_values": Feed(pixels, (None, None, None))})
+
+
+def pooled(config: Any, dtype: torch.dtype) -> Taken:
+    """Patches, and which four make one token."""
+    vision = config.vision_config
+    side = GRID
+    index = torch.arange(side * side).reshape(side // 2, 2, side // 2, 2)
+    pixels = torch.empty(1, side * side, 3 * vision.patch_size**2, dtype=dtype)
+    return Taken(
+        {"pixel_values": Feed(pixels, (None,) * 3)},
+        {
+            "image_token_pooling": index.transpose(1, 2).reshape(-1, 4),
+            "image_grids": torch.tensor([[side // 2, side // 2, 0, 0]]),
+        },
+    )
+
+
+BY_TYPE: Final[Mapping[str, Callable[[Any, torch.dtype], Taken]]] = {
+    **dict.fromkeys(("kimi_k25", "paddleocr_vl"), kernels),
+    "video_llama_3": strided,
+    "llava_next_video": tiled(5, sizes=True),
+    "perception_lm": tiled(1),
+    "granite_docling": masked,
+    "deepseek_vl_hybrid": two_sizes,
+    "fuyu": rows,
+    "molmo2": pooled,
+}
