@@ -131,6 +131,18 @@ def test_one_row_at_a_time_is_compared_one_row_at_a_time(tmp_path: Path) -> None
     assert {gate.detail.rpartition(" ")[2] for gate in gates} == {"4"}  # calls of one conversation
 
 
+def test_how_many_logits_are_made_stays_an_input(tmp_path: Path) -> None:
+    file, end = tmp_path / "decoder.onnx", 2**63 - 1
+    few = f"""all = Identity (last_normed) none_ = Sub (n0, num_logits_to_keep)
+        from = Unsqueeze (none_, i0) far = Constant <value_ints: ints = [{end}]> ()
+        some = Slice (all, from, far, i1) logits = MatMul (some, head)"""
+    changes = {"logits = MatMul (last_normed, head)": few}
+    changes |= {"> g (float": "> g (int64 num_logits_to_keep, float"}
+    ir.save(write(tiny_llama(), Style(), **changes), file)
+    session = opened(Path(cut(file, tmp_path).artifact) / "decoder.onnx")
+    assert session.get_inputs()[0].name == "num_logits_to_keep"
+
+
 def test_budgets_can_stay_an_input(tmp_path: Path) -> None:
     file = tmp_path / "decoder.onnx"
     ir.save(write(tiny_llama(), Style()), file)

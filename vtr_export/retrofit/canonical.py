@@ -196,13 +196,19 @@ def _drop_idle(graph: ir.Graph) -> None:
             )
 
 
+def _is_option(value: ir.Value) -> bool:
+    """Whether an input is a number or a few (num_logits_to_keep): no token lies in it."""
+    shape = value.shape
+    return shape is not None and len(shape) < 2 and all(isinstance(dim, int) for dim in shape)
+
+
 def _check_inputs(graph: ir.Graph) -> None:
     """AnalysisError for an input that could carry tokens unseen."""
     lifted = next((value for value in graph.outputs if value.name == LIFTED), None)
     before = ancestors([lifted]) if lifted is not None else set()
     for value in graph.inputs:
         name = value.name or ""
-        if name in OURS or name.startswith("past_key_values."):
+        if name in OURS or name.startswith("past_key_values.") or _is_option(value):
             continue
         readers = [use.node for use in value.uses()]
         if readers and all(node in before for node in readers):
