@@ -149,6 +149,19 @@ def test_a_norm_in_fp16_is_computed_in_fp32() -> None:
     assert swept(model) == ["RMSNormalization"]
 
 
+def test_a_wider_scale_widens_what_is_normed() -> None:
+    """Gemma multiplies by a scale in fp32 and rounds once, behind it."""
+    wide = NORM.replace("Pow (x,", "Pow (wide,").replace("Mul (x,", "Mul (wide,")
+    body = "wide = Cast <to: int = 1> (x)" + wide.replace("y =", "scaled =")
+    body += "y = Cast <to: int = 10> (scaled)"
+    signature = NORM_SIGNATURE.replace("float[b", "float16[b")
+    feeds = {"x": 200 * normal(2, 3, 4, dtype=np.float16), "w": 1 + normal(4, seed=1)}
+    model = applied(FuseNorms(), graph(signature, body), feeds, atol=2e-3)
+    assert swept(model) == ["Cast", "RMSNormalization", "Cast"]
+    norm = next(node for node in model.graph if node.op_type == "RMSNormalization")
+    assert {value.dtype for value in (*norm.inputs, *norm.outputs)} == {ir.DataType.FLOAT}
+
+
 NO_NORMS = {
     "over tokens": ("ints = [-1]", "ints = [1]"),
     "over tokens and features": ("ints = [-1]", "ints = [1, 2]"),

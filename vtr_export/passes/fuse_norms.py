@@ -16,7 +16,9 @@ class FuseNorms(ir.passes.InPlacePass):
 
         RMSNormalization(x, scale)
 
-    ``scale`` has one entry for each feature; a norm times anything else stays what it is.
+    ``scale`` has one entry for each feature; a norm times anything else stays what it is. A wider
+    ``scale`` (Gemma: ``1 + weight`` in fp32) widens ``x``: mixed types mean different things to
+    different checkers.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -29,6 +31,13 @@ class FuseNorms(ir.passes.InPlacePass):
                 if _is_one_a_feature(x, scale):
                     return super().check(op, x, scale, **others)
                 return pattern.MatchResult().fail("The scale is no vector over features.", scale)
+
+            def rewrite(self, op: Any, x: ir.Value, scale: ir.Value, **others: Any) -> Any:
+                if scale.dtype == ir.DataType.FLOAT and x.dtype != scale.dtype:
+                    wide = op.Cast(x, to=ir.DataType.FLOAT)
+                    wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), x.shape
+                    x = wide
+                return super().rewrite(op, x, scale, **others)
 
         ordered = [
             OneScaleAFeature.rule(f"norm.{order}", mul_order=order) for order in (True, False)
