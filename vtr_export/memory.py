@@ -186,11 +186,19 @@ def _layer_activations(facts: ModelFacts, rows: Rows, kind: WeightType, fused: b
     return max(attention, mlp)
 
 
+def _tiles(facts: ModelFacts, work: Workload) -> int:
+    """What a row's images are to the tower: so many, or their tiles at most."""
+    size = facts.vision.image_size if facts.vision else None
+    if facts.anyres is None or size is None:
+        return work.images
+    return work.images * facts.anyres.most_tiles(size)
+
+
 def _vision_activations(facts: ModelFacts, work: Workload, kind: WeightType, fused: bool) -> int:
     vision = facts.vision
     if vision is None:
         return 0
-    images = work.images * work.batch
+    images = _tiles(facts, work) * work.batch
     n = vision.tokens or -(-work.vision_tokens * vision.merge**2 // max(1, work.images))
     area = vision.image_size**2 if vision.image_size else n * vision.patch_size**2
     pixels = vision.channels * area * kind.other

@@ -57,6 +57,10 @@ class Anyres:
     side: int
     max_tiles: int | None = None
 
+    def most_tiles(self, size: int) -> int:
+        """Of ``size`` pixels that one image may have."""
+        return 1 + max(height * width for height, width in self.pinpoints) // size**2
+
 
 @dataclass(frozen=True)
 class ModelFacts:
