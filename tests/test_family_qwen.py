@@ -28,6 +28,9 @@ from vtr_export.passes.add_planes import AddPlanes
 from vtr_export.runtime.conversation import Conversation
 from vtr_export.runtime.images import packed
 from vtr_export.runtime.images.kinds import parse_kind
+from vtr_export.schedule import Resolved
+from vtr_export.search.evaluators.torch_model import TorchModel
+from vtr_export.search.questions.calibration import Question
 from vtr_export.verify.processors import load_processor
 
 # config.json of Qwen2.5-VL-3B-Instruct and Qwen2-VL-2B-Instruct, as published, with fewer layers
@@ -216,3 +219,39 @@ def test_a_second_turn_with_an_image_goes_on_where_the_first_ended(tmp_path: Pat
         assert list(answer.token_ids) == tokens[: len(answer.token_ids)]
         assert len(answer.token_ids) > 2
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.text}]})
+
+
+def test_a_search_sees_what_the_model_sees(tmp_path: Path) -> None:
+    model = tiny_qwen.qwen3_vl(tmp_path / "checkpoint")
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for file, size in zip(files, ((70, 40), (33, 90)), strict=True):
+        Image.effect_noise(size, 80).convert("RGB").save(file)
+    asked = [
+        Question((files[0],), "what colour is the digit ?", (), "here", "one"),
+        Question((files[1], files[0]), "how many ?", (), "here", "two"),
+    ]
+    searched = TorchModel(tmp_path / "checkpoint", "cpu", "fp32")
+    batch = searched.batch(asked)
+    runs = searched.reference(Resolved(5, None, ()))
+    places = batch.positions, batch.ahead
+    inputs = searched.embed_tokens, batch.embeds, batch.mask, batch.vision
+    said = runs.generate(*inputs, max_new_tokens=6, positions=places)
+    expected = [answered(model, tmp_path / "checkpoint", question) for question in asked]
+    assert said.tokens.tolist() == expected
+    drafted = searched.batch(asked, expected)
+    logits = searched.head(runs.finish(searched.hold(drafted)))
+    assert logits.argmax(-1).tolist() == expected
+
+
+def answered(model: Any, checkpoint: Path, question: Question) -> list[int]:
+    """Six tokens of transformers' own answer."""
+    processor = load_processor(checkpoint, backend="pil")
+    content: list[Any] = [{"type": "image", "path": str(file)} for file in question.images]
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": question.text}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    model.model.rope_deltas = None
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    said = model.generate(**inputs, **options, eos_token_id=None)
+    return list(said[0, inputs["input_ids"].shape[1] :].tolist())

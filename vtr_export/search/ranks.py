@@ -130,7 +130,7 @@ def model_ranks(
         batch = model.batch(questions[start : start + rows])
         inputs = batch.embeds, batch.mask, batch.vision
         decoder = model.model.get_decoder()
-        found += layer_scores(decoder, model.head, score, inputs, batch.groups)
+        found += layer_scores(decoder, model.head, score, inputs, batch.groups, batch.positions)
     return ranks([each for each in found if each.shape[1] > 1], score)
 
 
@@ -140,6 +140,7 @@ def layer_scores(
     score: Score,
     inputs: "tuple[Tensor, Tensor, Tensor]",
     groups: "Tensor | None" = None,
+    positions: "Tensor | None" = None,
 ) -> list[Floats]:
     """Every layer's score of every vision token, ``[layers, V]`` a row, in one unpruned prefill.
 
@@ -154,7 +155,8 @@ def layer_scores(
     watched = Resolved(layers, None, cuts, source="next", query=score.query, heads=score.heads)
     embeds, mask, vision = inputs
     runs = Reference(decoder, lm_head, watched, attention="sdpa")
-    step = runs(embeds, mask, positions_of(mask), vision, groups=groups)
+    positions = positions_of(mask) if positions is None else positions
+    step = runs(embeds, mask, positions, vision, groups=groups)
     rows = np.stack([each.double().cpu().numpy() for each in step.scores], axis=1)
     is_real = (mask.gather(1, vision) != 0).cpu().numpy()
     return [row[:, real] for row, real in zip(rows, is_real, strict=True)]

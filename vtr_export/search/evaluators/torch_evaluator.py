@@ -180,6 +180,7 @@ class TorchEvaluator:
             groups=batch.groups,
             max_new_tokens=self.max_new_tokens,
             eos=self.model.ends,
+            positions=(batch.positions, batch.ahead),
         )
         steps = said.tokens.shape[1] - 1
         flops = call_flops(facts, candidate, batch.width, 0, facts.layers, 1)

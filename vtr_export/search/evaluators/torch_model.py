@@ -1,11 +1,12 @@
 """A checkpoint in torch as a search needs it: questions in, batches for the reference out."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,9 @@ from vtr_export.reference import (
     groups_for,
     image_features,
     pad_batch,
-    positions_of,
+    positions_for,
     vision_index_of,
 )
-from vtr_export.runtime.images.inputs import joined
 from vtr_export.schedule import Resolved
 from vtr_export.search.evaluators.prompts import Prompts
 from vtr_export.search.evaluators.work import Width
@@ -35,11 +35,13 @@ _HASHED = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")  # a model 
 class Batch:
     """Questions side by side, left-padded, each with its draft behind the prompt."""
 
-    embeds: Tensor  # [B, S, D]
+    embeds: Tensor  # [B, S, D], or [B, S, (1 + n) D] with planes
     mask: Tensor  # [B, S]
     vision: Tensor  # [B, V]
     groups: Tensor  # [B, S]
     drafted: int  # the last columns; the last token of a draft is not fed
+    positions: Tensor  # [B, S], or [3, B, S]
+    ahead: Tensor  # [B] what follows stands so far ahead of a count
 
     @property
     def width(self) -> Width:
@@ -64,6 +66,7 @@ class TorchModel:
         self.ends = _end_tokens(self.model)
         self.head = Head(self.model)
         self._features: dict[Path, Tensor] = {}  # image → [tokens, D], on the CPU
+        self._given: dict[Path, Mapping[str, Any]] = {}  # image → what tells its places
         self._ids: dict[str, tuple[int, ...]] = {}  # question → tokens, its image's among them
 
     @property
@@ -88,25 +91,37 @@ class TorchModel:
         is_vision = ids == image_id
         vision = vision_index_of(is_vision, mask)
         groups = groups_for(self.model, ids, mask)
+        positions, ahead = self._positions(ids, mask, [p for q in questions for p in q.images])
         fed = max((len(draft) - 1 for draft in drafts), default=0)
         tail = torch.tensor([[*draft[:-1], *[pad] * (fed + 1 - len(draft))] for draft in drafts])
         if fed:
+            after = (mask.sum(1) + ahead)[:, None] + torch.arange(fed)
+            positions = torch.cat((positions, after.expand(*positions.shape[:-1], fed)), -1)
             ids, mask = torch.cat((ids, tail), 1), torch.nn.functional.pad(mask, (0, fed), value=1)
             groups = torch.nn.functional.pad(groups, (0, fed))
         embeds = self.embed_tokens(ids.to(self.device)).clone()
         if any(features):
             flat = torch.cat([one for own in features for one in own])
             places = torch.nn.functional.pad(is_vision, (0, fed))
+            embeds = torch.nn.functional.pad(embeds, (0, flat.shape[1] - embeds.shape[2]))
             embeds[places.to(self.device)] = flat.to(embeds)
         mask, vision, groups = (each.to(self.device) for each in (mask, vision, groups))
-        return Batch(embeds, mask, vision, groups, fed)
+        positions, ahead = positions.to(self.device), ahead.to(self.device)
+        return Batch(embeds, mask, vision, groups, fed, positions, ahead)
 
     def hold(self, batch: Batch) -> Held:
         """A call before layer 0."""
         anything = self.reference(Resolved(self.facts.layers, self.facts.tokens_per_image, ()))
-        positions = positions_of(batch.mask)
-        inputs = batch.embeds, batch.mask, positions, batch.vision
+        inputs = batch.embeds, batch.mask, batch.positions, batch.vision
         return anything.hold(*inputs, groups=batch.groups, drafted=batch.drafted)
+
+    def _positions(
+        self, ids: Tensor, mask: Tensor, images: Sequence[Path]
+    ) -> tuple[Tensor, Tensor]:
+        """As the model's own rule gives them."""
+        grids = [self._given[path]["image_grid_thw"] for path in images if self._given[path]]
+        given = {"image_grid_thw": np.concatenate(grids)} if grids else None
+        return positions_for(self.model, ids, mask, given)
 
     def _tokens(self, question: Question) -> tuple[int, ...]:
         if question.sha256 not in self._ids:
@@ -119,7 +134,13 @@ class TorchModel:
         new = sorted(path for path in images if path not in self._features)
         for start in range(0, len(new), IMAGES):
             some = new[start : start + IMAGES]
-            given = joined([self.prompts.image(path) for path in some]).given
+            parts = [self.prompts.image(path).given for path in some]
+            given = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            places = ("image_grid_thw",)
+            self._given |= {
+                path: {name: part[name] for name in places if name in part}
+                for path, part in zip(some, parts, strict=True)
+            }
             features = image_features(self.model, given, self.device)
             counts = [self.prompts.seen(path).tokens for path in some]
             for path, own in zip(some, torch.split(features, counts), strict=True):

@@ -65,8 +65,16 @@ def _answer(
     model: TorchModel, batch: Batch, candidate: Candidate, max_new_tokens: int
 ) -> Generation:
     runs = model.reference(candidate.resolve(model.facts))
-    inputs = batch.embeds, batch.mask, batch.vision
-    return runs.generate(model.embed_tokens, *inputs, max_new_tokens=max_new_tokens, eos=model.ends)
+    return runs.generate(
+        model.embed_tokens,
+        batch.embeds,
+        batch.mask,
+        batch.vision,
+        groups=batch.groups,
+        max_new_tokens=max_new_tokens,
+        eos=model.ends,
+        positions=(batch.positions, batch.ahead),
+    )
 
 
 def _text(model: TorchModel, said: Generation) -> str:
