@@ -20,6 +20,7 @@ from vtr_export.passes.name_inputs import NameInputs
 from vtr_export.passes.narrow_shapes import NarrowShapes
 from vtr_export.passes.plain_reshapes import PlainReshapes
 from vtr_export.passes.raise_opset import RaiseOpset
+from vtr_export.passes.unflatten_tables import UnflattenTables
 from vtr_export.passes.unfuse_skip_norms import UnfuseSkipNorms
 
 GRAPHS = Path(__file__).parents[1] / "graphs"
@@ -34,6 +35,7 @@ PASSES: dict[str, Callable[[], ir.passes.InPlacePass]] = {
     "narrow_shapes": NarrowShapes,
     "plain_reshapes": PlainReshapes,
     "raise_opset": lambda: RaiseOpset(24),
+    "unflatten_tables": UnflattenTables,
     "unfuse_skip_norms": UnfuseSkipNorms,
 }
 CASES = [f"{name}/{case.name}" for name in PASSES for case in sorted((GRAPHS / name).iterdir())]

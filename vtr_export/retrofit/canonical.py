@@ -22,6 +22,7 @@ from vtr_export.passes.name_inputs import NameInputs
 from vtr_export.passes.narrow_shapes import NarrowShapes
 from vtr_export.passes.plain_reshapes import PlainReshapes
 from vtr_export.passes.raise_opset import RaiseOpset
+from vtr_export.passes.unflatten_tables import UnflattenTables
 from vtr_export.passes.unfuse_skip_norms import UnfuseSkipNorms
 from vtr_export.retrofit.fold import fold
 from vtr_export.retrofit.masks import check_masks
@@ -74,7 +75,7 @@ def canonicalise(model: ir.Model) -> Decoder:
         model,
     )
     _check_branches(model.graph)
-    model = run((NameInputs(), NarrowShapes(), InferShapes()), model)
+    model = run((NameInputs(), NarrowShapes(), InferShapes(), UnflattenTables()), model)
     fold(model)
     model.ir_version = max(model.ir_version or 0, IR_VERSION)
     forms = find_forms(model.graph)
