@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
+    LightOnOcrConfig,
+    LightOnOcrForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Mistral3Config,
@@ -53,6 +55,19 @@ def test_counts_are_those_of_a_real_mistral_3(merge: int, options: dict[str, Any
     )
     with torch.device("meta"):
         model = Mistral3ForConditionalGeneration(config)
+    assert parameters(facts_of(config)).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("merge", [1, 3])
+def test_counts_are_those_of_a_real_lighton_ocr(merge: int) -> None:
+    parts = tiny_mistral.sizes()
+    config = LightOnOcrConfig(
+        text_config=parts["text_config"] | {"model_type": "qwen3"},
+        vision_config=parts["vision_config"],
+        spatial_merge_size=merge,
+    )
+    with torch.device("meta"):
+        model = LightOnOcrForConditionalGeneration(config)
     assert parameters(facts_of(config)).total == sum(p.numel() for p in model.parameters())
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import tiny_deepseek
 import tiny_gemma
 import tiny_idefics2
 import tiny_idefics3
@@ -29,6 +30,9 @@ TINY: Mapping[str, Save] = {
     "internvl": tiny_internvl.internvl,
     "llava": llava,
     "llava/pixtral": tiny_mistral.pixtral,
+    "deepseek_vl": tiny_deepseek.deepseek_vl,
+    "janus": tiny_deepseek.janus,
+    "lighton_ocr": tiny_mistral.lighton_ocr,
     "mistral3": tiny_mistral.mistral3,
     "llava_next": tiny_llavas.llava_next,
     "llava_onevision": tiny_llavas.llava_onevision,

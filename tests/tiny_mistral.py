@@ -6,6 +6,9 @@ from typing import Any
 import tiny_models
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    LightOnOcrConfig,
+    LightOnOcrForConditionalGeneration,
+    LightOnOcrProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Mistral3Config,
@@ -22,7 +25,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
 CHAT_TEMPLATE = tiny_models.CHAT_TEMPLATE.replace("<image>", "[IMG]")
 
 
-def tiny_tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(vocab: int = 64, **named: Any) -> PreTrainedTokenizerFast:
     """Whole words, ``<s>`` in front."""
     words = [*SPECIAL, *tiny_models.WORDS_LINE.split()]
     words += [f"word{index}" for index in range(len(words), vocab)]
@@ -39,8 +42,8 @@ def tiny_tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=list(SPECIAL[4:]),
         padding_side="left",
+        **(named or {"additional_special_tokens": list(SPECIAL[4:])}),
     )
 
 
@@ -96,3 +99,27 @@ def pixtral(folder: Path, seed: int = 0) -> PreTrainedModel:
     """As mistral-community/pixtral-12b is stored."""
     config = LlavaConfig(vision_feature_layer=-1, vision_feature_select_strategy="full", **sizes())
     return save(LlavaForConditionalGeneration(config), folder, seed, merge=1)
+
+
+def lighton_ocr(folder: Path, seed: int = 0) -> PreTrainedModel:
+    parts = sizes()
+    parts["text_config"]["model_type"] = "qwen3"
+    config = LightOnOcrConfig(
+        text_config=parts["text_config"], vision_config=parts["vision_config"], image_token_id=4
+    )
+    model = LightOnOcrForConditionalGeneration(config).eval()
+    tiny_models.randomize(model, seed)
+    model.save_pretrained(folder)
+    named = {
+        "image_token": "[IMG]",
+        "image_break_token": "[IMG_BREAK]",
+        "image_end_token": "[IMG_END]",
+    }
+    LightOnOcrProcessor(
+        image_processor=PixtralImageProcessorPil(size={"longest_edge": EDGE}, patch_size=2 * PATCH),
+        tokenizer=tiny_tokenizer(extra_special_tokens=named),
+        patch_size=PATCH,
+        spatial_merge_size=2,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    return model

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from vtr_export.errors import CheckpointError
+from vtr_export.families.deepseek_vl import deepseek_vl, janus
 from vtr_export.families.facts import ModelFacts
 from vtr_export.families.gemma import gemma3, paligemma
 from vtr_export.families.generic import generic
@@ -13,7 +14,7 @@ from vtr_export.families.internvl import internvl
 from vtr_export.families.llava import llava
 from vtr_export.families.llava_next import llava_next
 from vtr_export.families.llava_onevision import llava_onevision
-from vtr_export.families.mistral3 import mistral3
+from vtr_export.families.mistral3 import lighton_ocr, mistral3
 from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vtr_export.families.section import FRESH, Config, architectures
 from vtr_export.families.video_llava import video_llava
@@ -22,11 +23,14 @@ from vtr_export.families.vipllava import vipllava
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "gemma3": gemma3,
     "idefics3": idefics3,
+    "deepseek_vl": deepseek_vl,
+    "janus": janus,
     "idefics2": idefics2,
     "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "lighton_ocr": lighton_ocr,
     "mistral3": mistral3,
     "paligemma": paligemma,
     "qwen2_vl": qwen2_vl,

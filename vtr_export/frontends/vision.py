@@ -19,6 +19,7 @@ from vtr_export.frontends.families import (
     video_llava,
 )
 from vtr_export.frontends.feeds import Feed, VisionGraph
+from vtr_export.frontends.generic import accessor
 
 
 class VisionEncoder(Module):
@@ -45,7 +46,7 @@ def one_size(facts: ModelFacts, dtype: torch.dtype) -> dict[str, Feed]:
 
 def whole_images(model: Any, pixel_values: Tensor) -> Tensor:
     """[images, tokens, D], by the model's own accessor."""
-    found = model.get_image_features(pixel_values).pooler_output
+    found = accessor(model)(pixel_values).pooler_output
     return found if isinstance(found, Tensor) else torch.stack(list(found))
 
 

@@ -127,7 +127,8 @@ def image_features(model: Any, given: Given, device: str | torch.device = "cpu")
     given = {"pixel_values": given} if isinstance(given, Tensor) else given
     inputs = {name: torch.as_tensor(values).to(device) for name, values in given.items()}
     inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
-    said = model.get_image_features(**inputs)
+    owner = model if hasattr(model, "get_image_features") else model.model
+    said = owner.get_image_features(**inputs)
     all_of_them = [said.pooler_output, *(getattr(said, "deepstack_features", None) or ())]
     return torch.cat([_one_row(found) for found in all_of_them], -1)
 

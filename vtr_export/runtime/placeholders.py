@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
+from vtr_export.errors import ArtifactError
 from vtr_export.runtime.images import Seen
 
 
@@ -68,9 +69,7 @@ def idefics2(special: Special, config: Mapping[str, Any]) -> Placeholder:
     def joined(text: str) -> str:
         return re.sub(rf"{re.escape(fake)}(?=[^\s<])", f"{fake} ", text.replace(fake + fake, fake))
 
-    return Placeholder(
-        token, token, lambda image: tile * (image.tokens // latents), joined=joined
-    )
+    return Placeholder(token, token, lambda image: tile * (image.tokens // latents), joined=joined)
 
 
 def pixtral(_: Special, config: Mapping[str, Any]) -> Placeholder:
@@ -128,12 +127,26 @@ def idefics3(special: Special, _: Mapping[str, Any]) -> Placeholder:
     return Placeholder(token, token, written)
 
 
+def janus(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """The image token, so many times, between begin and end; its own system prompt is refused."""
+    if config.get("use_default_system_prompt"):
+        raise ArtifactError(
+            "use_default_system_prompt puts a system prompt before every text",
+            where="processor_config.json",
+            hint="set it to false, and write the system prompt into the chat",
+        )
+    image = plain(special, config)
+    start, end = special.get("boi_token", ""), special.get("eoi_token", "")
+    return replace(image, written=lambda seen: start + image.written(seen) + end)
+
+
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     "Gemma3Processor": gemma3,
     "Idefics2Processor": idefics2,
     "Idefics3Processor": idefics3,
     "InternVLProcessor": internvl,
     "LlavaOnevisionProcessor": with_videos,
+    "JanusProcessor": janus,
     "PixtralProcessor": pixtral,
     "VideoLlavaProcessor": with_videos,
     "PaliGemmaProcessor": paligemma,

@@ -10,7 +10,10 @@ FILES: Final = ("processor_config.json", "preprocessor_config.json", "tokenizer_
 OF_MODELS: Final[Mapping[str, str]] = {  # where no file names one, as transformers chooses
     "gemma3": "Gemma3Processor",
     "idefics3": "Idefics3Processor",
+    "deepseek_vl": "DeepseekVLProcessor",
     "idefics2": "Idefics2Processor",
+    "janus": "JanusProcessor",
+    "lighton_ocr": "LightOnOcrProcessor",
     "internvl": "InternVLProcessor",
     "mistral3": "PixtralProcessor",
     "paligemma": "PaliGemmaProcessor",

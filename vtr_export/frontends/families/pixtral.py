@@ -11,17 +11,23 @@ from vtr_export.frontends.packed import NAME, Groups
 
 def merged(model: Any, pixel_values: Tensor, position_ids: Tensor, **groups: Tensor) -> Tensor:
     """[tokens, D]: all images' patches in one row, the selected layers' features projected."""
-    config, core = model.config, model.model
-    layers = config.vision_feature_layer
+    tower, projector = parts(model.model)
+    layers = getattr(model.config, "vision_feature_layer", -1)
     frames = Groups.of(groups["frames"], groups["frame_places"])
-    states = encoded(core.vision_tower, pixel_values, position_ids, frames)
+    states = encoded(tower, pixel_values, position_ids, frames)
     chosen = [layers] if isinstance(layers, int) else layers
     features = torch.cat([states[layer] for layer in chosen], dim=-1)
-    projector = core.multi_modal_projector
     if hasattr(projector, "patch_merger"):
         return with_merger(projector, features, pixel_values.shape[1])
     found: Tensor = projector(features)
     return found
+
+
+def parts(core: Any) -> tuple[Any, Any]:
+    """Tower and projector, as they are called in LightOnOCR and elsewhere."""
+    if hasattr(core, "vision_encoder"):
+        return core.vision_encoder, core.vision_projection
+    return core.vision_tower, core.multi_modal_projector
 
 
 def encoded(tower: Any, pixel_values: Tensor, position_ids: Tensor, frames: Groups) -> list[Tensor]:

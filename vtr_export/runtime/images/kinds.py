@@ -7,6 +7,7 @@ from typing import Any, Final
 from vtr_export.errors import ArtifactError
 from vtr_export.runtime.images import (
     anyres,
+    fitted,
     idefics2,
     idefics3,
     patches,
@@ -24,6 +25,7 @@ VIDEOS = "video_preprocessor_config.json"
 Read = Callable[[str, Mapping[str, Any], str], ImageKind]
 KINDS: Final[Mapping[str, Read]] = {
     **dict.fromkeys(plain.PROCESSORS, plain.ImageFacts.read),
+    **dict.fromkeys(fitted.PROCESSORS, fitted.SquareFacts.read),
     **dict.fromkeys(idefics2.PROCESSORS, idefics2.SplitFacts.read),
     **dict.fromkeys(idefics3.PROCESSORS, idefics3.CutFacts.read),
     **dict.fromkeys(pixtral.PROCESSORS, pixtral.EdgeFacts.read),
