@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import onnx_ir as ir
 
 from vtr_export import __version__
-from vtr_export.checkpoint import CONFIG, Checkpoint, read_json
+from vtr_export.checkpoint import CONFIG, Checkpoint, made_files, read_json
 from vtr_export.errors import CheckpointError
 from vtr_export.families import ModelFacts
 from vtr_export.manifest import (
@@ -87,11 +87,12 @@ def copy_assets(
 
 def missing_assets(folder: Path) -> list[str]:
     """A warning for each thing that ``vtr run`` will miss in an artifact of this folder."""
+    made = made_files(folder) if (folder / CONFIG).is_file() else {}
     return [
         f"the checkpoint has no {names.replace('|', ' or ')}: "
         f"`vtr run` cannot make {what} without it"
         for names, what in NEEDED_TO_RUN.items()
-        if not any((folder / name).is_file() for name in names.split("|"))
+        if not any(name in made or (folder / name).is_file() for name in names.split("|"))
     ]
 
 

@@ -85,9 +85,9 @@ class Checkpoint:
         for name, shard_name in weight_map.items():
             if name not in tensors:
                 _fail(f"{INDEX} says {name!r} is in {shard_name}, which lacks it", folder / INDEX)
-        own, files = _read_own_config(folder)[0], dict[str, str]()
-        if layout := find_layout(own):
-            tensors, files = layout.tensors(config, tensors), layout.files(own, config, folder)
+        if layout := find_layout(_read_own_config(folder)[0]):
+            tensors = layout.tensors(config, tensors)
+        files = made_files(folder)
         return cls(folder, config, tensors, shards, headers, config_sha256, files)
 
 
@@ -110,6 +110,14 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     config, digest = _read_own_config(folder)
     layout = find_layout(config)
     return (config if layout is None else layout.config(config, folder)), digest
+
+
+def made_files(folder: Path) -> dict[str, str]:
+    """Texts by name that stand for a folder's own files; none where its layout is transformers'."""
+    own, _ = _read_own_config(folder)
+    if (layout := find_layout(own)) is None:
+        return {}
+    return layout.files(own, layout.config(own, folder), folder)
 
 
 def _read_own_config(folder: Path) -> tuple[dict[str, Any], str]:
