@@ -23,7 +23,7 @@ from vtr_export.checkpoint import Checkpoint, read_model_facts
 from vtr_export.errors import CheckpointError
 from vtr_export.families import read_facts
 from vtr_export.frontends.tokenizer import write_tokenizer
-from vtr_export.memory import parameters
+from vtr_export.memory import Workload, get_weight_type, parameters, peak_bytes
 from vtr_export.reference.internvl_chat import shuffled
 from vtr_export.runtime.images import read_kind
 from vtr_export.runtime.images.kinds import parse_kind
@@ -56,6 +56,21 @@ def test_the_facts_count_every_parameter(options: dict[str, Any]) -> None:
     assert parameters(read_facts(config, "config.json")).total == sum(
         parameter.numel() for parameter in model.parameters()
     )
+
+
+def test_memory_counts_every_tile() -> None:
+    facts = read_facts(tiny_internvl.tiny_internvl().config.to_dict(), "config.json")
+    one, five = (
+        peak_bytes(
+            facts,
+            Schedule.unpruned().resolve(facts),
+            Workload(vision_tokens=tiles * tiny_internvl.TOKENS, text_tokens=8),
+            get_weight_type("fp16"),
+            fused=True,
+        ).vision
+        for tiles in (1, 5)
+    )
+    assert five == 5 * one
 
 
 def test_the_grid_is_that_of_transformers() -> None:

@@ -187,10 +187,14 @@ def _layer_activations(facts: ModelFacts, rows: Rows, kind: WeightType, fused: b
 
 
 def _tiles(facts: ModelFacts, work: Workload) -> int:
-    """What a row's images are to the tower: so many, or their tiles at most."""
-    size = facts.vision.image_size if facts.vision else None
+    """What a row's images are to the tower: so many, or their tiles."""
+    vision = facts.vision
+    size = vision.image_size if vision else None
     if facts.anyres is None or size is None:
-        return work.images
+        if facts.tokens_per_image is not None or vision is None or vision.tokens is None:
+            return work.images
+        tokens = (vision.tokens - vision.has_cls) // vision.merge**2  # of a tile
+        return max(work.images, -(-work.vision_tokens // tokens))
     return work.images * facts.anyres.most_tiles(size)
 
 
