@@ -12,23 +12,29 @@ def is_bent(decoder: Any) -> bool:
 
 
 def straighten(decoder: Any) -> None:
-    """Replace the rule by which ``decoder`` puts three positions into one table.
+    """Replace the rule by which ``decoder`` puts positions of several components into one table.
 
-    [3, B, S, d/2] → [B, S, d]: each column of the component that it belongs to, twice. Which one
-    that is, is asked of transformers' own rule, which may write into slices.
+    [C, B, S, d/2] → [B, S, d]: each column of the component and the frequency that it belongs to.
+    Which those are is asked of transformers' own rule, which may write into slices.
     """
     rotary = decoder.rotary_emb
-    width = rotary.inv_freq.shape[0]
-    components = torch.arange(3.0)[:, None, None, None].expand(3, 1, 1, width).clone()
-    chosen = rotary.recomposition_frequencies(components)[0, 0]
-    if not chosen[:width].equal(chosen[width:]):
-        raise ValueError("the halves of a rotary table differ")
-    for number, name in enumerate(("row", "column"), 1):
-        rotary.register_buffer(f"is_{name}", chosen[:width] == number, persistent=False)
+    tables = (each for name, each in rotary.named_buffers() if name.endswith("inv_freq"))
+    width = next(tables).shape[0]  # of every kind of layer, where there are several
+    count = max(3, len(getattr(rotary, "mrope_section", ())))
+    marks = torch.arange(count)[:, None, None, None] * width + torch.arange(width)
+    chosen = rotary.recomposition_frequencies(marks.double())[0, 0].long()
+    component, column = chosen // width, chosen % width
+    is_twice = chosen[:width].equal(chosen[width:]) and column[:width].equal(torch.arange(width))
+    shown = component[:width] if is_twice else component
+    for number in range(1, count):
+        rotary.register_buffer(f"is_{number}", shown == number, persistent=False)
+    rotary.register_buffer("column", column, persistent=False)
 
     def choose(freq: Tensor) -> Tensor:
-        time_or_column = torch.where(rotary.is_column, freq[2], freq[0])
-        one = torch.where(rotary.is_row, freq[1], time_or_column)
-        return torch.cat((one, one), dim=-1)
+        parts = freq if is_twice else freq.index_select(-1, rotary.column)
+        one = parts[0]
+        for number in range(count - 1, 0, -1):
+            one = torch.where(getattr(rotary, f"is_{number}"), parts[number], one)
+        return torch.cat((one, one), dim=-1) if is_twice else one
 
     vars(rotary)["recomposition_frequencies"] = choose

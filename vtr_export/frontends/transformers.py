@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 
 import onnx_ir as ir
 import torch
@@ -17,6 +18,7 @@ from vtr_export.checkpoint import Checkpoint, TensorRef
 from vtr_export.errors import CheckpointError
 from vtr_export.families import ModelFacts
 from vtr_export.frontends import generic
+from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.experts import open_experts
 from vtr_export.frontends.feeds import Feed, VisionGraph
 from vtr_export.frontends.mrope import is_bent, straighten
@@ -81,21 +83,24 @@ class Decoder(Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        taken = signature(type(model).forward).parameters
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
 
     def forward(
         self, inputs_embeds: Tensor, mask: Tensor, position_ids: Tensor, past: list[list[Tensor]]
     ) -> list[Tensor]:
         """Logits [B,1,vocab] in fp32, then key and value of every layer."""
         cache = DynamicCache([(key, value) for key, value in past])
-        output = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits.float()
+        with Concrete():
+            output = self.model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                **self._last,
+            )
+        logits = output.logits[:, -1:].float() if not self._last else output.logits.float()
         return [logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))]
 
 

@@ -49,7 +49,16 @@ def constant_target(node: ir.Node) -> list[int] | None:
         else:
             target.append(-1)
     is_empty = any(dim == 0 for dim in after.shape)  # a target cannot say so
-    return None if is_empty or target.count(-1) > 1 else target
+    return None if is_empty or target.count(-1) > 1 else _led(target, before.shape, after.shape)
+
+
+def _led(target: list[int], before: ir.Shape, after: ir.Shape) -> list[int]:
+    """Numbers in front of a kept dimension are kept, too, where they are the same on both sides."""
+    last = max((axis for axis, dim in enumerate(target) if dim == 0), default=0)
+    same = all(
+        str(one) == str(other) for one, other in zip(before[:last], after[:last], strict=False)
+    )
+    return [0] * last + target[last:] if same else target
 
 
 def _unchanged(node: ir.Node) -> ir.Value | None:
