@@ -27,7 +27,7 @@ def inspect(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show layers, attention, streams and stages of an ONNX or engine."""
+    """Show layers, attention, streams and stages of a graph."""
     from vtr_export.published import MANIFEST, kind_of
 
     if (path / MANIFEST).is_file() and kind_of(path) == "engine":
