@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from vtr_export import Artifact, Schedule, export
+from vtr_export.backends.tensorrt.profiles import vision_profile
+from vtr_export.engine_manifest import Ranges
 from vtr_export.errors import AnalysisError, ArtifactError, InputError
 from vtr_export.families import read_facts
 from vtr_export.frontends.mrope import straighten
@@ -255,3 +257,20 @@ def answered(model: Any, checkpoint: Path, question: Question) -> list[int]:
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     said = model.generate(**inputs, **options, eos_token_id=None)
     return list(said[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def test_an_engine_takes_one_image_of_any_size_a_row() -> None:
+    ports = {
+        "pixel_values": ("tokens", 4, 1176),
+        "frames": ("frames", "longest"),
+        "frame_places": ("tokens", 4),
+        "windows": ("windows", 64),
+    }
+    limits = {"max_batch": 2, "max_vision_tokens": 100, "max_text_tokens": 9, "max_new_tokens": 9}
+    best = {"opt_batch": 1, "opt_vision_tokens": 50, "opt_text_tokens": 9, "opt_new_tokens": 9}
+    bounds = vision_profile(ports, Ranges(**limits, **best), 100).inputs
+    assert bounds["pixel_values"].most == (200, 4, 1176)
+    assert bounds["frames"].best == (1, 200)
+    assert bounds["frames"].most == (2, 400)
+    assert bounds["windows"].best == (4, 64)
+    assert bounds["windows"].most[0] == 200  # as narrow as one token each

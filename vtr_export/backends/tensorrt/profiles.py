@@ -77,11 +77,28 @@ def decoder_profiles(
 
 
 def vision_profile(ports: Ports, ranges: Ranges, tokens_per_image: int) -> Profile:
-    """From one image to all of a batch."""
+    """From one image to all of a batch; where images keep their size, one image a row."""
     each = max(1, -(-ranges.max_vision_tokens // tokens_per_image))
     best = max(1, -(-ranges.opt_vision_tokens // tokens_per_image))
     images = {"images": (1, best * ranges.opt_batch, each * ranges.max_batch)}
-    return _profile("images", ports, images, [], ())
+    return _profile("images", ports, images | _packed(ports, ranges), [], ())
+
+
+def _packed(ports: Ports, ranges: Ranges) -> dict[str, Range]:
+    """Lengths of patches that lie in one row; a window may hold as little as one token."""
+    if "frame_places" not in ports:
+        return {}
+    own = max(1, ranges.opt_vision_tokens), max(1, ranges.max_vision_tokens)
+    best, most = own[0] * ranges.opt_batch, own[1] * ranges.max_batch
+    unit, windowed = ports["frame_places"][1], ports.get("windows", (None, 1))[1]
+    assert isinstance(unit, int), "patches of a token"
+    assert isinstance(windowed, int), "patches of a window"
+    return {
+        "tokens": (1, best, most),
+        "frames": (1, ranges.opt_batch, ranges.max_batch),
+        "longest": (unit, own[0] * unit, own[1] * unit),
+        "windows": (1, -(-best * unit // windowed), most),
+    }
 
 
 def _profile(
