@@ -86,7 +86,7 @@ def save(
 
 def llava_next(folder: Path, seed: int = 0) -> PreTrainedModel:
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(projection_dim=16, **vision_sizes()),
+        vision_config=CLIPVisionConfig(projection_dim=16, **vision_sizes(num_hidden_layers=6)),
         text_config=LlamaConfig(**text_sizes()),
         image_token_index=tiny_models.IMAGE,
         image_grid_pinpoints=PINPOINTS,
@@ -146,7 +146,7 @@ def vipllava(folder: Path, seed: int = 0) -> PreTrainedModel:
 
 def video_llava(folder: Path, seed: int = 0) -> PreTrainedModel:
     config = VideoLlavaConfig(
-        vision_config=CLIPVisionConfig(projection_dim=16, **vision_sizes()),
+        vision_config=CLIPVisionConfig(projection_dim=16, **vision_sizes(num_hidden_layers=6)),
         text_config=LlamaConfig(**text_sizes()),
         image_token_index=tiny_models.IMAGE,
         video_token_index=VIDEO,
