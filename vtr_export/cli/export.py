@@ -82,7 +82,7 @@ def export(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compile a checkpoint, or a decoder in ONNX, and a schedule into an artifact."""
+    """Compile a checkpoint (or ONNX decoder) and a schedule."""
     check_options(
         onnx is not None,
         {
