@@ -115,7 +115,7 @@ def foresee(model: str | Path) -> Outlook:
         tokens_per_image=facts.tokens_per_image,
         weight_bytes=sizes,
         memory_bytes=memory_bytes(),
-        remarks=(*remarks, _scope_remark(facts)),
+        remarks=(*remarks, *facts.remarks, _scope_remark(facts)),
     )
 
 

@@ -300,7 +300,7 @@ def _cost(facts: ModelFacts, resolved: Resolved, work: Workload, convention: str
 
 
 def _notes(facts: ModelFacts, work: Workload, target: str, sms: tuple[int, ...]) -> tuple[str, ...]:
-    notes = []
+    notes = [*facts.remarks]
     length = work.vision_tokens + work.text_tokens + work.new_tokens
     if length > facts.context:
         notes.append(f"{length} positions, but the model was trained for {facts.context}")

@@ -60,7 +60,10 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
     own = _own(name)
     if own is not None:
         return _family(own, folder)
-    model = _tiny(name)
+    try:
+        model = _tiny(name)
+    except ImportError as error:  # of timm, which has some towers
+        return _said(REFUSED, "package", str(error).strip().split(".")[0])
     checkpoint = folder / "checkpoint"
     model.save_pretrained(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text())

@@ -103,3 +103,13 @@ class ModelFacts:
     first_position: int = 0
     estimated: bool = False
     softcap: float | None = None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a plan made of these facts must say."""
+        if not self.estimated:
+            return ()
+        return (
+            f"{self.model_type} has no reader of its own: parameters and FLOPs of this decoder are "
+            "estimates, its vision encoder is not counted, and takes images of one size",
+        )

@@ -3,6 +3,7 @@
 What such a decoder holds and costs is an estimate: norms, biases and routers are not counted.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -142,6 +143,9 @@ def _check_layers(kind: str, text: Section) -> None:
             raise _refusal(kind, f"{reason}: {text.name}{field}", text.where)
     if text.values.get("use_bidirectional_attention"):
         raise _refusal(kind, "image tokens see what comes behind them (prefix)", text.where)
+    sections = re.findall(r"'mrope_section': \[([^]]*)\]", str(text.values.get("rope_parameters")))
+    if any(len(found.split(",")) != 3 for found in sections):
+        raise _refusal(kind, "positions are not triples of time, row and column", text.where)
     each = text.values.get("per_layer_config") or {}
     if any("head_dim" in changes for changes in each.values()):
         raise _refusal(kind, "heads differ in width from layer to layer", text.where)

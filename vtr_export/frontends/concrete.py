@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
@@ -34,6 +35,8 @@ class Concrete(TorchFunctionMode):
         symbolic = any(isinstance(each, (torch.SymInt, torch.SymFloat)) for each in given)
         if func in REPEATS and not settled and isinstance(given[1], int):
             return _repeated(*args, **kwargs)
+        if func is functional.conv3d and not settled and _is_patch(*args[:2]):
+            return _patch_product(*args[:3])
         if func is torch.stack and not settled:
             return _stacked(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__" or symbolic or not settled:
@@ -52,3 +55,13 @@ def _repeated(states: Tensor, repeats: int, dim: int | None = None, **_: Any) ->
 def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """``stack`` in steps of which each has a shape."""
     return torch.cat([each.unsqueeze(dim) for each in tensors], dim)
+
+
+def _is_patch(states: Tensor, weight: Tensor) -> bool:
+    """Whether each input is one patch, as large as the kernel."""
+    return states.shape[2:] == weight.shape[2:]
+
+
+def _patch_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[patches, C, frames, H, W] → [patches, D, 1, 1, 1]."""
+    return functional.linear(states.flatten(1), weight.flatten(1), bias)[..., None, None, None]

@@ -1,6 +1,6 @@
 """A checkpoint's model without its weights: fake parameters, real buffers, renamed tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str,
         for pattern in entry.source_patterns
     }
     found: dict[str, TensorRef] = {}
+    apart: dict[str, str] = {}
     for source, ref in checkpoint.tensors.items():
         args = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": wanted}
         name, pattern = rename_source_key(source, renamings, converters, **args)
@@ -123,9 +124,23 @@ def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str,
             name, pattern = rename_source_key(source, [], [], **args)
         if name in wanted and (pattern is None or pattern in turned):
             found[name] = ref
+        elif name in wanted:
+            apart[name] = source
+    _refuse_apart([source for name, source in apart.items() if name not in found], checkpoint)
     _tie(model, wanted, found)
     _check(model, checkpoint, found)
     return found
+
+
+def _refuse_apart(sources: Sequence[str], checkpoint: Checkpoint) -> None:
+    """What transformers puts together on load (the experts of a mixture), we do not."""
+    if sources:
+        raise CheckpointError(
+            f"{len(sources)} tensors are parts of others, such as {sources[0]}: "
+            "transformers puts them together when it loads them, which an export cannot",
+            where=str(checkpoint.folder),
+            hint="export a model without a mixture of experts",
+        )
 
 
 def _tie(model: PreTrainedModel, wanted: Mapping[str, object], found: dict[str, TensorRef]) -> None:
