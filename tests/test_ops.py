@@ -203,7 +203,7 @@ def test_tokens_of_a_group_see_each_other_too(call: Call, data: st.DataObject) -
     groups = rng.integers(0, 3, (batch, length)) * call.current
     rows = data.draw(st.integers(1, length))
     (mask,) = run(
-        "VtrGroupMask", padding=call.padding, hidden=call.hidden()[:, -rows:], groups=groups
+        "VtrGroupMask", padding=call.padding, row_groups=groups[:, -rows:], groups=groups
     )
     expected = visible(call.padding, rows, groups)
     assert (mask == expected).all()

@@ -9,7 +9,10 @@ from vtr_export.ops.functions import DOMAIN
 CAUSAL: Final = "VtrCausalMask"
 """(padding [B,T], hidden [B,S,D]) → mask [B,1,S,T]: real keys up to a row, and always itself."""
 GROUPED: Final = "VtrGroupMask"
-"""(padding, hidden, groups [B,G], G ≥ S) → the same, and all of a row's own group but group 0."""
+"""(padding, row_groups [B,S], groups [B,G]) → the same, and all of a row's group but group 0.
+
+The rows are the last S of this call's G.
+"""
 MASKS: Final = (CAUSAL, GROUPED)
 
 

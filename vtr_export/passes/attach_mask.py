@@ -20,7 +20,7 @@ class AttachMask(ir.passes.InPlacePass):
 
     With an input ``token_groups`` [B,S], tokens of one group see each other, too::
 
-        mask = vtr.VtrGroupMask(attention_mask, inputs_embeds, token_groups)
+        mask = vtr.VtrGroupMask(attention_mask, token_groups, token_groups)
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -36,9 +36,10 @@ class AttachMask(ir.passes.InPlacePass):
                     hint="report the model: its decoder cannot be exported yet",
                 )
         padding = ir.val("attention_mask", ir.DataType.INT64, ["batch", "total"])
-        groups = [inputs[name] for name in ("token_groups",) if name in inputs]
-        kind = ops.GROUPED if groups else ops.CAUSAL
-        mask = ir.Node(ops.DOMAIN, kind, [padding, inputs["inputs_embeds"], *groups])
+        groups = inputs.get("token_groups")
+        kind = ops.CAUSAL if groups is None else ops.GROUPED
+        rows = [inputs["inputs_embeds"]] if groups is None else [groups, groups]
+        mask = ir.Node(ops.DOMAIN, kind, [padding, *rows])
         mask.outputs[0].name = "mask.0"
         mask.outputs[0].shape = ir.Shape(["batch", 1, "sequence", "total"])
         mask.outputs[0].type = ir.TensorType(ir.DataType.BOOL)

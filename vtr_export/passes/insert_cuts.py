@@ -183,7 +183,7 @@ class _Surgeon:
             groups = build.call("VtrNarrow", [stage.groups, kept], "groups")
             if self.is_ragged and number:  # what stands in for a pad belongs to nobody
                 groups = build.call("VtrAlive", [groups, kept], "alive_groups")
-        made = self._mask(padding, hidden, groups, "mask")
+        made = self._mask(padding, hidden if groups is None else groups, groups, "mask")
         new = Stage(hidden, padding, current, vision_index, made, groups)
         new.streams = self._narrow(site, stage, new, kept)
         if wide_key is not None:
@@ -230,14 +230,15 @@ class _Surgeon:
         query = replay(build, layer.query, site.entry, {**wide, **tail}, "query")
         keys = build.op("Concat", [layer.past_key, key], "keys", axis=2)
         padding = build.op("Concat", [past, stage.current], "scored_padding", axis=1)
-        last = build.call("VtrTail", [hidden, some], "mask_tail")
+        told = hidden if stage.groups is None else stage.groups
+        last = build.call("VtrTail", [told, some], "mask_tail")
         mask = self._mask(padding, last, stage.groups, "scored_mask")
         return query, keys, mask, None if self.schedule.positions == "repacked" else key
 
     def _mask(
         self, padding: ir.Value, rows: ir.Value, groups: ir.Value | None, name: str
     ) -> ir.Value:
-        """What the last rows see of all keys; ``groups`` are those of all rows."""
+        """What ``rows`` see of all keys; where there are ``groups`` [B,S], rows are the last of these."""
         if groups is None:
             return self.build.call(ops.CAUSAL, [padding, rows], name)
         return self.build.call(ops.GROUPED, [padding, rows, groups], name)

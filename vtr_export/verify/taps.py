@@ -8,7 +8,7 @@ from vtr_export import ops
 from vtr_export.analysis.layers import residual
 from vtr_export.passes.force_keep_sets import PRUNE
 
-LENGTH_ONLY = (*ops.MASKS, "VtrPack")  # their second input is read for its length
+LENGTH_ONLY = (ops.CAUSAL, "VtrPack")  # their second input is read for its length
 NORMS = ("RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization")
 
 
