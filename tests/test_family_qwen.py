@@ -1,5 +1,6 @@
 """Qwen's vision-language models: what is theirs alone."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
 
 from vtr_export import Artifact, Schedule, export
 from vtr_export.backends.tensorrt.profiles import vision_profile
+from vtr_export.checkpoint import Checkpoint
 from vtr_export.engine_manifest import Ranges
 from vtr_export.errors import AnalysisError, ArtifactError, InputError
 from vtr_export.families import read_facts
@@ -33,6 +35,7 @@ from vtr_export.runtime.images.kinds import parse_kind
 from vtr_export.schedule import Resolved
 from vtr_export.search.evaluators.torch_model import TorchModel
 from vtr_export.search.questions.calibration import Question
+from vtr_export.verify.first_layers import truncate
 from vtr_export.verify.processors import load_processor
 
 # config.json of Qwen2.5-VL-3B-Instruct and Qwen2-VL-2B-Instruct, as published, with fewer layers
@@ -274,3 +277,12 @@ def test_an_engine_takes_one_image_of_any_size_a_row() -> None:
     assert bounds["frames"].most == (2, 400)
     assert bounds["windows"].best == (4, 64)
     assert bounds["windows"].most[0] == 200  # as narrow as one token each
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_first_layers_of_a_flat_file_are_its_own(kind: str, tmp_path: Path) -> None:
+    config = {"model_type": kind, **TOP, **FLAT[kind]}
+    whole = Checkpoint(tmp_path, config, {}, (), {})
+    short = read_facts(truncate(whole, 2, tmp_path).config, "x")
+    assert replace(short, layers=3) == read_facts(config, "x")
+    assert AutoConfig.from_pretrained(tmp_path).get_text_config().num_hidden_layers == 2

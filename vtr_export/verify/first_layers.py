@@ -28,7 +28,8 @@ def first_layers(schedule: Resolved, count: int) -> Resolved:
 def truncate(checkpoint: Checkpoint, count: int, folder: Path) -> Checkpoint:
     """The same weights under a config of ``count`` decoder layers, which ``folder`` gets."""
     config: dict[str, Any] = json.loads(json.dumps(checkpoint.config))
-    text = config.setdefault("text_config", {})
+    is_flat = "text_config" not in config and "num_hidden_layers" in config
+    text = config if is_flat else config.setdefault("text_config", {})
     text["num_hidden_layers"] = count
     if isinstance(kinds := text.get("layer_types"), list):
         text["layer_types"] = kinds[:count]
