@@ -14,8 +14,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vtr_export import Schedule, doctor
+from vtr_export.embeddings import write_table
 from vtr_export.errors import ArtifactError, UnavailableError
-from vtr_export.exporter import export
+from vtr_export.exporter import Report, export
 from vtr_export.families import read_facts
 from vtr_export.manifest import Manifest
 from vtr_export.memory import parameters
@@ -143,11 +144,28 @@ def test_a_window_is_said_before_anything_is_exported(folders: dict[str, Path]) 
     assert not any("tokens back" in r for r in doctor.foresee(folders["paligemma"]).remarks)
 
 
-def test_a_softcap_asks_for_a_runtime_that_bends_before_it_masks(
-    folders: dict[str, Path], tmp_path: Path
+@pytest.fixture(scope="module")
+def capped(
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Report]:
+    out = tmp_path_factory.mktemp("capped") / "out"
+    return out, export(Schedule.unpruned(), folders["paligemma2"], out, verify="none")
+
+
+def test_an_engines_table_holds_embeddings_as_they_are_scaled(
+    folders: dict[str, Path], capped: tuple[Path, Report], tmp_path: Path
 ) -> None:
-    report = export(Schedule.unpruned(), folders["paligemma2"], tmp_path / "out", verify="none")
-    manifest = Manifest.load(tmp_path / "out")
+    write_table(capped[0] / "onnx" / "embed_tokens.onnx", tmp_path / "table.npy", "fp32", {})
+    with torch.no_grad():
+        expected = model_of(folders["paligemma2"]).get_input_embeddings()(torch.arange(64))
+    assert np.array_equal(np.load(tmp_path / "table.npy"), expected.numpy())
+
+
+def test_a_softcap_asks_for_a_runtime_that_bends_before_it_masks(
+    capped: tuple[Path, Report],
+) -> None:
+    out, report = capped
+    manifest = Manifest.load(out)
     assert manifest.versions.runtimes["onnxruntime"] == ">=1.27"
     assert manifest.model.context == tiny_gemma.WINDOW
     assert any("tokens back" in warning for warning in report.warnings)

@@ -238,7 +238,7 @@ class _Surgeon:
     def _mask(
         self, padding: ir.Value, rows: ir.Value, groups: ir.Value | None, name: str
     ) -> ir.Value:
-        """What ``rows`` see of all keys; where there are ``groups`` [B,S], rows are the last of these."""
+        """What ``rows`` see of all keys; with ``groups`` [B,S], rows are the last of these."""
         if groups is None:
             return self.build.call(ops.CAUSAL, [padding, rows], name)
         return self.build.call(ops.GROUPED, [padding, rows, groups], name)
