@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from vtr_export.checkpoint import TensorRef
+from vtr_export.frontends.parts import Stored
 
 BLOCKS: Final = ("Qwen3VLMoeTextSparseMoeBlock",)  # softmax, the best k, their shares sum to 1
 
@@ -20,7 +20,7 @@ BLOCKS: Final = ("Qwen3VLMoeTextSparseMoeBlock",)  # softmax, the best k, their 
 class AllExperts(nn.Module):
     """Stands where ``block`` stood; its weights lie as the checkpoint stores them."""
 
-    def __init__(self, block: Any, name: str, tensors: Mapping[str, TensorRef]) -> None:
+    def __init__(self, block: Any, name: str, tensors: Mapping[str, Stored]) -> None:
         super().__init__()
         self.gate, self.act, self.experts = block.gate, block.experts.act_fn, nn.Module()
         for part, weight in block.experts.named_parameters():
@@ -51,7 +51,7 @@ class AllExperts(nn.Module):
         return weight.transpose(1, 2) if getattr(self, f"turned_{part}") else weight
 
 
-def open_experts(model: Any, tensors: Mapping[str, TensorRef], mode: FakeTensorMode) -> None:
+def open_experts(model: Any, tensors: Mapping[str, Stored], mode: FakeTensorMode) -> None:
     """Replace every mixture of experts in ``model``; ``tensors`` are the checkpoint's, by name."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ in BLOCKS:

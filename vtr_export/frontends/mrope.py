@@ -20,9 +20,17 @@ def straighten(decoder: Any) -> None:
     rotary = decoder.rotary_emb
     tables = (each for name, each in rotary.named_buffers() if name.endswith("inv_freq"))
     width = next(tables).shape[0]  # of every kind of layer, where there are several
-    count = max(3, len(getattr(rotary, "mrope_section", ())))
+    sections = getattr(rotary, "mrope_section", ())
+    kinds = sections if isinstance(sections, dict) else {}
+    count = 3
     marks = torch.arange(count)[:, None, None, None] * width + torch.arange(width)
-    chosen = rotary.recomposition_frequencies(marks.double())[0, 0].long()
+    each = [
+        rotary.recomposition_frequencies(marks.double(), *kind)[0, 0].long()
+        for kind in (*([name] for name in kinds), *([] if kinds else [[]]))
+    ]
+    chosen = each[0]
+    if any(not other.equal(chosen) for other in each):
+        raise ValueError("layers of unlike kinds put positions together in unlike ways")
     component, column = chosen // width, chosen % width
     is_twice = chosen[:width].equal(chosen[width:]) and column[:width].equal(torch.arange(width))
     shown = component[:width] if is_twice else component
@@ -30,7 +38,7 @@ def straighten(decoder: Any) -> None:
         rotary.register_buffer(f"is_{number}", shown == number, persistent=False)
     rotary.register_buffer("column", column, persistent=False)
 
-    def choose(freq: Tensor) -> Tensor:
+    def choose(freq: Tensor, *_: str) -> Tensor:
         parts = freq if is_twice else freq.index_select(-1, rotary.column)
         one = parts[0]
         for number in range(count - 1, 0, -1):

@@ -1,8 +1,11 @@
 """A checkpoint's model without its weights: fake parameters, real buffers, renamed tensors."""
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,6 +15,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
     Transpose,
     WeightConverter,
     WeightRenaming,
@@ -20,7 +26,9 @@ from transformers.core_model_loading import (
 
 from vtr_export.checkpoint import CONFIG, Checkpoint, TensorRef
 from vtr_export.errors import CheckpointError
+from vtr_export.frontends.parts import Parts, Stored
 
+MERGED: Final = [(MergeModulelist, 0)]  # experts, one by one
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _REFUSALS = (  # what transformers' own code was seen to trip over; it has no common error
@@ -51,6 +59,9 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """The model of ``config`` with parameters that have a shape and no data, and real buffers."""
     config._attn_implementation = "vtr"
+    for part in vars(config).values():
+        if getattr(part, "model_type", None) == "sam_vision_model":
+            part._attn_implementation = "eager"  # it looks ours up among its own
     _settle(config.get_text_config())
     try:
         with _EmptyOnMeta():
@@ -103,7 +114,7 @@ def _refusal(what: str, error: Exception, folder: str | Path) -> CheckpointError
     )
 
 
-def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
+def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str, Stored]:
     """Parameter name → checkpoint tensor, renamed as transformers renames hub names on load."""
     wanted = model.state_dict()
     mapping = get_model_conversion_mapping(model)
@@ -115,8 +126,8 @@ def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str,
         if all(isinstance(step, Transpose) for step in entry.operations)
         for pattern in entry.source_patterns
     }
-    found: dict[str, TensorRef] = {}
-    apart: dict[str, str] = {}
+    found: dict[str, Stored] = {}
+    apart: dict[str, dict[tuple[int, int], TensorRef]] = defaultdict(dict)
     for source, ref in checkpoint.tensors.items():
         args = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": wanted}
         name, pattern = rename_source_key(source, renamings, converters, **args)
@@ -125,25 +136,72 @@ def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str,
         if name in wanted and (pattern is None or pattern in turned):
             found[name] = ref
         elif name in wanted:
-            apart[name] = source
-    _refuse_apart([source for name, source in apart.items() if name not in found], checkpoint)
+            cut = _split(ref, _chunks(name, pattern, converters))
+            found |= cut
+            if not cut:
+                apart[name][_place(source, pattern, converters)] = ref
+    found |= {name: _joined(parts) for name, parts in apart.items() if name not in found}
     _tie(model, wanted, found)
     _check(model, checkpoint, found)
     return found
 
 
-def _refuse_apart(sources: Sequence[str], checkpoint: Checkpoint) -> None:
-    """What transformers puts together on load (the experts of a mixture), we do not."""
-    if sources:
-        raise CheckpointError(
-            f"{len(sources)} tensors are parts of others, such as {sources[0]}: "
-            "transformers puts them together when it loads them, which an export cannot",
-            where=str(checkpoint.folder),
-            hint="export a model without a mixture of experts",
-        )
+def _chunks(
+    name: str, pattern: str | None, converters: Sequence[WeightConverter]
+) -> tuple[str, ...]:
+    """The parameters that one tensor is cut into, along its first axis; none: it is not."""
+    for entry in converters:
+        steps = [(type(step), getattr(step, "dim", None)) for step in entry.operations]
+        if pattern in entry.source_patterns and steps == [(Chunk, 0)]:
+            first, *_ = entry.target_patterns
+            return tuple(name.replace(first, each) for each in entry.target_patterns)
+    return ()
 
 
-def _tie(model: PreTrainedModel, wanted: Mapping[str, object], found: dict[str, TensorRef]) -> None:
+def _split(ref: TensorRef, names: Sequence[str]) -> dict[str, TensorRef]:
+    """Equal parts of a tensor along its first axis, by name; none where it has no such parts."""
+    count = len(names)
+    if not count or ref.blocks != 1 or ref.shape[0] % count:
+        return {}
+    size, shape = ref.size_bytes // count, (ref.shape[0] // count, *ref.shape[1:])
+    return {
+        name: replace(ref, shape=shape, size_bytes=size, offset=ref.offset + number * size)
+        for number, name in enumerate(names)
+    }
+
+
+def _joined(parts: Mapping[tuple[int, int], TensorRef]) -> Parts:
+    """One parameter of (expert, part) → tensor; CheckpointError where that is not all of it."""
+    whole = Parts.of(parts) if all(expert >= 0 for expert, _ in parts) else None
+    if whole is None:
+        raise _apart(next(iter(parts.values())))
+    return whole
+
+
+def _place(
+    source: str, pattern: str | None, converters: Sequence[WeightConverter]
+) -> tuple[int, int]:
+    """Number of the expert and of the part of it that ``source`` is; -1: put together otherwise."""
+    for entry in converters:
+        if pattern in entry.source_patterns and len(entry.target_patterns) == 1:
+            steps = [(type(step), getattr(step, "dim", None)) for step in entry.operations]
+            number = re.search(r"experts\.(\d+)\.", source)
+            if steps == [(Concatenate, 1)]:
+                return 0, entry.source_patterns.index(pattern)
+            if steps in (MERGED, [*MERGED, (Concatenate, 1)]) and number is not None:
+                return int(number[1]), entry.source_patterns.index(pattern)
+    return -1, 0
+
+
+def _apart(ref: TensorRef) -> CheckpointError:
+    return CheckpointError(
+        f"transformers computes parameters from {ref.name} on load, which an export cannot",
+        where=str(ref.shard),
+        hint="save the model as transformers holds it, or export another",
+    )
+
+
+def _tie(model: PreTrainedModel, wanted: Mapping[str, object], found: dict[str, Stored]) -> None:
     """Give tied parameters the one tensor that the checkpoint holds for them."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False) and not getattr(
         model.config, "tie_word_embeddings", False
@@ -155,7 +213,7 @@ def _tie(model: PreTrainedModel, wanted: Mapping[str, object], found: dict[str, 
                 found[one] = found[other]
 
 
-def _check(model: PreTrainedModel, checkpoint: Checkpoint, found: Mapping[str, TensorRef]) -> None:
+def _check(model: PreTrainedModel, checkpoint: Checkpoint, found: Mapping[str, Stored]) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = sorted(name for name in parameters if name not in found)
     if missing:
@@ -173,7 +231,7 @@ def _check(model: PreTrainedModel, checkpoint: Checkpoint, found: Mapping[str, T
             )
 
 
-def check_shapes(model: PreTrainedModel, tensors: Mapping[str, TensorRef]) -> None:
+def check_shapes(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> None:
     """CheckpointError where a parameter's tensor has another shape."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         ref = tensors[name]

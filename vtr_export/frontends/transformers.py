@@ -14,14 +14,16 @@ from torch.export import Dim
 from torch.nn import Module
 from transformers import DynamicCache, PreTrainedModel
 
-from vtr_export.checkpoint import Checkpoint, TensorRef
+from vtr_export.checkpoint import Checkpoint
 from vtr_export.errors import CheckpointError
 from vtr_export.families import ModelFacts
 from vtr_export.frontends import generic
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.experts import open_experts
 from vtr_export.frontends.feeds import Feed, VisionGraph
+from vtr_export.frontends.mixtures import lay_open
 from vtr_export.frontends.mrope import is_bent, straighten
+from vtr_export.frontends.parts import Parts, Stored
 from vtr_export.frontends.skeleton import (
     DTYPES,
     build_skeleton,
@@ -110,8 +112,8 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode)
     tensors = name_tensors(model, checkpoint)
     open_experts(model, tensors, mode)
-    if facts.estimated and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("batched_mm")  # the default's sizes depend on values
+    if facts.estimated:
+        lay_open(model)
     check_shapes(model, tensors)
     if facts.mrope and (not facts.estimated or is_bent(model.get_decoder())):
         straighten(model.get_decoder())
@@ -261,7 +263,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
 def _bind_weights(
     graph: ir.Model,
     buffers: Mapping[str, Tensor],
-    tensors: Mapping[str, TensorRef],
+    tensors: Mapping[str, Stored],
     dtype: ir.DataType,
 ) -> None:
     """Give each used initializer its checkpoint tensor, or the buffer's values."""
@@ -270,7 +272,12 @@ def _bind_weights(
             graph.graph.initializers.pop(name)
             continue
         key = name.removeprefix("model.")
-        if key in buffers:
+        if isinstance(ref := tensors.get(key), Parts):
+            ref.build(graph.graph, value, dtype)
+        elif key in buffers and ref is not None:  # a buffer that was saved
+            value.const_value = CheckpointTensor(ref, name=name, dtype=value.dtype or dtype)
+        elif key in buffers:
             value.const_value = ir.tensor(buffers[key].numpy(), name=name)
         elif value.const_value is None:
-            value.const_value = CheckpointTensor(tensors[key], name=name, dtype=dtype)
+            assert ref is not None, f"{key} is no buffer"
+            value.const_value = CheckpointTensor(ref, name=name, dtype=dtype)

@@ -55,12 +55,9 @@ def positions_for(
     is_image = (input_ids == model.config.image_token_id).int()
     grids = given.get("image_grid_thw") if isinstance(given, Mapping) else None
     grids = None if grids is None else torch.as_tensor(grids)
-    ids, ahead = rule(
-        input_ids,
-        mm_token_type_ids=is_image,
-        image_grid_thw=grids,
-        attention_mask=attention_mask,
-    )
+    asked = {"mm_token_type_ids": is_image, "image_grid_thw": grids}
+    known = {name: asked[name] for name in asked.keys() & signature(rule).parameters.keys()}
+    ids, ahead = rule(input_ids, attention_mask=attention_mask, **known)
     return ids, ahead[:, 0]
 
 
@@ -129,7 +126,8 @@ def image_features(model: Any, given: Given, device: str | torch.device = "cpu")
     inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
     owner = model if hasattr(model, "get_image_features") else model.model
     said = owner.get_image_features(**inputs)
-    all_of_them = [said.pooler_output, *(getattr(said, "deepstack_features", None) or ())]
+    rows = said.last_hidden_state if said.pooler_output is None else said.pooler_output
+    all_of_them = [rows, *(getattr(said, "deepstack_features", None) or ())]
     return torch.cat([_one_row(found) for found in all_of_them], -1)
 
 
