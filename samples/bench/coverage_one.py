@@ -13,7 +13,6 @@ import zoo
 from coverage import REFUSED, VERIFIED, WRONG
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from zoo_config import Section, tiny_config
 from zoo_inputs import image_id, inputs

@@ -36,7 +36,7 @@ BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
 BY_FIELD: Final[Mapping[str, str]] = {
     "index_topk": "each row chooses the keys it sees (a sparse indexer)",
     "index_topk_blocks": "each row chooses the blocks it sees (a sparse indexer)",
-    "kv_lora_rank": "keys and values are of unlike width (latent attention)",
+    "kv_lora_rank": "its cache holds latents of which keys and values are made (latent attention)",
     "num_kv_shared_layers": "layers read the keys of other layers (KV sharing)",
     "hidden_size_per_layer_input": "layers take embeddings of their own",
     "hc_mult": "several residual streams",

@@ -25,8 +25,16 @@ def load_model(weights: Path, config: Path, dtype: torch.dtype, **options: Any) 
     own = json.loads((weights / "config.json").read_text(encoding="utf-8"))
     if own.get("model_type") != "internvl_chat":
         load = AutoModelForImageTextToText.from_pretrained
-        return load(weights, config=settings, **options).eval()
+        return _with_norm(load(weights, config=settings, **options).eval())
     model = InternVLForConditionalGeneration.from_pretrained(
         None, config=settings, state_dict=internvl_chat.weights(weights, own), **options
     )
     return internvl_chat.shuffled(model, str(own.get("ps_version", "v1"))).eval()
+
+
+def _with_norm(model: Any) -> Any:
+    """The decoder's last norm under the name that most decoders give it."""
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "norm") and hasattr(decoder, "final_layernorm"):
+        decoder.norm = decoder.final_layernorm
+    return model
