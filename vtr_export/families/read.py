@@ -37,6 +37,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "shieldgemma2": gemma3,
     "smolvlm": idefics3,
     "video_llava": video_llava,
     "vipllava": vipllava,
