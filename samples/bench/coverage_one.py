@@ -28,6 +28,7 @@ from vtr_export.reference import (
     embed,
     groups_for,
     image_features,
+    load_model,
     positions_for,
 )
 from vtr_export.runtime.decoder import Decoder
@@ -82,9 +83,7 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
             export(schedule, checkpoint, out[kind], verify="none")
     except VtrError as error:
         return _said(REFUSED, "export", error.message)
-    model = AutoModelForImageTextToText.from_pretrained(
-        checkpoint, attn_implementation="eager"
-    ).eval()
+    model = load_model(checkpoint, checkpoint, torch.float32, attn_implementation="eager")
     return _measured(model, facts, out, way)
 
 
