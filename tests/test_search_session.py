@@ -1,13 +1,17 @@
 """A session: what it counts, and what it reads once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vtr_export.checkpoint import read_model_facts
+from vtr_export.errors import InputError
+from vtr_export.search import session
 from vtr_export.search.evaluators import torch_model
-from vtr_export.search.session import Session, Setup
+from vtr_export.search.session import Session, Setup, check_family
 from vtr_export.search.workers import pool, ray_pool
 
 DIGITS = Path(__file__).parents[1] / "samples" / "digits"
@@ -67,3 +71,16 @@ def test_workers_on_ray_are_told_the_hash_that_names_the_ledger(
     with Session(setup_of(tmp_path, on_ray=True)) as session:
         assert [one["model"] for one in told] == [session.identity()["model"]]
     assert len(hashed) == 1
+
+
+def test_a_model_that_evaluators_do_not_know_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = read_model_facts(MODEL)
+    check_family(MODEL, facts)
+    with pytest.raises(InputError, match="see each other"):
+        check_family(MODEL, replace(facts, attends="images"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))
+    monkeypatch.setattr(session, "made_files", lambda folder: {"chat_template.jinja": ""})
+    with pytest.raises(InputError, match="layout of its own"):
+        check_family(tmp_path, facts)

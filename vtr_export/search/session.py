@@ -9,8 +9,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from vtr_export import __version__
-from vtr_export.checkpoint import find_folder, read_model_facts
+from vtr_export.checkpoint import find_folder, made_files, read_model_facts
 from vtr_export.errors import InputError
+from vtr_export.families import ModelFacts
 from vtr_export.published import MANIFEST
 from vtr_export.search.budget import Workload, parse_budget
 from vtr_export.search.candidate import Candidate, Space
@@ -66,6 +67,7 @@ class Session:
         self.is_checkpoint = not (self.folder / MANIFEST).exists()
         self.space = _space(self.folder) if self.is_checkpoint else space_of(self.folder)
         self.facts = self.space.facts
+        check_family(self.folder, self.facts)
         self.calibration, self.evaluation = _sets(setup, self.metric)
         self.prompts = Prompts(self.folder)
         self.naive = Naive(self.facts, self.prompts, blocks_of(self.calibration.questions))
@@ -91,9 +93,7 @@ class Session:
     @property
     def workload(self) -> Workload:
         """The calibration set's mean prompt."""
-        images = [len(question.images) for question in self.calibration.questions]
-        vision = round(sum(images) / len(images) * (self.facts.tokens_per_image or 0))
-        return Workload(vision, round(self.naive.mean_text))
+        return Workload(*self.naive.mean)
 
     def flops_share(self, candidate: Candidate) -> float:
         """Decoder prefill FLOPs of the mean prompt, of the unpruned model's."""
@@ -188,6 +188,21 @@ class Session:
             blocks=len(blocks),
             gpus_per_worker=gpus,
             fingerprint=self._described,
+        )
+
+
+def check_family(folder: Path, facts: ModelFacts) -> None:
+    """InputError for what evaluators do not know."""
+    reason = ""
+    if facts.attends != "causal":
+        reason = "its image tokens see each other"
+    elif not (folder / MANIFEST).exists() and made_files(folder):
+        reason = "its checkpoint has a layout of its own"
+    if reason:
+        raise InputError(
+            f"a search does not know this model yet: {reason}",
+            where=str(folder),
+            hint="write a schedule (vtr schedule --help) and verify it with vtr export",
         )
 
 

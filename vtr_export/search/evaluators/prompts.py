@@ -6,7 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
-from vtr_export.runtime.images import ImageInputs, Seen
+from vtr_export.errors import InputError
+from vtr_export.runtime.images import ByPrompt, ImageInputs, Seen
 from vtr_export.runtime.processor import Processor
 from vtr_export.search.evaluator import Floats
 from vtr_export.search.questions.calibration import Question
@@ -29,7 +30,7 @@ class Prompts:
         self._seen: dict[Path, Seen] = {}
 
     def image(self, file: Path) -> ImageInputs:
-        """What the vision encoder is fed for one image."""
+        """What the vision encoder is fed for one image, alone in its prompt."""
         return self.processor.image_inputs([file])
 
     def seen(self, file: Path) -> Seen:
@@ -42,6 +43,12 @@ class Prompts:
     def ids(self, question: Question) -> tuple[int, ...]:
         """The question behind its images, in the chat template unless it places them itself."""
         processor, text = self.processor, question.text
+        if len(question.images) > 1 and isinstance(processor.images, ByPrompt):
+            raise InputError(
+                "this model prepares several images of a prompt otherwise than one",
+                where=question.where,
+                hint="ask about one image a question",
+            )
         images = [self.seen(file) for file in question.images]
         if processor.is_written_out(text):
             if processor.image_token not in text:

@@ -73,10 +73,11 @@ class Naive:
         self._known: dict[tuple[str, Width], int] = {}
 
     @property
-    def mean_text(self) -> float:
-        """Text tokens of a prompt, the mean."""
-        widths = [width.text for block in self.widths for width in block]
-        return sum(widths) / len(widths)
+    def mean(self) -> tuple[int, int]:
+        """Vision and text tokens of a prompt, their means in whole tokens."""
+        widths = [width for block in self.widths for width in block]
+        vision, text = sum(width.vision for width in widths), sum(width.text for width in widths)
+        return round(vision / len(widths)), round(text / len(widths))
 
     def __call__(self, candidate: Candidate, shard: Shard) -> int:
         """FLOPs of the shard's questions under ``candidate``."""
