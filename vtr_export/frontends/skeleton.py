@@ -59,9 +59,7 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """The model of ``config`` with parameters that have a shape and no data, and real buffers."""
     config._attn_implementation = "vtr"
-    for part in vars(config).values():
-        if getattr(part, "model_type", None) == "sam_vision_model":
-            part._attn_implementation = "eager"  # it looks ours up among its own
+    _spare_sams(config)
     _settle(config.get_text_config())
     try:
         with _EmptyOnMeta():
@@ -78,6 +76,15 @@ def build_skeleton(
     for module in model.modules():
         _fake_parameters(module, mode)
     return model
+
+
+def _spare_sams(config: PretrainedConfig) -> None:
+    """SAM's towers look an attention up among their own, which ours is not."""
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            if part.model_type.endswith(("sam_vision_model", "sam_vision")):
+                part._attn_implementation = "eager"
+            _spare_sams(part)
 
 
 def _settle(config: PretrainedConfig) -> None:
