@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import tiny_aya
 import tiny_deepseek
 import tiny_gemma
 import tiny_idefics2
@@ -30,6 +31,7 @@ TINY: Mapping[str, Save] = {
     "internvl": tiny_internvl.internvl,
     "llava": llava,
     "llava/pixtral": tiny_mistral.pixtral,
+    "aya_vision": tiny_aya.aya_vision,
     "deepseek_vl": tiny_deepseek.deepseek_vl,
     "janus": tiny_deepseek.janus,
     "lighton_ocr": tiny_mistral.lighton_ocr,

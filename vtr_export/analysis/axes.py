@@ -233,9 +233,15 @@ def _reshape(node: ir.Node, inputs: list[Axes]) -> Axes:
     target, literal = _constant(node.inputs[1]), node.attributes.get("allowzero")
     if target is None or (literal is not None and literal.as_int()):
         return LOST
-    kept = next((i for i, dim in enumerate(target) if dim != 0), len(target))
+    kept = next((i for i, dim in enumerate(target) if not _copied(node, i, dim)), len(target))
     lost = [axis for axis in (inputs[0].token, inputs[0].key) if axis is not None and axis >= kept]
     return Axes(state=OPAQUE) if lost else inputs[0]
+
+
+def _copied(node: ir.Node, axis: int, dim: int) -> bool:
+    """Whether a target says of an axis what it is already."""
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    return dim == 0 or (shape is not None and axis < len(shape) and shape[axis] == dim)
 
 
 def _expand(node: ir.Node, inputs: list[Axes]) -> Axes:

@@ -12,8 +12,9 @@ QK_NORMS: Final = ("qwen3", "qwen3_vl_text", *MIXTURES)  # of head_dim weights e
 GEMMAS: Final = ("gemma", "gemma2", "gemma3_text")
 SANDWICHED: Final = GEMMAS[1:]  # a norm behind attention and MLP, too
 CAPPED: Final = ("gemma2",)  # Gemma 3 reads the value and leaves it
-BIASES_ASKED: Final = ("llama", *QK_NORMS, *GEMMAS)  # where attention_bias says so
-DECODERS: Final = ("llama", "mistral", *QKV_BIASES, *QK_NORMS, *GEMMAS)
+BIASES_ASKED: Final = ("llama", "cohere2", *QK_NORMS, *GEMMAS)  # where attention_bias says so
+PARALLEL: Final = ("cohere2",)  # attention and MLP read one norm
+DECODERS: Final = ("llama", "mistral", *QKV_BIASES, *QK_NORMS, *GEMMAS, *PARALLEL)
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def _experts(text: Section) -> int:
 def _layer_biases(kind: str, text: Section, q: int, kv: int, head_dim: int) -> int:
     hidden, intermediate = text.size("hidden_size"), text.size("intermediate_size")
     count = 2 * hidden if kind in SANDWICHED else 0
+    if kind in PARALLEL:
+        count -= hidden
     if kind in (*QK_NORMS, "gemma3_text"):
         count += 2 * head_dim
     if kind in QKV_BIASES:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from vtr_export.errors import CheckpointError
+from vtr_export.families.aya_vision import aya_vision
 from vtr_export.families.deepseek_vl import deepseek_vl, janus
 from vtr_export.families.facts import ModelFacts
 from vtr_export.families.gemma import gemma3, paligemma
@@ -23,6 +24,7 @@ from vtr_export.families.vipllava import vipllava
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "gemma3": gemma3,
     "idefics3": idefics3,
+    "aya_vision": aya_vision,
     "deepseek_vl": deepseek_vl,
     "janus": janus,
     "idefics2": idefics2,

@@ -24,6 +24,7 @@ from vtr_export.frontends.feeds import Feed, VisionGraph
 from vtr_export.frontends.mixtures import lay_open
 from vtr_export.frontends.mrope import is_bent, straighten
 from vtr_export.frontends.parts import Parts, Stored
+from vtr_export.frontends.shaped import Shaped
 from vtr_export.frontends.skeleton import (
     DTYPES,
     build_skeleton,
@@ -93,7 +94,7 @@ class Decoder(Module):
     ) -> list[Tensor]:
         """Logits [B,1,vocab] in fp32, then key and value of every layer."""
         cache = DynamicCache([(key, value) for key, value in past])
-        with Concrete():
+        with Concrete(), Shaped():
             output = self.model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=mask,

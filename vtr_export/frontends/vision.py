@@ -54,6 +54,7 @@ GRAPHS: Final[Mapping[str, VisionGraph]] = {
     **dict.fromkeys(("idefics3", "smolvlm"), VisionGraph(idefics3.features, one_size)),
     "internvl": VisionGraph(internvl.features, one_size),
     "idefics2": VisionGraph(idefics2.resampled, idefics2.patches),
+    "aya_vision": VisionGraph(llava.projected, one_size),
     "llava": VisionGraph(llava.projected, one_size),
     "llava_next": VisionGraph(llava.packed, llava.tiles),
     "llava_onevision": VisionGraph(llava.blended, llava.blended_tiles),

@@ -140,6 +140,24 @@ def janus(special: Special, config: Mapping[str, Any]) -> Placeholder:
     return replace(image, written=lambda seen: start + image.written(seen) + end)
 
 
+def aya(_: Special, config: Mapping[str, Any]) -> Placeholder:
+    """Each tile is led by its number, the image as a whole by a token of its own."""
+    place = config.get("image_token", "<image>")
+    token = config.get("img_patch_token", "<|IMG_PATCH|>")
+    start = config.get("start_of_img_token", "<|START_OF_IMG|>")
+    end = config.get("end_of_img_token", "<|END_OF_IMG|>")
+    tile, whole = config.get("tile_token", "TILE"), config.get("tile_global_token", "TILE_GLOBAL")
+    patch = config.get("patch_size", 28) * config.get("downsample_factor", 1)
+    each = token * (config.get("img_size", 364) // patch) ** 2
+
+    def written(image: Seen) -> str:
+        tiles = image.tokens * len(token) // len(each)
+        cut = "".join(f"{tile}_{number}{each}" for number in range(1, tiles))
+        return f"{start}{cut}{whole}{each}{end}"
+
+    return Placeholder(place, token, written)
+
+
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     "Gemma3Processor": gemma3,
     "Idefics2Processor": idefics2,
@@ -147,6 +165,7 @@ PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     "InternVLProcessor": internvl,
     "LlavaOnevisionProcessor": with_videos,
     "JanusProcessor": janus,
+    "AyaVisionProcessor": aya,
     "PixtralProcessor": pixtral,
     "VideoLlavaProcessor": with_videos,
     "PaliGemmaProcessor": paligemma,

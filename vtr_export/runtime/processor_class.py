@@ -10,6 +10,7 @@ FILES: Final = ("processor_config.json", "preprocessor_config.json", "tokenizer_
 OF_MODELS: Final[Mapping[str, str]] = {  # where no file names one, as transformers chooses
     "gemma3": "Gemma3Processor",
     "idefics3": "Idefics3Processor",
+    "aya_vision": "AyaVisionProcessor",
     "deepseek_vl": "DeepseekVLProcessor",
     "idefics2": "Idefics2Processor",
     "janus": "JanusProcessor",

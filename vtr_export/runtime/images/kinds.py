@@ -38,6 +38,7 @@ KINDS: Final[Mapping[str, Read]] = {
 ASKED: Final[Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]] = {
     # what a whole processor, of this processor_config.json, asks of its image processor
     "Gemma3Processor": lambda _: {"do_convert_rgb": True, "do_pan_and_scan": False},
+    "AyaVisionProcessor": lambda _: {"crop_to_patches": True},
     "InternVLProcessor": lambda _: {"crop_to_patches": True},
     "LlavaOnevisionProcessor": lambda whole: {"video_processor": whole.get("video_processor")},
     "PixtralProcessor": pixtral.asked,
