@@ -76,7 +76,7 @@ class Unflattened(TorchFunctionMode):
         if func is Tensor.scatter_ and _is_last(args, kwargs):
             values, _, index, new = args
             is_there = (index[..., None] == torch.arange(values.shape[-1])).to(values.dtype)
-            return values.copy_(values * 0 + is_there.sum(-2) * new)
+            return values.copy_(is_there.sum(-2) * new)  # a mask, of zeros until now
         return func(*args, **kwargs)
 
 
