@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from vtr_export.errors import CheckpointError
-
 NAME: Final = "vtr"
 FLAT: Final = ("ChameleonAttention",)  # its norms of queries and keys do the same
 LAID: Final = (Tensor.view, Tensor.reshape, torch.reshape)
@@ -23,14 +21,10 @@ LAID: Final = (Tensor.view, Tensor.reshape, torch.reshape)
 
 def dense(self: Any, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
     """[B, S, D], and of the k best [B, S, k] their numbers and shares → [B, S, D]."""
-    if self.has_post_expert_norm:
-        raise CheckpointError(
-            f"{type(self).__name__} norms what each expert gives",
-            hint="this architecture cannot be exported; report it with its config.json",
-        )
     first = _linear(self, hidden[:, None], "gate_up_proj" if self.has_gate else "up_proj")
     inner = self._apply_gate(first) if self.has_gate else self.act_fn(first)
     each = _linear(self, inner, "down_proj")
+    each = self.post_expert_norm(each) if self.has_post_expert_norm else each
     spread = _spread(chosen, shares.to(hidden.dtype), each.shape[1])
     mixed: Tensor = (each * spread.transpose(1, 2)[..., None]).sum(1)
     return mixed
