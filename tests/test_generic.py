@@ -1,0 +1,42 @@
+"""Architectures without a reader of their own: what is refused, and what is only estimated."""
+
+import pytest
+import torch
+from torch import nn
+
+from vtr_export.errors import CheckpointError
+from vtr_export.families import read_facts
+from vtr_export.frontends.trace import attention
+
+
+@pytest.mark.parametrize("option", ["position_bias", "s_aux", "block_indices", "indices"])
+def test_an_attention_with_a_foreign_term_is_refused_by_its_name(option: str) -> None:
+    states = torch.zeros(1, 2, 3, 4)
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    with pytest.raises(CheckpointError, match=option):
+        attention(nn.Module(), states, states, states, mask, **{option: torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "florence2"}, "encoder-decoder"),
+        ({"model_type": "kimi_k25"}, "kv_lora_rank"),
+        ({"model_type": "qwen3_5"}, "linear_attention"),
+        ({"model_type": "gemma3n"}, "num_kv_shared_layers"),
+        ({"model_type": "hunyuan_vl", "text_config": {"rope_parameters": {
+            "mrope_section": [1, 1, 1, 1]}}}, "triples"),
+    ],
+)  # fmt: skip
+def test_what_no_schedule_follows_is_refused_by_its_config(config: dict, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        read_facts(config, "config.json")
+
+
+def test_facts_of_a_config_that_names_its_type_alone() -> None:
+    facts = read_facts({"model_type": "glm4v"}, "config.json")
+    assert (facts.layers, facts.hidden, facts.heads, facts.kv_heads) == (40, 4096, 32, 2)
+    assert (facts.head_dim, facts.context, facts.image_token_id) == (128, 32768, 151343)
+    assert facts.estimated
+    assert "estimates" in facts.remarks[0]
+    assert not read_facts({"model_type": "llava"}, "config.json").remarks
