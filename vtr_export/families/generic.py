@@ -30,7 +30,7 @@ BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "granite4_vision": "features of several depths are laid over tokens inside the decoder",
     "ernie4_5_vl_moe": "tokens of text and of images have experts of their own, told by a mask",
     "llama4": "its decoder is a whole language model inside another",
-    "emu3": "images become words of the vocabulary, by a codebook",
+    **dict.fromkeys(("chameleon", "emu3"), "images become words of the vocabulary, by a codebook"),
     "unlimited_ocr": "its cache drops decoded tokens (a window over what it said)",
 }
 BY_FIELD: Final[Mapping[str, str]] = {

@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME: Final = "vtr"
-FLAT: Final = ("ChameleonAttention",)  # its norms of queries and keys do the same
 LAID: Final = (Tensor.view, Tensor.reshape, torch.reshape)
 
 
@@ -105,8 +104,7 @@ def _within(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def lay_open(model: Any) -> None:
     """Have every mixture of experts in ``model`` take all its rows as they lie."""
     mixtures = [m for m in model.modules() if hasattr(getattr(m, "experts", None), "_apply_gate")]
-    flat = [m for m in model.modules() if type(m).__name__ in FLAT]
     if mixtures:
         model.set_experts_implementation(NAME)
-    for block in (*mixtures, *flat):
+    for block in mixtures:
         vars(block)["forward"] = partial(_within, block.forward)
