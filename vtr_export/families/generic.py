@@ -29,7 +29,7 @@ BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "kosmos-2.5": "places of images are told by a mask of their own, not by a token",
     "granite4_vision": "features of several depths are laid over tokens inside the decoder",
     "ernie4_5_vl_moe": "tokens of text and of images have experts of their own, told by a mask",
-    "deepseek_ocr2": "its towers' global attention is not traced as transformers computes it",
+    "deepseek_ocr2": "its vision encoder gives other features when it is traced",
     "llama4": "its decoder is a whole language model inside another",
     **dict.fromkeys(("chameleon", "emu3"), "images become words of the vocabulary, by a codebook"),
     "unlimited_ocr": "its cache drops decoded tokens (a window over what it said)",
