@@ -14,7 +14,8 @@ from vtr_export.errors import AnalysisError, InputError
 from vtr_export.passes.canonical_attention import CanonicalAttention
 from vtr_export.passes.derive_vision_index import DeriveVisionIndex
 from vtr_export.passes.hide_keys import HideKeys
-from vtr_export.passes.lift_embeddings import LiftEmbeddings, LowerEmbeddings
+from vtr_export.passes.lift_embeddings import LiftEmbeddings
+from vtr_export.passes.lower_embeddings import LowerEmbeddings
 from vtr_export.passes.name_caches import NameCaches
 from vtr_export.passes.name_inputs import NameInputs
 from vtr_export.passes.narrow_shapes import NarrowShapes

@@ -202,9 +202,7 @@ def test_tokens_of_a_group_see_each_other_too(call: Call, data: st.DataObject) -
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     groups = rng.integers(0, 3, (batch, length)) * call.current
     rows = data.draw(st.integers(1, length))
-    (mask,) = run(
-        "VtrGroupMask", padding=call.padding, row_groups=groups[:, -rows:], groups=groups
-    )
+    (mask,) = run("VtrGroupMask", padding=call.padding, row_groups=groups[:, -rows:], groups=groups)
     expected = visible(call.padding, rows, groups)
     assert (mask == expected).all()
     assert (run("VtrSeen", mask=mask)[0] == call.padding).all()

@@ -65,9 +65,7 @@ def _ours(loaded: Artifact, asked: Asked, tokens: int) -> Said:
     assert prepared.images is not None, "each question has an image"
     features = loaded.model.encode(prepared.images.feeds)
     batch = loaded.model.pad([prepared.rows[0].ids])
-    step = loaded.model.prefill(
-        loaded.model.decoder.empty(1), batch, features, prepared.seen
-    )
+    step = loaded.model.prefill(loaded.model.decoder.empty(1), batch, features, prepared.seen)
     kept = _survivors(batch.vision_index[0], step.kept, batch.input_ids.shape[1])
     return Said(answer.text.strip(), step.logits[0], kept)
 

@@ -45,32 +45,6 @@ class LiftEmbeddings(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-class LowerEmbeddings(ir.passes.InPlacePass):
-    """Join what ``LiftEmbeddings`` parted.
-
-    Before::
-
-        lifted_embeddings = Gather(table, input_ids); layer_0(inputs_embeds)
-
-    After::
-
-        lifted_embeddings = Gather(table, input_ids); layer_0(lifted_embeddings)
-    """
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Undo it, if it was done."""
-        graph = model.graph
-        embeds = next((value for value in graph.outputs if value.name == LIFTED), None)
-        if embeds is None:
-            return ir.passes.PassResult(model, modified=False)
-        source = next(value for value in graph.inputs if value.name == "inputs_embeds")
-        graph.outputs.remove(embeds)
-        graph.inputs.remove(source)
-        embeds.type, embeds.shape = embeds.type or source.type, source.shape
-        source.replace_all_uses_with(embeds)
-        return ir.passes.PassResult(model, modified=True)
-
-
 def _embeddings(graph: ir.Graph, ids: ir.Value) -> ir.Value:
     """The last value before an attention that all of ``ids`` but their number goes through."""
     behind = descendants(ids)

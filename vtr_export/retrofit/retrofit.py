@@ -18,7 +18,7 @@ from vtr_export.manifest import Gate
 from vtr_export.passes.derive_vision_index import DeriveVisionIndex
 from vtr_export.passes.hide_keys import HideKeys
 from vtr_export.passes.insert_cuts import InsertCuts
-from vtr_export.passes.lift_embeddings import LowerEmbeddings
+from vtr_export.passes.lower_embeddings import LowerEmbeddings
 from vtr_export.process import Announce, Clock
 from vtr_export.publish import check_target, publish
 from vtr_export.published import hash_files, sha256_of
