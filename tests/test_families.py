@@ -250,7 +250,9 @@ POOLED = {"vision_config": {"image_size": 896, "patch_size": 14}}
 LEARNED = {"vision_config": {"num_position_embeddings": 2304}}
 TILED = {"vision_config": {"model_type": "siglip_vision_model", "image_size": 384}}
 FITTING: dict[str, Any] = {  # what a class's defaults lack, or what in them does not fit the rest
-    **dict.fromkeys(("gemma3", "idefics3", "smolvlm"), POOLED),
+    **dict.fromkeys(("gemma3", "idefics3", "shieldgemma2", "smolvlm"), POOLED),
+    "aya_vision": {"vision_config": {"image_size": 364, "patch_size": 14}},
+    "janus": {"vision_config": {"projection_dim": 4096}},
     "llava_onevision": {**TILED, "vision_feature_select_strategy": "full"},
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), LEARNED),
 }
