@@ -141,11 +141,11 @@ class Builder:
             mask = self._input("mask", ("batch", 1, "sequence", "total"), ir.DataType.BOOL)
         else:
             padding = self._input("attention_mask", ("batch", "total"), ir.DataType.INT64)
-            kind, more = "VtrCausalMask", []
+            kind, more = "VtrCausalMask", [hidden]
             if it.grouped:
                 kind = "VtrGroupMask"
-                more = [self._input("groups", ("batch", "sequence"), ir.DataType.INT64)]
-            mask = self.pen.op(kind, padding, hidden, *more, domain=ops.DOMAIN)
+                more = [self._input("groups", ("batch", "sequence"), ir.DataType.INT64)] * 2
+            mask = self.pen.op(kind, padding, *more, domain=ops.DOMAIN)
         if it.absolute:
             table = self.pen.weight(("absolute", (TABLE_ROWS, it.width)))
             hidden = self.pen.op(

@@ -62,6 +62,6 @@ def test_a_vision_encoder_holds_every_tile() -> None:
     resolved = Resolved(facts.layers, None, ())
     several, one = (
         peak_bytes(each, resolved, work, get_weight_type("fp16"), fused=True).vision
-        for each in (facts, replace(facts, anyres=None))
+        for each in (facts, replace(facts, anyres=None, tokens_per_image=576))
     )
     assert several == 5 * one  # 672 x 672 pixels are four tiles of 336
