@@ -17,7 +17,7 @@ from transformers import (
 
 from vtr_export.errors import ArtifactError, InputError
 from vtr_export.runtime.images import ImageInputs, Seen, load, read_kind
-from vtr_export.runtime.images.kinds import parse_kind
+from vtr_export.runtime.images.kinds import KINDS, parse_kind
 
 RGB_CASES = [
     (28, 28), (29, 27), (1, 1), (1, 90), (90, 1), (3, 200), (200, 3), (57, 31), (31, 57),
@@ -192,6 +192,13 @@ def test_the_nested_file_is_looked_at_first(tmp_path: Path) -> None:
 def test_unknown_facts_are_refused_by_name(facts: dict[str, Any], said: str) -> None:
     with pytest.raises(ArtifactError, match=said):
         parse_kind(facts, "preprocessor_config.json")
+
+
+@pytest.mark.parametrize("size", ["large", {}, [30, 30, 30]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_size_that_is_none_is_refused_by_every_kind(kind: str, size: Any) -> None:
+    with pytest.raises(ArtifactError, match="make no sense"):
+        parse_kind({"image_processor_type": kind, "size": size}, "there")
 
 
 def test_images_that_are_none(tmp_path: Path) -> None:

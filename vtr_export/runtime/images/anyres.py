@@ -56,23 +56,15 @@ class AnyresFacts:
 
     @classmethod
     def read(cls, kind: str, config: Mapping[str, Any], where: str) -> "AnyresFacts":
-        """From the JSON of an image processor of class ``kind``; ArtifactError for nonsense."""
+        """From the JSON of an image processor of class ``kind``."""
         silent = defaults()[PROCESSORS[kind]]["derived"]["image_grid_pinpoints"]
         tile = ImageFacts.read(kind, config, where)
-        try:
-            points = config.get("image_grid_pinpoints") or silent
-            pinpoints = tuple((int(height), int(width)) for height, width in points)
-            size = tile.resize
-            assert size is not None
-            whole = size.exact or (size.shortest_edge or 0,) * 2
-            edge = tile.crop[0] if tile.crop else whole[0]
-        except (AssertionError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"the image processor's facts make no sense: {error!r}",
-                where=where,
-                hint="take the file from the checkpoint again",
-            ) from error
-        return cls(tile, pinpoints, whole, edge)
+        points = config.get("image_grid_pinpoints") or silent
+        pinpoints = tuple((int(height), int(width)) for height, width in points)
+        if (size := tile.resize) is None:
+            raise ValueError("do_resize is false, and tiles have one size")
+        whole = size.exact or (size.shortest_edge or 0,) * 2
+        return cls(tile, pinpoints, whole, tile.crop[0] if tile.crop else whole[0])
 
     def inputs(self, images: Sequence[Picture], facts: ModelFacts) -> ImageInputs:
         """All tiles side by side, and which of their tokens an image shows in which order."""

@@ -7,7 +7,6 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from vtr_export.errors import ArtifactError
 from vtr_export.families import ModelFacts
 from vtr_export.runtime.images.inputs import Array, ImageInputs, Seen
 from vtr_export.runtime.images.picture import Picture
@@ -40,21 +39,14 @@ class SquareFacts:
 
     @classmethod
     def read(cls, kind: str, config: Mapping[str, Any], where: str) -> "SquareFacts":
-        """From the JSON of an image processor of class ``kind``; ArtifactError for nonsense."""
-        facts = {**_SILENT, **{n: value for n, value in config.items() if value is not None}}
-        try:
-            pixels = ImageFacts.read("SiglipImageProcessor", facts, where)
-            size = pixels.resize.exact if pixels.resize is not None else None
-            if size is None or size[0] != size[1] or not facts["do_pad"]:
-                raise ValueError("images are to be fitted into a square of one size")
-            color = tuple(int(value * 255) for value in facts["image_mean"])
-            return cls(replace(pixels, resize=None), size[0], int(facts["min_size"]), color)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"the image processor's facts make no sense: {error}",
-                where=where,
-                hint="take the file from the checkpoint again",
-            ) from error
+        """From the JSON of an image processor of class ``kind``."""
+        facts = {**_SILENT, **config}
+        pixels = ImageFacts.read("SiglipImageProcessor", facts, where)
+        size = pixels.resize.exact if pixels.resize is not None else None
+        if size is None or size[0] != size[1] or not facts["do_pad"]:
+            raise ValueError("images are to be fitted into a square of one size")
+        color = tuple(int(value * 255) for value in facts["image_mean"])
+        return cls(replace(pixels, resize=None), size[0], int(facts["min_size"]), color)
 
     def inputs(self, images: Sequence[Picture], facts: ModelFacts) -> ImageInputs:
         """Pixel values, the same for the graph and for transformers."""

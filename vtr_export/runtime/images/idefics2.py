@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from vtr_export.errors import ArtifactError, InputError
+from vtr_export.errors import InputError
 from vtr_export.families import ModelFacts, VisionFacts
 from vtr_export.runtime.images.inputs import Array, ImageInputs, Seen
 from vtr_export.runtime.images.packed import buckets, cut
@@ -38,23 +38,16 @@ class SplitFacts:
 
     @classmethod
     def read(cls, kind: str, config: Mapping[str, Any], where: str) -> "SplitFacts":
-        """From the JSON of an image processor of class ``kind``; ArtifactError for nonsense."""
-        facts = {**_SILENT, **{n: value for n, value in config.items() if value is not None}}
+        """From the JSON of an image processor of class ``kind``."""
+        facts = {**_SILENT, **config}
         split = bool(facts.pop("do_image_splitting", False))
-        try:
-            if not facts.pop("do_pad"):
-                raise ValueError("do_pad is false, and images of one prompt have unlike sizes")
-            size, edges = facts["size"], None
-            if isinstance(size, Mapping) and "longest_edge" in size:
-                edges = int(size["shortest_edge"]), int(size["longest_edge"])
-                facts["size"] = edges[1]
-            return cls(ImageFacts.read("SiglipImageProcessor", facts, where), edges, split)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"the image processor's facts make no sense: {error}",
-                where=where,
-                hint="take the file from the checkpoint again",
-            ) from error
+        if not facts.pop("do_pad"):
+            raise ValueError("do_pad is false, and images of one prompt have unlike sizes")
+        size, edges = facts["size"], None
+        if isinstance(size, Mapping) and "longest_edge" in size:
+            edges = int(size["shortest_edge"]), int(size["longest_edge"])
+            facts["size"] = edges[1]
+        return cls(ImageFacts.read("SiglipImageProcessor", facts, where), edges, split)
 
     def inputs(self, images: Sequence[Picture], facts: ModelFacts) -> ImageInputs:
         """Whole patches of each tile, and the learned positions they share."""

@@ -46,23 +46,16 @@ class CutFacts:
 
     @classmethod
     def read(cls, kind: str, config: Mapping[str, Any], where: str) -> "CutFacts":
-        """From the JSON of an image processor of class ``kind``; ArtifactError for nonsense."""
-        facts = {**_SILENT, **{n: value for n, value in config.items() if value is not None}}
+        """From the JSON of an image processor of class ``kind``."""
+        facts = {**_SILENT, **config}
         plain = {"do_resize": False, "do_pad": False, "do_image_splitting": False, "size": 1}
-        try:
-            longest = int(facts["size"]["longest_edge"])
-            return cls(
-                pixels=ImageFacts.read("SiglipImageProcessor", {**facts, **plain}, where),
-                tile=int(facts["max_image_size"]["longest_edge"]),
-                longest=longest if facts.get("do_resize", True) else None,
-                splits=bool(facts["do_image_splitting"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"the image processor's facts make no sense: {error!r}",
-                where=where,
-                hint="take the file from the checkpoint again",
-            ) from error
+        longest = int(facts["size"]["longest_edge"])
+        return cls(
+            pixels=ImageFacts.read("SiglipImageProcessor", {**facts, **plain}, where),
+            tile=int(facts["max_image_size"]["longest_edge"]),
+            longest=longest if facts.get("do_resize", True) else None,
+            splits=bool(facts["do_image_splitting"]),
+        )
 
     def inputs(self, images: Sequence[Picture], facts: ModelFacts) -> ImageInputs:
         """``pixel_values`` [tiles, channels, height, width] of all images, one after the other."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -71,18 +70,3 @@ class ByPrompt(Protocol):
     def of_prompts(self, counts: Sequence[int]) -> ImageKind:
         """For the images of prompts that have ``counts`` of them, in order."""
         ...
-
-
-def repeated(inputs: ImageInputs, times: int) -> ImageInputs:
-    """The same one image several times."""
-    return joined([inputs] * times)
-
-
-def joined(parts: Sequence[ImageInputs]) -> ImageInputs:
-    """Images that were prepared apart, as one call; only for feeds that lie side by side."""
-    first = parts[0]
-    return ImageInputs(
-        {name: np.concatenate([part.feeds[name] for part in parts]) for name in first.feeds},
-        {name: np.concatenate([part.given[name] for part in parts]) for name in first.given},
-        tuple(image for part in parts for image in part.seen),
-    )

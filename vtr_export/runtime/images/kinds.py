@@ -22,6 +22,8 @@ from vtr_export.runtime.processor_class import processor_class
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 VIDEOS = "video_preprocessor_config.json"
+# of the processor's class, its JSON without nulls, and that file's name; what it raises of the
+# kinds KeyError, TypeError and ValueError says that the file makes no sense
 Read = Callable[[str, Mapping[str, Any], str], ImageKind]
 KINDS: Final[Mapping[str, Read]] = {
     **dict.fromkeys(plain.PROCESSORS, plain.ImageFacts.read),
@@ -76,4 +78,12 @@ def parse_kind(config: Mapping[str, Any], where: str) -> ImageKind:
             where=where,
             hint=f"supported: {', '.join(sorted(KINDS))}",
         )
-    return KINDS[kind](kind, config, where)
+    said = {name: value for name, value in config.items() if value is not None}
+    try:
+        return KINDS[kind](kind, said, where)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"the image processor's facts make no sense: {error!r}",
+            where=where,
+            hint="take the file from the checkpoint again",
+        ) from error

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,6 @@ PROCESSORS: Final[Mapping[str, Mapping[str, Any]]] = {
     "SiglipImageProcessor": {**_SQUARE, "resample": 3, "do_convert_rgb": True},
     "ViTImageProcessor": {**_SQUARE, "resample": 2},
 }
-_OTHERS: Final = "export a checkpoint whose images are prepared as CLIP, SigLIP, ViT or LLaVA do"
 _STEPS = frozenset(
     ("convert_rgb", "pad", "resize", "center_crop", "rescale", "normalize")
 )  # each is do_<step> in the file
@@ -85,12 +84,14 @@ class ImageFacts:
         facts |= {name: value for name, value in config.items() if value is not None}
         for name, value in facts.items():
             if name.startswith("do_") and value and name.removeprefix("do_") not in _STEPS:
-                _refuse(f"the image processor asks for {name}, which is not supported", where)
+                raise ArtifactError(
+                    f"the image processor asks for {name}, which is not supported",
+                    where=where,
+                    hint="export a checkpoint whose images are prepared as CLIP, SigLIP, ViT or "
+                    "LLaVA do",
+                )
         does = {step: bool(facts.get(f"do_{step}")) for step in _STEPS}
-        try:
-            return cls._read(kind, facts, does, where)
-        except (KeyError, TypeError, ValueError) as error:
-            _refuse(f"the image processor's facts make no sense: {error}", where)
+        return cls._read(kind, facts, does, where)
 
     @classmethod
     def _read(
@@ -242,7 +243,3 @@ def _pad_end(pixels: Pixels, size: tuple[int, int]) -> Pixels:
             hint="scale the image down first",
         )
     return np.pad(pixels, [(0, 0), (0, missing[0]), (0, missing[1])])
-
-
-def _refuse(message: str, where: str, hint: str = _OTHERS) -> NoReturn:
-    raise ArtifactError(message, where=where, hint=hint)

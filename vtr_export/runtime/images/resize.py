@@ -25,7 +25,8 @@ def read_size(value: object, default_to_square: bool) -> Size:
     if isinstance(value, int):
         return Size(exact=(value, value)) if default_to_square else Size(shortest_edge=value)
     if isinstance(value, list | tuple):
-        return Size(exact=(int(value[0]), int(value[1])))
+        height, width = value
+        return Size(exact=(int(height), int(width)))
     if not isinstance(value, Mapping):
         raise ValueError(f"size {value!r}")
     return _by_keys({name: int(edge) for name, edge in value.items() if edge is not None})
