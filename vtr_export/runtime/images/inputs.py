@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -70,3 +71,12 @@ class ByPrompt(Protocol):
     def of_prompts(self, counts: Sequence[int]) -> ImageKind:
         """For the images of prompts that have ``counts`` of them, in order."""
         ...
+
+
+def repeated(inputs: ImageInputs, times: int) -> ImageInputs:
+    """The same images several times; only for feeds that lie side by side."""
+    return ImageInputs(
+        {name: np.concatenate([values] * times) for name, values in inputs.feeds.items()},
+        {name: np.concatenate([values] * times) for name, values in inputs.given.items()},
+        inputs.seen * times,
+    )
