@@ -73,6 +73,11 @@ class ModelFacts:
     ``planes``: features that are added to vision tokens behind the first layers, a plane a layer.
     ``context`` ends at ``window`` where some layers see no further back than that. Positions are
     counted from ``first_position``. ``softcap`` bends what attention's softmax takes.
+    ``learned_positions`` is how many rows their table has that is added to tokens before layer 0;
+    0: positions rotate queries and keys. ``norm_biases`` are the last norm's. ``reads_prompt``: an
+    image's features depend on the prompt around it.
+    ``crosses``: the layers that attend to image features as keys, which are no tokens of the
+    prompt; see ``frontends/cross.py``. Empty where features stand among the tokens.
     ``estimated``: what the model holds and costs is not counted exactly; its
     ``projector_parameters`` and its tower's are not known.
     """
@@ -103,6 +108,10 @@ class ModelFacts:
     first_position: int = 0
     estimated: bool = False
     softcap: float | None = None
+    learned_positions: int = 0
+    norm_biases: int = 0
+    reads_prompt: bool = False
+    crosses: tuple[int, ...] = ()
 
     @property
     def remarks(self) -> tuple[str, ...]:
