@@ -75,6 +75,7 @@ def feeds(batch: int = 2) -> dict[str, Array]:
         "total_sequence_length": np.array([7], np.int32),
         "input_ids": np.array([[IMAGE, 1, IMAGE], [2, IMAGE, IMAGE]]),
         "vision_index": np.array([[0, 2], [1, 2]]),
+        "vision_mask": np.array([[True, False, True], [False, True, True]]),
     }
     one_for_all = ("total_sequence_length",)
     return {n: value if n in one_for_all else value[:batch] for n, value in known.items()}

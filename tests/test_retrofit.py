@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from command import vtr
-from foreign_parity import BATCH, IMAGE, STAGES, TEXT, assert_parity, called, cut, opened
+from foreign_parity import IMAGE, STAGES, assert_parity, cut, opened
 from int4 import meant, quantise
 from written_llama import LAYERS, Style, parts, tiny_llama, write
 
@@ -83,41 +83,6 @@ def test_an_int4_decoder_is_the_reference_with_its_weights(name: str, tmp_path: 
             linear.weight.data = weights[f"w{part}_{index}"]
     model.lm_head.weight.data = weights["head"]
     assert_parity(cut(file, tmp_path), model)
-
-
-def test_ids_tell_which_tokens_are_an_image_s(tmp_path: Path) -> None:
-    """Rows with one image and with none: as a caller would fill vision_index."""
-    model, image = tiny_llama(), 7
-    file = tmp_path / "decoder.onnx"
-    ir.save(write(model, STYLES["token ids"]), file)
-    with_index = opened(Path(cut(file, tmp_path).artifact) / "decoder.onnx")
-    without = opened(
-        Path(cut(file, tmp_path, force=True, image_token_id=image).artifact) / "decoder.onnx"
-    )
-    assert "vision_index" not in {value.name for value in without.get_inputs()}
-    ids = np.random.default_rng(0).integers(8, 40, (BATCH, IMAGE + TEXT))
-    ids[0, 3 : 3 + IMAGE] = image
-    mask = np.ones_like(ids)
-    mask[1, :IMAGE] = 0
-    vision = np.stack([np.arange(3, 3 + IMAGE), np.arange(IMAGE)])
-    for count in (IMAGE, 0):
-        feeds = {"input_ids": ids, "attention_mask": mask}
-        feeds |= {
-            "position_ids": np.maximum(mask.cumsum(1) - 1, 0),
-            "vision_index": vision[:, :count],
-        }
-        expected = called(with_index, feeds, None, np.float32)
-        found = called(without, feeds, None, np.float32)
-        assert expected.keys() == found.keys()
-        for name, value in expected.items():
-            np.testing.assert_array_equal(found[name], value)
-        ids = np.where(ids == image, image + 1, ids)
-    ids[0, 3 : 3 + IMAGE] = image
-    feeds |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    with pytest.raises(
-        Exception, match=r"(?i)ind(ex|ices)"
-    ):  # ONNX Runtime has no class of its own
-        called(without, feeds, None, np.float32)  # a row without pads, and without an image
 
 
 def test_one_row_at_a_time_is_compared_one_row_at_a_time(tmp_path: Path) -> None:

@@ -27,6 +27,19 @@ ImageTokenId = Annotated[
         min=0, help="With --onnx and input_ids: these ids are vision tokens; no vision_index then."
     ),
 ]
+VisionMask = Annotated[
+    bool,
+    typer.Option(
+        "--vision-mask", help="With --onnx: the decoder takes vision_mask, not vision_index."
+    ),
+]
+EmbeddingFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--embedding",
+        help="With --onnx: the graph that makes inputs_embeds; published with a vision_mask.",
+    ),
+]
 
 
 def check_options(

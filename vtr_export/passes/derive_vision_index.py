@@ -1,4 +1,4 @@
-"""Where token ids go in, let them tell which tokens are an image's."""
+"""Let token ids, or a mask of the caller's, tell which tokens are an image's."""
 
 import onnx_ir as ir
 
@@ -8,7 +8,7 @@ from vtr_export.passes.build import Build
 
 
 class DeriveVisionIndex(ir.passes.InPlacePass):
-    """Make ``vision_index`` of the ids that are ``image_token_id``, instead of asking for it.
+    """Make ``vision_index`` of ``vision_mask``, or of the ids that are ``image_token_id``.
 
     Before::
 
@@ -16,9 +16,10 @@ class DeriveVisionIndex(ir.passes.InPlacePass):
 
     After::
 
-        vision_index = where input_ids == image_token_id, ascending     # [B,V]
+        vision_index = where vision_mask, or input_ids == image_token_id, ascending     # [B,V]
         cut(…, vision_index)
 
+    ``vision_mask`` [B,S] of this call, where the graph has such an input, goes before the ids.
     V is the most that a row has. A row with fewer begins with its leftmost pads, as a caller would
     fill it; where it lacks pads, an index is out of range and the call fails.
     """
@@ -27,42 +28,52 @@ class DeriveVisionIndex(ir.passes.InPlacePass):
         self.image_token_id = image_token_id
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Nothing without an id, or without cuts."""
+        """Nothing without either, or without cuts."""
         inputs = {value.name: value for value in model.graph.inputs}
-        index, ids = inputs.get("vision_index"), inputs.get("input_ids")
-        if self.image_token_id is None:
+        token, index = self.image_token_id, inputs.get("vision_index")
+        build = Build(model, Choice(), "vision")
+        if "vision_mask" not in inputs and token is None:
             return ir.passes.PassResult(model, modified=False)
-        if ids is None:
+        if "vision_mask" not in inputs and "input_ids" not in inputs:
             raise InputError(
                 "the decoder takes no input_ids that could tell an image's tokens",
                 where="--image-token-id",
-                hint="leave it out, and give vision_index [batch, vision] at run time",
+                hint="give --embedding, or --vision-mask, or vision_index when it runs",
             )
         if index is None:
             return ir.passes.PassResult(model, modified=False)
-        found = _derive(
-            Build(model, Choice(), "vision"), ids, inputs["attention_mask"], self.image_token_id
-        )
+        if "vision_mask" in inputs or token is None:
+            told = _true(build, inputs["vision_mask"])
+        else:
+            told = _same(build, inputs["input_ids"], token)
+        found = _derive(build, told, inputs["attention_mask"])
         index.replace_all_uses_with(found)
         model.graph.inputs.remove(index)
         found.shape, found.type = index.shape, index.type
         return ir.passes.PassResult(model, modified=True)
 
 
-def _derive(build: Build, ids: ir.Value, mask: ir.Value, token: int) -> ir.Value:
+def _true(build: Build, mask: ir.Value) -> ir.Value:
+    return build.op("Cast", [mask], "is_vision", to=int(ir.DataType.BOOL))
+
+
+def _same(build: Build, ids: ir.Value, token: int) -> ir.Value:
+    wanted = build.constant([token], "token")
+    wide_ids = build.op("Cast", [ids], "ids", to=int(ir.DataType.INT64))
+    return build.op("Equal", [wide_ids, wanted], "is_vision")
+
+
+def _derive(build: Build, is_vision: ir.Value, mask: ir.Value) -> ir.Value:
     """Vision tokens rank before pads, pads by column; the V first of a row, ascending."""
     whole = int(ir.DataType.INT64)
-    wanted = build.constant([token], "token")
-    wide_ids = build.op("Cast", [ids], "ids", to=whole)
-    is_vision = build.op("Equal", [wide_ids, wanted], "is_vision")
     vision = build.op("Cast", [is_vision], "ones", to=whole)
     last = build.constant([1], "last")
     counts = build.op("ReduceSum", [vision, last], "counts", keepdims=0)
     width = build.op("ReduceMax", [counts], "width", keepdims=1)
-    length = build.op("Shape", [ids], "length", start=1, end=2)
+    length = build.op("Shape", [is_vision], "length", start=1, end=2)
     current = build.call("VtrTail", [mask, length], "current")
     one, zero = build.constant([1], "one"), build.constant([0], "zero")
-    row = build.op("Expand", [one, build.op("Shape", [ids], "size")], "row")
+    row = build.op("Expand", [one, build.op("Shape", [is_vision], "size")], "row")
     column = build.op("CumSum", [row, build.op("Squeeze", [last], "axis")], "column")
     pads = build.op("Sub", [length, column], "pads")  # 0 … S-1, the leftmost most
     is_real = build.op("Cast", [current], "is_real", to=int(ir.DataType.BOOL))

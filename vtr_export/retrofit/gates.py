@@ -206,6 +206,7 @@ def _calls(
             "position_ids": np.broadcast_to(np.arange(past, total), (batch, new)),
             "input_ids": rng.integers(0, vocabulary, (batch, new)),
             "vision_index": np.tile(columns, (batch, 1)),
+            "vision_mask": np.tile(np.isin(np.arange(new), columns), (batch, 1)),
             "total": np.array(total),
         }
         if width is not None:

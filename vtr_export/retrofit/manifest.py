@@ -42,6 +42,7 @@ class DecoderManifest(Published):
     versions: Versions
     original: Original
     decoder: RelativePath
+    embedding: RelativePath | None = None
     schedule: ScheduleFacts
     model: Facts
     verified: bool

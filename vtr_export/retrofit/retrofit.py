@@ -24,6 +24,8 @@ from vtr_export.publish import check_target, publish
 from vtr_export.published import hash_files, sha256_of
 from vtr_export.retrofit.canonical import Decoder, canonicalise, load
 from vtr_export.retrofit.check import Verdict, check_file
+from vtr_export.retrofit.embedding import GRAPH as EMBEDDING
+from vtr_export.retrofit.embedding import MASK, Embedding, read_embedding
 from vtr_export.retrofit.gates import BARS, Player, compare, conversations, hidden, last_rows
 from vtr_export.retrofit.manifest import DecoderManifest, Facts, Original, stages
 from vtr_export.retrofit.probe import Array
@@ -37,7 +39,11 @@ VOCABULARY: Final = 32  # ids of random prompts; every vocabulary has as many
 
 @dataclass(frozen=True)
 class Request:
-    """What to cut, and how. ``image_tokens`` None: they depend on the image."""
+    """What to cut, and how. ``image_tokens`` None: they depend on the image.
+
+    Which tokens are an image's is told by ids (``image_token_id``), by the caller's ``vision_mask``
+    [B,S], by the mask that ``embedding`` is made to say, or by ``vision_index`` [B,V].
+    """
 
     onnx: Path
     schedule: Path
@@ -47,6 +53,8 @@ class Request:
     tunable: bool = False
     verify: bool = True
     force: bool = False
+    vision_mask: bool = False
+    embedding: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ def retrofit(request: Request, progress: Announce | None = None) -> Report:
         verdict = check_file(request.onnx)
     with clock.step("analyse"):
         decoder = _understood(request.onnx)
+        request, embedding = _with_embedding(request, decoder)
         resolved = schedule.resolve(
             _Model(len(decoder.kinds), request.image_tokens, decoder.has_mrope)
         )
@@ -101,6 +110,8 @@ def retrofit(request: Request, progress: Announce | None = None) -> Report:
     with publish(request.out, force=request.force) as staging:
         with clock.step("write"):
             _save(cut, staging)
+            if embedding is not None:
+                embedding.save(staging)
         gates: list[Gate] = []
         if request.verify:
             with clock.step("compare"):
@@ -136,21 +147,49 @@ def _understood(file: Path) -> Decoder:
         ) from error
 
 
+def _with_embedding(request: Request, decoder: Decoder) -> tuple[Request, Embedding | None]:
+    """The request for a decoder that is told by a mask, where an embedding graph makes one."""
+    takes_ids = "input_ids" in decoder.original_inputs.values()
+    if request.embedding is not None and takes_ids:
+        raise InputError(
+            "the decoder makes its embeddings itself: it takes input_ids",
+            where="--embedding",
+            hint="leave it out, and say --image-token-id ID",
+        )
+    if request.embedding is None:
+        if request.vision_mask and request.image_token_id is not None:
+            raise InputError(
+                "--vision-mask and --image-token-id both tell which tokens are an image's",
+                hint="give one of them",
+            )
+        return request, None
+    embedding = read_embedding(request.embedding, request.image_token_id)
+    token = embedding.image_token_id
+    return replace(request, vision_mask=True, image_token_id=token), embedding
+
+
+def _ask_for_mask(model: ir.Model) -> None:
+    """One more input, where there are cuts."""
+    if any(value.name == "vision_index" for value in model.graph.inputs):
+        mask = ir.val(MASK, ir.DataType.BOOL, ["batch", "sequence"])
+        model.graph.inputs.append(mask)
+
+
 def _cut(
     decoder: Decoder, schedule: Resolved | None, request: Request, *others: ir.passes.PassBase
 ) -> ir.Model:
     """A copy of the canonical decoder with the schedule's cuts, its inputs as they will be."""
     cuts = () if schedule is None else (InsertCuts(schedule, tunable=request.tunable),)
+    model = run((*cuts, *others, LowerEmbeddings()), decoder.model.clone())
+    if request.vision_mask:
+        _ask_for_mask(model)
     model = run(
         (
-            *cuts,
-            *others,
-            LowerEmbeddings(),
-            DeriveVisionIndex(request.image_token_id),
+            DeriveVisionIndex(None if request.vision_mask else request.image_token_id),
             common.RemoveUnusedNodesPass(),
             common.TopologicalSortPass(),
         ),
-        decoder.model.clone(),
+        model,
     )
     for value in list(model.graph.inputs):
         if value.name == "position_ids" and not value.uses():
@@ -166,12 +205,13 @@ def _save(model: ir.Model, folder: Path) -> None:
 
 def _compare(request: Request, decoder: Decoder, schedule: Resolved, staging: Path) -> list[Gate]:
     """The given decoder, ours without cuts, ours with cuts that keep all, the cut one."""
-    plainly = replace(request, image_token_id=None, tunable=False)
+    plainly = replace(request, image_token_id=None, vision_mask=False, tunable=False)
     every = replace(
         schedule, cuts=tuple(Cut(cut.before_layer, Keep(1, 1)) for cut in schedule.cuts)
     )
     given = Player(request.onnx, decoder.original_inputs, decoder.carried)
-    image = request.image_tokens, request.image_token_id
+    token = None if request.vision_mask else request.image_token_id
+    image = request.image_tokens, token
     asked = [
         calls
         for calls in conversations(_width(decoder), VOCABULARY, *image)
@@ -215,7 +255,7 @@ def _compare_cut(
     player = _player(staging / GRAPH)
     found = last_rows(player.play(asked))
     told, firsts = hidden(asked, player.kept), [cut.before_layer for cut in schedule.cuts]
-    plainly = replace(request, image_token_id=None)
+    plainly = replace(request, image_token_id=None, vision_mask=False)
     with _beside(_cut(decoder, None, plainly, HideKeys(firsts)), staging) as file:
         expected = last_rows(_player(file).play(told))
     return [compare("dropped_as_hidden", expected, found, bar)]
@@ -292,6 +332,7 @@ def _manifest(
             file=request.onnx.name, sha256=sha256_of(request.onnx), producer=verdict.producer
         ),
         decoder=GRAPH,
+        embedding=None if request.embedding is None else EMBEDDING,
         schedule=schedule_facts(schedule, resolved),
         model=facts,
         verified=request.verify,
