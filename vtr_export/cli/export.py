@@ -21,7 +21,15 @@ from vtr_export.cli.output import (
     size,
     warn,
 )
-from vtr_export.cli.retrofit import ImageTokenId, ImageTokens, Onnx, check_options, cut_foreign
+from vtr_export.cli.retrofit import (
+    EmbeddingFile,
+    ImageTokenId,
+    ImageTokens,
+    Onnx,
+    VisionMask,
+    check_options,
+    cut_foreign,
+)
 from vtr_export.cli.verify import gate_lines
 from vtr_export.errors import InputError
 
@@ -58,6 +66,8 @@ def export(
     onnx: Onnx = None,
     image_tokens: ImageTokens = None,
     image_token_id: ImageTokenId = None,
+    vision_mask: VisionMask = False,
+    embedding: EmbeddingFile = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.FP32,
     weights: Annotated[
         Placing, typer.Option(help="copy travels; link points into the checkpoint's shards.")
@@ -97,13 +107,24 @@ def export(
         {
             "--image-tokens": image_tokens is not None,
             "--image-token-id": image_token_id is not None,
+            "--vision-mask": vision_mask,
+            "--embedding": embedding is not None,
         },
     )
     if onnx is not None:
         from vtr_export.retrofit.retrofit import Request
 
         request = Request(
-            onnx, schedule, out, image_tokens, image_token_id, tunable, not no_verify, force
+            onnx,
+            schedule,
+            out,
+            image_tokens,
+            image_token_id,
+            tunable,
+            not no_verify,
+            force,
+            vision_mask,
+            embedding,
         )
         cut_foreign(request, as_json, verbose)
         return
