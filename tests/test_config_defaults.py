@@ -12,7 +12,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).parents[1]
 SCRIPT, FILE = ROOT / "samples/support/defaults.py", ROOT / "vtr_export/families/defaults.json"
-KEYS = {"sub_configs", "fixed", "absent", "optional", "aliases", "derived", "computed"}
+KEYS = {
+    "sub_configs",
+    "fixed",
+    "absent",
+    "optional",
+    "aliases",
+    "derived",
+    "computed",
+    "tied_by_text",
+}
 
 
 @pytest.fixture(scope="module")

@@ -199,6 +199,34 @@ def test_counts_equal_those_of_a_real_tiny_model(
     assert facts.tokens_per_image == rows
 
 
+@pytest.mark.parametrize("decoder", [{}, {"tie_word_embeddings": True}], ids=["silent", "tied"])
+@pytest.mark.parametrize("whole", [None, True, False])
+@pytest.mark.parametrize("kind", ["llava", "vipllava", "qwen2_vl", "idefics2", "internvl", "mistral3"])
+def test_a_head_is_tied_where_transformers_ties_it(
+    kind: str, whole: bool | None, decoder: dict[str, Any]
+) -> None:
+    torch = pytest.importorskip("torch", reason="the oracle is a model of it")
+    transformers = pytest.importorskip("transformers", reason="the oracle is its model")
+    text = {
+        **tiny()["text_config"],
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]},
+    }
+    config = {"model_type": kind, "text_config": {**text, **decoder}, **FITTING.get(kind, {})}
+    if whole is not None:
+        config["tie_word_embeddings"] = whole
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(
+            transformers.CONFIG_MAPPING[kind].from_dict(config)
+        )
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert read_facts(config, "x").tied == tied
+
+
+def test_an_older_file_says_that_a_decoder_has_its_own_head() -> None:
+    config = {"model_type": "internvl", "text_config": {"tie_word_embeddings": False}}
+    assert not read_facts(config, "x").tied
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -247,14 +275,12 @@ def test_the_context_ends_where_a_window_begins_to_slide(text: Any, window: int 
 
 
 POOLED = {"vision_config": {"image_size": 896, "patch_size": 14}}
-LEARNED = {"vision_config": {"num_position_embeddings": 2304}}
 TILED = {"vision_config": {"model_type": "siglip_vision_model", "image_size": 384}}
 FITTING: dict[str, Any] = {  # what a class's defaults lack, or what in them does not fit the rest
     **dict.fromkeys(("gemma3", "idefics3", "shieldgemma2", "smolvlm"), POOLED),
     "aya_vision": {"vision_config": {"image_size": 364, "patch_size": 14}},
     "janus": {"vision_config": {"projection_dim": 4096}},
     "llava_onevision": {**TILED, "vision_feature_select_strategy": "full"},
-    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), LEARNED),
 }
 
 

@@ -46,7 +46,7 @@ FIELD = re.compile(
     r"|(image|video|audio|im|img)_(token|patch|context_token|newline|placeholder_token)_(id|index)"
     r"|(vision|image|video|boi|eoi|im)(_start|_end|_bos|_eos)?_token_(id|index)|im_(start|end|newline)_id"
     r"|(\w+_)?image_size|patch_sizes?|\w*patch_size|\w*merge_size|merge_kernel_size|\w*in_channels|in_chans"
-    r"|vision_feature_\w+|spatial_\w+|deepstack_\w+|downsample_\w+|pixel_shuffle\w*|scale_factor|window_size"
+    r"|num_position_embeddings|resampler_n_latents|vision_feature_\w+|spatial_\w+|deepstack_\w+|downsample_\w+|pixel_shuffle\w*|scale_factor|window_size"
     r"|image_seq_len\w*|num_image_tokens|mm_tokens_per_image|num_query_tokens|tokens_per_second|\w*grid_pinpoints"
     r"|vision_aspect_ratio|pooling_kernel_size|\w*projection_dim|out_hidden_size|\w*pool\w*"
     r"|\w*num_\w*experts\w*|n_(routed|shared)_experts|moe_\w+|first_k_dense_replace|decoder_sparse_step"
@@ -88,6 +88,7 @@ def fields(kind: type[PretrainedConfig]) -> Json:
         "absent": {n: _some(spec.init_kwargs) for n, spec in specs.items() if spec.init_kwargs},
         "optional": sorted(name for name, spec in specs.items() if spec.optional),
         "aliases": {a: f for a, f in kind.attribute_map.items() if f in said},
+        "tied_by_text": _tied_by_text(kind),
         **_derived(kind, said),
     }
     own = {name: value for name, value in said.items() if name not in specs}
@@ -96,6 +97,14 @@ def fields(kind: type[PretrainedConfig]) -> Json:
     ):
         own["is_encoder_decoder"] = True
     return own | {name: value for name, value in parts.items() if value}
+
+
+def _tied_by_text(kind: type[PretrainedConfig]) -> bool:
+    """Whether the class takes its decoder's flag for its own."""
+    if "text_config" not in kind.sub_configs_defaults:
+        return False
+    made = _made(kind, text_config={"tie_word_embeddings": True}, tie_word_embeddings=False)
+    return made is not None and bool(made.get("tie_word_embeddings"))
 
 
 def _counts(name: str) -> bool:
@@ -138,7 +147,7 @@ def _derived(kind: type[PretrainedConfig], said: Json) -> Json:
     return {"derived": found, "computed": unknown}
 
 
-def _made(kind: type[PretrainedConfig], **values: int) -> Json | None:
+def _made(kind: type[PretrainedConfig], **values: Any) -> Json | None:
     """All that a configuration of this class holds; None where it refuses ``values``."""
     try:
         return json.loads(json.dumps(kind(**values).to_dict(), default=str))

@@ -22,7 +22,7 @@ def aya_vision(config: Config, where: str) -> ModelFacts:
     macs = wide * inner + inner // 2 * decoder.hidden
     return ModelFacts(
         model_type="aya_vision",
-        **{**vars(decoder), "tied": top.flag("tie_word_embeddings", True)},
+        **vars(decoder),
         tokens_per_image=None,
         image_token_id=image_token(config, 255036, where),
         vision=tower,

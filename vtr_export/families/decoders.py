@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vtr_export.errors import CheckpointError
-from vtr_export.families.section import FRESH, Config, Section, section_of
+from vtr_export.families.section import FRESH, Config, Section, is_tied, section_of
 
 QKV_BIASES: Final = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")  # always, and nowhere else
 MIXTURES: Final = ("qwen3_vl_moe_text",)  # of experts, in every layer
@@ -56,7 +56,6 @@ def read_decoder(
     positions, window = text.size("max_position_embeddings"), _window(kind, text)
     hidden, heads = text.size("hidden_size"), text.size("num_attention_heads")
     kv_heads, head_dim = _heads(text, hidden, heads)
-    top = Section(config, "", where)
     return DecoderFacts(
         layers=text.size("num_hidden_layers"),
         hidden=hidden,
@@ -66,7 +65,7 @@ def read_decoder(
         intermediate=_intermediate(kind, text),
         vocab=text.size("vocab_size"),
         context=min(positions, window or positions),
-        tied=top.flag("tie_word_embeddings", False) or text.flag("tie_word_embeddings", False),
+        tied=is_tied(config, text),
         dtype=_dtype(config) or _dtype(text.values),
         layer_biases=_layer_biases(kind, text, heads * head_dim, kv_heads * head_dim, head_dim),
         window=window if window is not None and window < positions else None,

@@ -74,7 +74,6 @@ def _unfolded(config: Config) -> Config:
         for key, part in parts.items()
         if isinstance(part, Mapping)
     }
-    typed["text_config"]["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
     return {**config, **typed}
 
 

@@ -111,9 +111,25 @@ def filled(config: Config) -> Config:
     for alias, name in own.get("aliases", {}).items():
         if alias in given:
             given.setdefault(name, given[alias])
-    notes = ("absent", "derived", "aliases", "sub_configs")
+    notes = ("absent", "derived", "aliases", "sub_configs", "tie_word_embeddings")  # see is_tied
     plain = {name: value for name, value in own.items() if name not in notes}
     return {**plain, **own.get("derived", {}), **own.get("absent", {}), **given}
+
+
+def is_tied(config: Config, text: Section) -> bool:
+    """Whether the head is the embedding: the whole model's flag says so, or the decoder's.
+
+    The decoder's where transformers' class hands it up, or has no flag of its own; and a decoder
+    that is said to have a head of its own has it where the file says no more, as older
+    transformers wrote it.
+    """
+    own, given = defaults()[config["model_type"]], config.get("text_config")
+    apart = isinstance(given, Mapping) and given.get("tie_word_embeddings") is False
+    silent = bool(own.get("tie_word_embeddings")) and not apart
+    stated = {name: value for name, value in config.items() if value is not None}
+    whole = Section(stated, "", text.where).flag("tie_word_embeddings", silent)
+    handed = own.get("tied_by_text", False) or own.get("tie_word_embeddings") is None
+    return whole or (handed and text.flag("tie_word_embeddings", False))
 
 
 def image_token(config: Config, default: int, where: str) -> int:
