@@ -31,7 +31,6 @@ BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "ernie4_5_vl_moe": "tokens of text and of images have experts of their own, told by a mask",
     "deepseek_ocr2": "its vision encoder gives other features when it is traced",
     "llama4": "its decoder is a whole language model inside another",
-    **dict.fromkeys(("chameleon", "emu3"), "images become words of the vocabulary, by a codebook"),
     "unlimited_ocr": "its cache drops decoded tokens (a window over what it said)",
 }
 BY_FIELD: Final[Mapping[str, str]] = {

@@ -65,7 +65,7 @@ def taken(model: Any, dtype: torch.dtype) -> list[Taken]:
 
 
 def _vision(config: Any) -> Any:
-    return getattr(config, "vision_config", None) or config
+    return getattr(config, "vision_config", None) or getattr(config, "vq_config", None) or config
 
 
 def _side(vision: Any) -> int:
@@ -132,6 +132,16 @@ def masked(config: Any, dtype: torch.dtype) -> Taken:
     return Taken(found.feeds, {"pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)})
 
 
+def words(config: Any, dtype: torch.dtype) -> Taken:
+    """Pixels of which a codebook makes words, a row of them and a line break at a time."""
+    side = GRID * 2 ** (len(config.vq_config.channel_multiplier) - 1)
+    pixels = torch.empty(1, 3, side, side, dtype=dtype)
+    return Taken(
+        {"pixel_values": Feed(pixels, (None,) * 4)},
+        {"image_sizes": torch.tensor([[side, side]])},
+    )
+
+
 def two_sizes(config: Any, dtype: torch.dtype) -> Taken:
     """The same image twice: small and large."""
     sides = {
@@ -173,6 +183,7 @@ BY_TYPE: Final[Mapping[str, Callable[[Any, torch.dtype], Taken]]] = {
     "llava_next_video": tiled(5, sizes=True),
     "perception_lm": tiled(1),
     "granite_docling": masked,
+    "emu3": words,
     "deepseek_vl_hybrid": two_sizes,
     "fuyu": rows,
     "molmo2": pooled,

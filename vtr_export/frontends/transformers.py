@@ -21,6 +21,7 @@ from vtr_export.frontends import generic
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.experts import open_experts
 from vtr_export.frontends.feeds import Feed, VisionGraph
+from vtr_export.frontends.heads import Heads
 from vtr_export.frontends.mixtures import lay_open
 from vtr_export.frontends.mrope import is_bent, straighten
 from vtr_export.frontends.parts import Parts, Stored
@@ -94,7 +95,7 @@ class Decoder(Module):
     ) -> list[Tensor]:
         """Logits [B,1,vocab] in fp32, then key and value of every layer."""
         cache = DynamicCache([(key, value) for key, value in past])
-        with Concrete(), Shaped():
+        with Concrete(), Shaped(), Heads():
             output = self.model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=mask,
