@@ -31,8 +31,8 @@ _DAMAGED = "the file is damaged: download or copy it again"
 class TensorRef:
     """One tensor: ``size_bytes`` bytes at ``offset`` from the start of the file ``shard``.
 
-    A part of a fused tensor may lie in several ``blocks`` of equal size, the first at ``offset``
-    and each next one ``step_bytes`` behind the start of the one before.
+    A part of a fused tensor, or one in another order, lies in runs of equal size: ``loops`` say how
+    many and how many bytes from start to start, the outermost loop first, from ``offset`` on.
     """
 
     name: str
@@ -41,8 +41,7 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int
     size_bytes: int
-    blocks: int = 1
-    step_bytes: int = 0
+    loops: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from vtr_export.checkpoint import TensorRef, read_header
 from vtr_export.errors import CheckpointError, WeightError
+from vtr_export.runs import elements
 from vtr_export.streams import CHUNK_BYTES, Array, Lane, ShardReader, Sink, fill, open_shard
 
 ONNX_DTYPES = {
@@ -189,21 +190,9 @@ def cast(values: Array, dtype: ir.DataType) -> Array:
 def _load(ref: TensorRef, dtype: ir.DataType, transpose: bool) -> ir.TensorProtocol:
     values = np.empty(ref.shape, source_dtype(ref).numpy())
     with open_shard(ref.shard) as file:
-        for part, offset in _runs(ref, values, 0):
-            fill(file, part, offset, ref.shard)
+        elements(ref, lambda part, offset: fill(file, part, offset, ref.shard))(values, 0)
     values = cast(values, dtype)
     return ir.Tensor(np.ascontiguousarray(values.T) if transpose else values, dtype=dtype)
-
-
-def _runs(ref: TensorRef, values: Array, start: int) -> Iterator[tuple[Array, int]]:
-    """Parts of ``values`` (contiguous; ``start`` elements into the tensor), and where each lies."""
-    flat, done = values.reshape(-1), 0
-    while done < flat.size:
-        own = ref.size_bytes // ref.blocks
-        block, inside = divmod((start + done) * flat.itemsize, own)
-        part = flat[done : done + (own - inside) // flat.itemsize]
-        yield part, ref.offset + block * ref.step_bytes + inside
-        done += part.size
 
 
 def _users(models: Mapping[str, ir.Model]) -> _Users:
@@ -262,8 +251,8 @@ def _check_linkable(weight: _Weight, folder: Path) -> None:
     if ref.dtype not in LINKABLE:
         message = f"tensor {ref.name!r} is stored as {ref.dtype}, which no kernel takes: not linked"
         raise CheckpointError(message, where=str(ref.shard), hint=hint)
-    if ref.blocks > 1:
-        message = f"a part of tensor {ref.name!r} lies in {ref.blocks} pieces: not linked"
+    if ref.loops:
+        message = f"a part of tensor {ref.name!r} lies in pieces, or in another order: not linked"
         raise CheckpointError(message, where=str(ref.shard), hint=hint)
     if ref.shard.parent != folder:
         message = f"tensor {ref.name!r} lies outside {folder}: one folder holds all linked shards"
@@ -296,11 +285,11 @@ def _parts(weight: _Weight, reader: ShardReader) -> Iterator[Array]:
         return
     dtype = source_dtype(weight.ref).numpy()
     count, step = math.prod(weight.ref.shape), CHUNK_BYTES // dtype.itemsize
+    read = elements(weight.ref, reader.fill)
     yield np.empty(0, weight.dtype.numpy())
     for start in range(0, count, step):
         values = np.empty(min(step, count - start), dtype)
-        for part, offset in _runs(weight.ref, values, start):
-            reader.fill(part, offset)
+        read(values, start)
         _scan(values, weight, start)
         yield cast(values, weight.dtype)
 
@@ -309,12 +298,11 @@ def _transposed(weight: _Weight, reader: ShardReader) -> Iterator[Array]:
     """Columns of the stored matrix as rows, some at a time; the matrix is held meanwhile."""
     dtype = source_dtype(weight.ref).numpy()
     rows, columns = weight.ref.shape
-    matrix = np.empty((rows, columns), dtype)
+    matrix, read = np.empty((rows, columns), dtype), elements(weight.ref, reader.fill)
     step = max(1, CHUNK_BYTES // max(1, columns * dtype.itemsize))
     for start in range(0, rows, step):
         values = matrix[start : start + step]
-        for part, offset in _runs(weight.ref, values, start * columns):
-            reader.fill(part, offset)
+        read(values, start * columns)
         _scan(values.reshape(-1), weight, start * columns)
     width = max(TILE, CHUNK_BYTES // max(1, rows * dtype.itemsize))
     for start in range(0, columns, width):

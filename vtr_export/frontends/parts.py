@@ -1,6 +1,5 @@
-"""A parameter that the checkpoint stores in parts: the experts of a mixture, one by one."""
+"""A parameter that the checkpoint stores in parts, such as the experts of a mixture one by one."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -14,61 +13,38 @@ from vtr_export.weights import CheckpointTensor
 
 @dataclass(frozen=True)
 class Parts:
-    """``rows[e]``: what stands under each other in expert e, such as its gate and its up.
+    """``parts`` behind each other along ``axis``, then laid out as ``shape``.
 
-    Where each part is of all experts already [experts, rows, columns], there is one row.
+    A mixture's weight is each expert's parts, such as its gate and its up, expert by expert; or
+    the parts of all experts at once [experts, rows, columns], behind each other in rows.
     """
 
-    rows: tuple[tuple[TensorRef, ...], ...]
-
-    @classmethod
-    def of(cls, found: Mapping[tuple[int, int], TensorRef]) -> "Parts | None":
-        """From (expert, part) → tensor; None where one is missing."""
-        experts, parts = (max(key[axis] for key in found) + 1 for axis in (0, 1))
-        if len(found) != experts * parts:
-            return None
-        return cls(tuple(tuple(found[e, p] for p in range(parts)) for e in range(experts)))
-
-    @property
-    def _first(self) -> TensorRef:
-        return self.rows[0][0]
-
-    @property
-    def is_stacked(self) -> bool:
-        """Whether each part is of all experts."""
-        return len(self._first.shape) == 3
+    parts: tuple[TensorRef, ...]
+    axis: int
+    shape: tuple[int, ...]
 
     @property
     def name(self) -> str:
         """Of the first part, for people."""
-        return self._first.name
+        return self.parts[0].name
 
     @property
     def shard(self) -> Path:
         """Of the first part, for people."""
-        return self._first.shard
+        return self.parts[0].shard
 
     @property
     def dtype(self) -> str:
         """Of the first part."""
-        return self._first.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[experts, rows, columns]."""
-        if self.is_stacked:
-            high = sum(part.shape[1] for part in self.rows[0])
-            return (self._first.shape[0], high, *self._first.shape[2:])
-        high = sum(part.shape[0] for part in self.rows[0])
-        return (len(self.rows), high, *self._first.shape[1:])
+        return self.parts[0].dtype
 
     def build(self, graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
         """Let ``value`` of ``graph`` be put together from its parts, which stay as they are."""
-        parts = [part for row in self.rows for part in row]
         inputs = [
-            _initializer(graph, f"{value.name}.{n}", part, dtype) for n, part in enumerate(parts)
+            _initializer(graph, f"{value.name}.{n}", part, dtype)
+            for n, part in enumerate(self.parts)
         ]
-        flat = ir.Node("", "Concat", inputs, [ir.AttrInt64("axis", int(self.is_stacked))])
+        flat = ir.Node("", "Concat", inputs, [ir.AttrInt64("axis", self.axis)])
         flat.outputs[0].name = f"{value.name}.flat"
         shape = np.array(self.shape, np.int64)
         target = ir.val(

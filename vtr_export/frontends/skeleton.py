@@ -1,11 +1,8 @@
 """A checkpoint's model without its weights: fake parameters, real buffers, renamed tensors."""
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -14,21 +11,12 @@ from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Chunk,
-    Concatenate,
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
 
-from vtr_export.checkpoint import CONFIG, Checkpoint, TensorRef
+from vtr_export.checkpoint import CONFIG, Checkpoint
 from vtr_export.errors import CheckpointError
-from vtr_export.frontends.parts import Parts, Stored
+from vtr_export.frontends.conversions import converted
+from vtr_export.frontends.parts import Stored
 
-MERGED: Final = [(MergeModulelist, 0)]  # experts, one by one
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _REFUSALS = (  # what transformers' own code was seen to trip over; it has no common error
@@ -123,98 +111,18 @@ def _refusal(what: str, error: Exception, folder: str | Path) -> CheckpointError
 
 def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str, Stored]:
     """Parameter name → checkpoint tensor, renamed as transformers renames hub names on load."""
-    wanted = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    turned = {  # stored the other way round, and read as stored
-        pattern
-        for entry in converters
-        if all(isinstance(step, Transpose) for step in entry.operations)
-        for pattern in entry.source_patterns
-    }
-    found: dict[str, Stored] = {}
-    apart: dict[str, dict[tuple[int, int], TensorRef]] = defaultdict(dict)
-    for source, ref in checkpoint.tensors.items():
-        args = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": wanted}
-        name, pattern = rename_source_key(source, renamings, converters, **args)
-        if name not in wanted:
-            name, pattern = rename_source_key(source, [], [], **args)
-        if name in wanted and (pattern is None or pattern in turned):
-            found[name] = ref
-        elif name in wanted:
-            cut = _split(ref, _chunks(name, pattern, converters))
-            found |= cut
-            if not cut:
-                apart[name][_place(source, pattern, converters)] = ref
-    found |= {name: _joined(parts) for name, parts in apart.items() if name not in found}
-    _tie(model, wanted, found)
+    found = converted(model, get_model_conversion_mapping(model), checkpoint.tensors)
+    _tie(model, model.state_dict(), found)
     _check(model, checkpoint, found)
     return found
 
 
-def _chunks(
-    name: str, pattern: str | None, converters: Sequence[WeightConverter]
-) -> tuple[str, ...]:
-    """The parameters that one tensor is cut into, along its first axis; none: it is not."""
-    for entry in converters:
-        steps = [(type(step), getattr(step, "dim", None)) for step in entry.operations]
-        if pattern in entry.source_patterns and steps == [(Chunk, 0)]:
-            first, *_ = entry.target_patterns
-            return tuple(name.replace(first, each) for each in entry.target_patterns)
-    return ()
-
-
-def _split(ref: TensorRef, names: Sequence[str]) -> dict[str, TensorRef]:
-    """Equal parts of a tensor along its first axis, by name; none where it has no such parts."""
-    count = len(names)
-    if not count or ref.blocks != 1 or ref.shape[0] % count:
-        return {}
-    size, shape = ref.size_bytes // count, (ref.shape[0] // count, *ref.shape[1:])
-    return {
-        name: replace(ref, shape=shape, size_bytes=size, offset=ref.offset + number * size)
-        for number, name in enumerate(names)
-    }
-
-
-def _joined(parts: Mapping[tuple[int, int], TensorRef]) -> Parts:
-    """One parameter of (expert, part) → tensor; CheckpointError where that is not all of it."""
-    whole = Parts.of(parts) if all(expert >= 0 for expert, _ in parts) else None
-    if whole is None:
-        raise _apart(next(iter(parts.values())))
-    return whole
-
-
-def _place(
-    source: str, pattern: str | None, converters: Sequence[WeightConverter]
-) -> tuple[int, int]:
-    """Number of the expert and of the part of it that ``source`` is; -1: put together otherwise."""
-    for entry in converters:
-        if pattern in entry.source_patterns and len(entry.target_patterns) == 1:
-            steps = [(type(step), getattr(step, "dim", None)) for step in entry.operations]
-            number = re.search(r"experts\.(\d+)\.", source)
-            if steps == [(Concatenate, 1)]:
-                return 0, entry.source_patterns.index(pattern)
-            if steps in (MERGED, [*MERGED, (Concatenate, 1)]) and number is not None:
-                return int(number[1]), entry.source_patterns.index(pattern)
-    return -1, 0
-
-
-def _apart(ref: TensorRef) -> CheckpointError:
-    return CheckpointError(
-        f"transformers computes parameters from {ref.name} on load, which an export cannot",
-        where=str(ref.shard),
-        hint="save the model as transformers holds it, or export another",
-    )
-
-
 def _tie(model: PreTrainedModel, wanted: Mapping[str, object], found: dict[str, Stored]) -> None:
     """Give tied parameters the one tensor that the checkpoint holds for them."""
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False) and not getattr(
-        model.config, "tie_word_embeddings", False
-    ):
-        return
-    for target, source in (model._tied_weights_keys or {}).items():
+    config, tied = model.config, dict(model.all_tied_weights_keys)  # of the parts inside it, too
+    if any(getattr(c, "tie_word_embeddings", False) for c in (config, config.get_text_config())):
+        tied |= model._tied_weights_keys or {}
+    for target, source in tied.items():
         for one, other in ((target, source), (source, target)):
             if one in wanted and one not in found and other in found:
                 found[one] = found[other]

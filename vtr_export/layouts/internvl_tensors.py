@@ -99,6 +99,5 @@ def _rows(ref: "TensorRef", groups: int, shares: tuple[int, ...], number: int) -
         shape=(rows // unit * groups * own, *ref.shape[1:]),
         offset=ref.offset + sum(shares[:number]) * share_bytes,
         size_bytes=groups * own * share_bytes,
-        blocks=groups,
-        step_bytes=sum(shares) * share_bytes,
+        loops=((groups, sum(shares) * share_bytes),) if groups > 1 else (),
     )
