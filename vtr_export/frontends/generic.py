@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.feeds import Feed
+from vtr_export.frontends.pairs import Pairs
+from vtr_export.frontends.shaped import Shaped
 
 SIDE: Final = 448  # pixels, of towers that name no size; ten times this is as good
 GRID: Final = 32  # patches of a side, of towers that take images of any size
@@ -36,7 +38,7 @@ def accessor(model: Any) -> Callable[..., Any]:
 
 def encoded(model: Any, constants: Mapping[str, Tensor], **feeds: Tensor) -> Tensor:
     """[..., (1 + planes) D] of all images, in order."""
-    with Concrete():
+    with Concrete(), Shaped(), Pairs():
         said = accessor(model)(**feeds, **constants, return_dict=True)
         rows = said.pooler_output if said.pooler_output is not None else said.last_hidden_state
         planes = getattr(said, "deepstack_features", None) or ()

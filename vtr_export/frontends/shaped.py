@@ -1,15 +1,18 @@
 """Calls whose ONNX form has values without shapes, as calls whose form has them all."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+REPEATS: Final = (torch.repeat_interleave, Tensor.repeat_interleave)
 
 
 class Shaped(TorchFunctionMode):
-    """``repeat_interleave`` by one number along one axis, and ``stack``."""
+    """``stack``, ``repeat_interleave`` by one number, and a convolution over single patches."""
 
     def __torch_function__(
         self,
@@ -21,8 +24,10 @@ class Shaped(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.stack and "out" not in kwargs:
             return _stacked(*args, **kwargs)
-        if func in (torch.repeat_interleave, Tensor.repeat_interleave) and "dim" in kwargs:
-            return _repeated(func, *args, **kwargs)
+        if func in REPEATS and len(args) > 1 and isinstance(args[1], int):
+            return _repeated(*args, **kwargs)
+        if func is functional.conv3d and _is_patch(*args[:2]):
+            return _patch_product(*args[:3])
         return func(*args, **kwargs)
 
 
@@ -30,10 +35,18 @@ def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
 
 
-def _repeated(func: Callable[..., Any], values: Tensor, repeats: Any, *, dim: int | None) -> Any:
-    if not isinstance(repeats, int) or dim is None:
-        return func(values, repeats, dim=dim)
-    axis = dim % values.ndim
+def _repeated(values: Tensor, repeats: int, dim: int | None = None, **_: Any) -> Tensor:
+    values, axis = (values.flatten(), 0) if dim is None else (values, dim % values.ndim)
     wide = [-1] * (values.ndim + 1)
     wide[axis + 1] = repeats
     return values.unsqueeze(axis + 1).expand(wide).flatten(axis, axis + 1)
+
+
+def _is_patch(states: Tensor, weight: Tensor) -> bool:
+    """Whether each input is one patch, as large as the kernel."""
+    return states.shape[2:] == weight.shape[2:]
+
+
+def _patch_product(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[patches, C, frames, H, W] → [patches, D, 1, 1, 1]."""
+    return functional.linear(states.flatten(1), weight.flatten(1), bias)[..., None, None, None]

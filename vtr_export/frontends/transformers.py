@@ -22,8 +22,8 @@ from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.experts import open_experts
 from vtr_export.frontends.feeds import Feed, VisionGraph
 from vtr_export.frontends.heads import Heads
-from vtr_export.frontends.mixtures import lay_open
 from vtr_export.frontends.mrope import is_bent, straighten
+from vtr_export.frontends.pairs import Pairs
 from vtr_export.frontends.parts import Parts, Stored
 from vtr_export.frontends.shaped import Shaped
 from vtr_export.frontends.skeleton import (
@@ -95,7 +95,7 @@ class Decoder(Module):
     ) -> list[Tensor]:
         """Logits [B,1,vocab] in fp32, then key and value of every layer."""
         cache = DynamicCache([(key, value) for key, value in past])
-        with Concrete(), Shaped(), Heads():
+        with Concrete(), Shaped(), Heads(), Pairs():
             output = self.model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=mask,
@@ -114,8 +114,6 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode)
     tensors = name_tensors(model, checkpoint)
     open_experts(model, tensors, mode)
-    if facts.estimated:
-        lay_open(model)
     check_shapes(model, tensors)
     if facts.mrope and (not facts.estimated or is_bent(model.get_decoder())):
         straighten(model.get_decoder())
