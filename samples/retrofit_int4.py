@@ -22,7 +22,8 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vtr_export.reference import embed
-from vtr_export.retrofit.retrofit import Request, retrofit
+from vtr_export.retrofit.cut import Request
+from vtr_export.retrofit.retrofit import retrofit
 
 DIGITS = Path(__file__).parent / "digits"
 SCHEDULE = DIGITS / "gsearch.yaml"

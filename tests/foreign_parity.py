@@ -12,7 +12,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
 from vtr_export.passes.force_keep_sets import ForceKeepSets
 from vtr_export.reference import Reference
-from vtr_export.retrofit.retrofit import Report, Request, retrofit
+from vtr_export.retrofit.cut import Request
+from vtr_export.retrofit.retrofit import Report, retrofit
 from vtr_export.schedule import Resolved, Schedule
 
 IMAGE, TEXT, STEPS, BATCH, PADS = 8, 5, 3, 2, 2

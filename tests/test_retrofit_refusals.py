@@ -14,7 +14,7 @@ from written_llama import MICROSOFT, Style, tiny_llama, write
 from vtr_export.errors import AnalysisError, GateError, InputError, ScheduleError, VtrError
 from vtr_export.retrofit import check
 from vtr_export.retrofit.check import check_file
-from vtr_export.retrofit.gates import hidden
+from vtr_export.retrofit.player import hidden
 
 GQA = Style("gqa_rotary", "skip", opset=20, positions="none")
 MATMUL = Style("matmul", "plain", opset=17)
@@ -134,7 +134,7 @@ def test_a_cut_that_drops_others_than_it_says_is_not_published(
     def first_ones(asked: Any, kept: Any) -> Any:
         return hidden(asked, [[np.sort(each % each.shape[1], 1) for each in call] for call in kept])
 
-    monkeypatch.setattr("vtr_export.retrofit.retrofit.hidden", first_ones)
+    monkeypatch.setattr("vtr_export.retrofit.gates.hidden", first_ones)
     file = saved(tmp_path, MATMUL, {})
     refused(file, tmp_path, GateError, "dropped_as_hidden.*nothing was published")
 

@@ -112,7 +112,7 @@ def export(
         },
     )
     if onnx is not None:
-        from vtr_export.retrofit.retrofit import Request
+        from vtr_export.retrofit.cut import Request
 
         request = Request(
             onnx,

@@ -11,7 +11,8 @@ from vtr_export.cli.verify import gate_lines
 from vtr_export.errors import InputError
 
 if TYPE_CHECKING:
-    from vtr_export.retrofit.retrofit import Report, Request
+    from vtr_export.retrofit.cut import Request
+    from vtr_export.retrofit.retrofit import Report
 
 Onnx = Annotated[
     Path | None,
