@@ -31,6 +31,10 @@ from vtr_export.runtime.processor import Processor
 from vtr_export.weights import CheckpointTensor, link_weights
 
 TILE = tiny_internvl.IMAGE
+FIRST = {  # InternVL 1.1
+    "pad2square": True, "dynamic_image_size": False, "use_thumbnail": False, "ps_version": "v1",
+    "select_layer": -4,
+}  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -130,8 +134,9 @@ def test_v1_leaves_rows_and_columns_exchanged() -> None:
     [
         (tiny_internvl_chat.internlm2, {}),
         (tiny_internvl_chat.qwen2, {"ps_version": "v1", "select_layer": -2}),
+        (tiny_internvl_chat.llama, FIRST),
     ],
-    ids=["internlm2", "qwen2-v1"],
+    ids=["internlm2", "qwen2-v1", "1.1"],
 )
 def test_their_own_layout_passes_every_gate(
     save: Any, changes: dict[str, Any], tmp_path: Path
@@ -189,6 +194,24 @@ def test_one_size_is_one_tile_without_a_thumbnail(tmp_path: Path) -> None:
     assert inputs.tokens == tiny_internvl.TOKENS
 
 
+def test_an_image_is_padded_to_a_square_where_they_pad_it(tmp_path: Path) -> None:
+    tiny_internvl_chat.llama(tmp_path / "model", **FIRST)
+    processor = processor_of(tmp_path / "model", tmp_path)
+    for size in ((28, 28), (90, 33), (33, 90), (500, 20), (3, 5), (61, 60)):
+        image = noise(*size)
+        square = Image.new("RGB", (max(size), max(size)), tuple(int(x * 255) for x in MEAN))
+        square.paste(image, tuple((max(size) - edge) // 2 for edge in size))
+        pixels = processor.image_inputs([image]).feeds["pixel_values"]
+        assert np.array_equal(pixels, published(square, most=1)), size
+
+
+def test_tiles_are_squares_already(tmp_path: Path) -> None:
+    tiny_internvl_chat.internlm2(tmp_path / "model", pad2square=True)
+    processor = processor_of(tmp_path / "model", tmp_path)
+    pixels = processor.image_inputs([noise(90, 33)]).feeds["pixel_values"]
+    assert np.array_equal(pixels, published(noise(90, 33), most=6))
+
+
 def test_the_prompt_is_what_their_conversation_writes(internlm2: Path, tmp_path: Path) -> None:
     processor = processor_of(internlm2, tmp_path)
     text = processor.render(processor.messages("what colour ?", 1))
@@ -239,7 +262,7 @@ def test_a_vocabulary_and_its_merges_become_a_tokenizer(internlm2: Path, tmp_pat
     ("changes", "what"),
     [
         ({"use_llm_lora": 16}, "use_llm_lora"),
-        ({"pad2square": True}, "pad2square"),
+        ({"image_fold": 2}, "image_fold"),
         ({"force_image_size": 56}, "force_image_size"),
         ({"ps_version": "v3"}, "v3"),
         ({"select_layer": 9}, "select_layer"),

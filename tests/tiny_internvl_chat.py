@@ -45,6 +45,13 @@ def qwen2(folder: Path, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model
 
 
+def llama(folder: Path, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """LLaMA behind InternLM2's tower, as InternVL 1.1 is."""
+    model = tiny_internvl(seed, text="llama", norm_type="rms_norm", use_qk_norm=True)
+    write(folder, model, "LlamaForCausalLM", changes)
+    return model
+
+
 def write(folder: Path, model: PreTrainedModel, architecture: str, changes: dict[str, Any]) -> None:
     """``model``'s weights and configuration as OpenGVLab saves them."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ TOP: Final[Config] = {
     "select_layer": -1,
     "downsample_ratio": 0.5,
     "ps_version": "v1",
+    "pad2square": False,
     "dynamic_image_size": False,
     "use_thumbnail": False,
     "min_dynamic_patch": 1,
@@ -109,7 +110,7 @@ def _refuse(full: Config, where: str) -> None:
     for name, does in (
         ("use_backbone_lora", "its tower has adapters beside the weights"),
         ("use_llm_lora", "its decoder has adapters beside the weights"),
-        ("pad2square", "it pads images to squares"),
+        ("image_fold", "it folds images into parts"),
     ):
         if full.get(name):
             raise CheckpointError(

@@ -42,7 +42,8 @@ def _images(full: Config, config: Config) -> dict[str, Any]:
         "crop_to_patches": dynamic,
         "min_patches": full["min_dynamic_patch"] if dynamic else 1,
         "max_patches": full["max_dynamic_patch"] if dynamic else 1,
-        "ps_version": full["ps_version"],  # transformers leaves it alone
+        "ps_version": full["ps_version"],  # transformers leaves these two alone
+        "pad2square": full["pad2square"] and not dynamic,  # a tile is square
         "do_convert_rgb": True,
         "do_resize": True,
         "do_rescale": True,

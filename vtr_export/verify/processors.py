@@ -8,9 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
+from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
+    LlavaImageProcessorPil,
     ProcessorMixin,
     VideoLlavaImageProcessor,
 )
@@ -73,6 +76,21 @@ def pixtral_processor() -> Any:
 def load_image_processor(checkpoint: Path) -> Callable[..., Any]:
     """The image processor with the pil backend, asked as the whole processor asks it."""
     images = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
+    prepare = _as_asked(images, checkpoint)
+    if not images.to_dict().get("pad2square"):
+        return prepare
+    color = tuple(int(share * 255) for share in images.image_mean)
+
+    def squared(images: Image.Image, return_tensors: str) -> Any:
+        """OpenGVLab's first step, which the processor leaves out and LLaVA's has."""
+        pixels = np.asarray(images.convert("RGB")).transpose(2, 0, 1)
+        square = LlavaImageProcessorPil().pad_to_square(pixels, color).transpose(1, 2, 0)
+        return prepare(images=Image.fromarray(square), return_tensors=return_tensors)
+
+    return squared
+
+
+def _as_asked(images: Any, checkpoint: Path) -> Callable[..., Any]:
     try:
         whole = load_processor(checkpoint, backend="pil")
         asked = whole._merge_kwargs()["images_kwargs"]

@@ -98,7 +98,7 @@ class ImageFacts:
         cls, kind: str, facts: Mapping[str, Any], does: Mapping[str, bool], where: str
     ) -> "ImageFacts":
         mean, std = facts["image_mean"], facts["image_std"]
-        square = does["pad"] and kind == "LlavaImageProcessor"
+        square = (does["pad"] and kind == "LlavaImageProcessor") or facts.get("pad2square")
         pad_size = facts.get("pad_size") if does["pad"] and not square else None
         return cls(
             convert_rgb=does["convert_rgb"],

@@ -30,7 +30,8 @@ _SILENT: Final[Mapping[str, Any]] = {  # what the processor does where its file 
 class TileFacts:
     """An image is resized to a grid of ``least`` to ``most`` tiles and cut, row by row.
 
-    The image as a whole follows as one tile more, unless the grid has one alone.
+    The image as a whole follows as one tile more, unless the grid has one alone. That one may be
+    padded to a square first, as OpenGVLab's pad2square asks.
     """
 
     pixels: ImageFacts  # what is done to a tile
