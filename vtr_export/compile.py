@@ -16,6 +16,7 @@ from vtr_export.passes.fix_reshapes import FixReshapes
 from vtr_export.passes.fold_constants import FoldConstants
 from vtr_export.passes.fuse_norms import FuseNorms
 from vtr_export.passes.fuse_rotary import FuseRotary
+from vtr_export.passes.insert_cross_cuts import InsertCrossCuts
 from vtr_export.passes.insert_cuts import InsertCuts
 from vtr_export.passes.lower_opset import LowerOpset
 from vtr_export.passes.open_cuts import OpenCuts
@@ -48,7 +49,7 @@ def decoder(schedule: Resolved, *, tunable: bool = False) -> Passes:
     return (
         *canonical(),
         AttachMask(),
-        InsertCuts(schedule, tunable=tunable),
+        (InsertCrossCuts if schedule.crosses else InsertCuts)(schedule, tunable=tunable),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
     )

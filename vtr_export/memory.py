@@ -53,17 +53,18 @@ class Parameters:
     """Counts of what the three exported graphs hold, each weight once."""
 
     vision: int
-    embedding: int
+    embedding: int  # of tokens, and of positions where they are learned
     layer_linear: int
     layer_other: int
     layers: int
     head: int
     final_norm: int
+    crosses: int = 0  # of all cross layers, beyond what they have as layers
 
     @property
     def total(self) -> int:
         """All parameters."""
-        layers = self.layers * (self.layer_linear + self.layer_other)
+        layers = self.layers * (self.layer_linear + self.layer_other) + self.crosses
         return self.vision + self.embedding + layers + self.head + self.final_norm
 
 
@@ -74,12 +75,13 @@ def parameters(facts: ModelFacts) -> Parameters:
     tower = facts.vision.parameters if facts.vision else 0
     return Parameters(
         vision=tower + facts.projector_parameters,
-        embedding=facts.vocab * facts.hidden,
+        embedding=(facts.vocab + facts.more_embeddings + facts.learned_positions) * facts.hidden,
         layer_linear=2 * facts.hidden * (q + kv) + mlp,
         layer_other=2 * facts.hidden + facts.layer_biases,
         layers=facts.layers,
         head=0 if facts.tied else facts.vocab * facts.hidden,
-        final_norm=facts.hidden,
+        final_norm=facts.hidden + facts.norm_biases,
+        crosses=facts.cross_parameters,
     )
 
 
@@ -104,7 +106,7 @@ def weight_bytes(facts: ModelFacts, kind: WeightType) -> int:
     """All weights of the artifact."""
     count = parameters(facts)
     head = 0 if facts.tied else head_bytes(facts, kind)
-    rest = (count.embedding + count.final_norm) * kind.other
+    rest = (count.embedding + count.final_norm) * kind.other + int(count.crosses * kind.linear)
     return vision_bytes(facts, kind) + rest + facts.layers * layer_bytes(facts, kind) + head
 
 

@@ -53,7 +53,9 @@ class Resolved:
     """A schedule fitted to one model: cuts by ascending layer, keeps never growing.
 
     With a fixed number N of tokens per image every keep is k/N, so that each image of a call
-    contributes exactly k; otherwise a keep is a share of the call's tokens.
+    contributes exactly k; otherwise a keep is a share of the call's tokens. Where layers
+    ``crosses`` attend to images as keys, these are narrowed, and each cut has a cross layer of its
+    own that scores it.
     """
 
     layers: int
@@ -65,6 +67,7 @@ class Resolved:
     rank: Literal["joint", "per_image"] = "joint"
     positions: Literal["original", "repacked"] = "original"
     drop_point: Literal["between", "inside"] = "between"
+    crosses: tuple[int, ...] = ()
 
     def keep_per_layer(self, v: int) -> tuple[int, ...]:
         """Vision tokens entering each decoder layer when the call brings ``v``."""
@@ -224,6 +227,9 @@ class Schedule:
         if prefill.keep is not None:
             firsts = _changes([keep for _, keep in keeps])
             keeps = [keeps[layer] for layer in firsts]
+        crosses: tuple[int, ...] = getattr(model, "crosses", ())  # who is no ModelFacts has none
+        if crosses:
+            self._check_crosses(crosses, [key for key, _ in keeps], firsts)
         if firsts[:1] == [0] and prefill.score.source == "previous":
             raise first_layer_error(self.source.at(keeps[0][0]))
         cuts = tuple(Cut(layer, keep) for layer, (_, keep) in zip(firsts, keeps, strict=True))
@@ -237,6 +243,7 @@ class Schedule:
             rank=prefill.rank,
             positions=prefill.positions,
             drop_point=prefill.drop_point,
+            crosses=crosses,
         )
 
     def place_of(self, before_layer: int) -> str:
@@ -300,6 +307,39 @@ class Schedule:
                 raise growth_error(values[i - 1][1], value, self.source.at(key))
             most = amount
         return values
+
+    def _check_crosses(
+        self, crosses: Sequence[int], keys: Sequence[Key], firsts: Sequence[int]
+    ) -> None:
+        """Cuts of vision keys that cross layers attend to, which are no tokens."""
+        prefill = self.prefill
+        for key, said, wanted in (
+            (("score", "from"), prefill.score.source, "previous"),
+            (("score", "query"), prefill.score.query, "last"),
+            (("positions",), prefill.positions, "original"),
+            (("drop_point",), prefill.drop_point, "between"),
+        ):
+            if firsts and said != wanted:
+                raise self._error(
+                    ("prefill", *key),
+                    f"{'.'.join(key)} is {said}, but images are keys of cross-attention here",
+                    f"{wanted}: the last row of the cross layer before a cut ranks them",
+                )
+        layers = ", ".join(map(str, crosses))
+        for key, before, first in zip(keys, (-1, *firsts[:-1]), firsts, strict=True):
+            if not any(before <= layer < first for layer in crosses):
+                found = "no cross layer stands" + f" between {before} and" * (before >= 0)
+                raise self._error(
+                    key,
+                    f"a cut before layer {first}: {found} before it, so nothing ranks the keys",
+                    f"cross layers are {layers}; cut behind one of them",
+                )
+            if first > crosses[-1]:
+                raise self._error(
+                    key,
+                    f"a cut before layer {first}: no cross layer follows, it would drop nothing",
+                    f"cross layers are {layers}; cut before one of them",
+                )
 
     def _error(self, key: Key, message: str, hint: str) -> ScheduleError:
         return ScheduleError(message, where=self.source.at(key), hint=hint)

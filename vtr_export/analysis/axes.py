@@ -1,4 +1,4 @@
-"""Label, by dataflow, which axis of every value counts this call's tokens."""
+"""Label, by dataflow, which axis of every value counts this call's tokens, or its vision keys."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 FAR = 2**31 - 1  # exporters write "to the end" as a bound at least this large
+CROSS_STATES = "cross_states"  # the input [B,V,D] with features that cross-attention reads
 LENGTH = "length"  # a number derived from the token count
 OPAQUE = "opaque"  # tokens went in, and the analysis lost them
 
@@ -14,23 +15,38 @@ OPAQUE = "opaque"  # tokens went in, and the analysis lost them
 class Axes:
     """``token`` is the axis of this call's tokens, ``key`` that of past and new tokens.
 
+    ``vision`` is that of this call's vision keys, which cross-attention reads, ``vision_key`` that
+    of past and new ones.
     ``state`` is empty, or says why there is no such axis although tokens are inside.
     """
 
     token: int | None = None
     key: int | None = None
     state: str = ""
+    vision: int | None = None
+    vision_key: int | None = None
 
     def __bool__(self) -> bool:
         return self != NONE
 
+    @property
+    def named(self) -> dict[str, int]:
+        """The axes there are, by what they count."""
+        axes = {name: getattr(self, name) for name in COUNTED}
+        return {name: axis for name, axis in axes.items() if axis is not None}
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The axes there are."""
+        return tuple(self.named.values())
+
     def moved(self, move: Callable[[int], int | None]) -> "Axes":
-        """Both axes after ``move`` (None: gone)."""
-        token = move(self.token) if self.token is not None else None
-        key = move(self.key) if self.key is not None else None
-        return Axes(token, key, self.state)
+        """All axes after ``move`` (None: gone)."""
+        return Axes(state=self.state, **{name: move(axis) for name, axis in self.named.items()})
 
 
+COUNTED = ("token", "key", "vision", "vision_key")
+PAST = {"token": "key", "vision": "vision_key"}  # what a past before it makes of an axis
 NONE, LOST = Axes(), Axes(state=OPAQUE)
 Labels = Mapping[ir.Value, Axes]
 
@@ -40,14 +56,17 @@ def token_seeds(graph: ir.Graph) -> dict[ir.Value, Axes]:
     inputs = {value.name: value for value in graph.inputs}
     source = inputs.get("inputs_embeds", inputs.get("input_ids"))
     tokens, keys = symbol(source), symbol(inputs.get("attention_mask"))
+    features = symbol(inputs.get(CROSS_STATES))
     seeds: dict[ir.Value, Axes] = {}
     for name, value in inputs.items():
         dims = [str(dim) for dim in value.shape or ()]
-        token, key = (dims.index(s) if s in dims else None for s in (tokens, keys))
+        token, key, vision = (
+            dims.index(s) if s in dims else None for s in (tokens, keys, features)
+        )
         if token is None and name in ("inputs_embeds", "input_ids", "position_ids"):
             token = 2 if name == "position_ids" and len(dims) == 3 else 1
-        if token is not None or key is not None:
-            seeds[value] = Axes(token, key if key != token else None)
+        if axes := Axes(token, key if key != token else None, vision=vision):
+            seeds[value] = axes
     return seeds
 
 
@@ -103,12 +122,12 @@ def _lengths(node: ir.Node, axes: Axes) -> Axes:
         return Axes(state=LENGTH)
     bounds = (node.attributes.get(name) for name in ("start", "end"))
     asked = range(own)[slice(*(bound.as_int() if bound else None for bound in bounds))]
-    return Axes(state=LENGTH) if {axes.token, axes.key} & set(asked) else NONE
+    return Axes(state=LENGTH) if set(axes.places) & set(asked) else NONE
 
 
 def _through_state(inputs: list[Axes], state: str) -> Axes:
     """A length that shapes a labelled tensor makes it opaque; among numbers it stays a length."""
-    labelled = any(axes.token is not None or axes.key is not None for axes in inputs)
+    labelled = any(axes.places for axes in inputs)
     return Axes(state=OPAQUE if labelled else state)
 
 
@@ -141,11 +160,10 @@ def _broadcast(node: ir.Node, inputs: list[Axes]) -> Axes:
             return LOST
         if axes and own is not None:
             aligned.append(_shifted(axes, widest - own))
-    tokens = {axes.token for axes in aligned if axes.token is not None}
-    keys = {axes.key for axes in aligned if axes.key is not None}
-    if len(tokens) > 1 or len(keys) > 1:
+    pairs = {pair for axes in aligned for pair in axes.named.items()}
+    found = Axes(**dict(pairs))
+    if len(pairs) > len(found.named) or len(set(found.places)) < len(pairs):
         return LOST
-    found = Axes(next(iter(tokens), None), next(iter(keys), None))
     others = [v for v, axes in zip(node.inputs, inputs, strict=True) if not axes]
     return found if all(_spreads(value, found, widest) for value in others) else LOST
 
@@ -154,8 +172,7 @@ def _spreads(value: ir.Value | None, axes: Axes, widest: int) -> bool:
     """False if ``value``, which knows no tokens, has several entries where ``axes`` count them."""
     if value is None or value.shape is None:
         return True
-    places = [axis for axis in (axes.token, axes.key) if axis is not None]
-    own = [axis - widest + len(value.shape) for axis in places]
+    own = [axis - widest + len(value.shape) for axis in axes.places]
     return all(axis < 0 or value.shape[axis] == 1 for axis in own)
 
 
@@ -171,7 +188,7 @@ def _matmul(node: ir.Node, inputs: list[Axes]) -> Axes:
     if inputs[1]:  # a column for each token: [.., 1] times [.., 1, S]
         is_column = right is not None and inputs[1] == Axes(token=right - 1) and right > 1
         return Axes(token=wide - 1) if is_column and not inputs[0] else LOST
-    if left - 1 in (inputs[0].token, inputs[0].key):
+    if left - 1 in inputs[0].places:
         return LOST
     return _shifted(inputs[0], wide - left)
 
@@ -179,8 +196,8 @@ def _matmul(node: ir.Node, inputs: list[Axes]) -> Axes:
 def _matmul_by_weight(node: ir.Node, inputs: list[Axes]) -> Axes:
     """Rows times a weight that lies packed in the other inputs."""
     own = rank(node.inputs[0])
-    places = (inputs[0].token, inputs[0].key)
-    return LOST if any(inputs[1:]) or own is None or own - 1 in places else inputs[0]
+    is_open = own is not None and own - 1 not in inputs[0].places
+    return inputs[0] if is_open and not any(inputs[1:]) else LOST
 
 
 def _fused_matmul(node: ir.Node, inputs: list[Axes]) -> Axes:
@@ -234,7 +251,7 @@ def _reshape(node: ir.Node, inputs: list[Axes]) -> Axes:
     if target is None or (literal is not None and literal.as_int()):
         return LOST
     kept = next((i for i, dim in enumerate(target) if not _copied(node, i, dim)), len(target))
-    lost = [axis for axis in (inputs[0].token, inputs[0].key) if axis is not None and axis >= kept]
+    lost = [axis for axis in inputs[0].places if axis >= kept]
     return Axes(state=OPAQUE) if lost else inputs[0]
 
 
@@ -252,19 +269,19 @@ def _expand(node: ir.Node, inputs: list[Axes]) -> Axes:
     wide = max(own, len(target))
     found = _shifted(inputs[0], wide - own)
     full = [1] * (wide - len(target)) + target
-    places = [axis for axis in (found.token, found.key) if axis is not None]
-    return found if all(full[axis] == 1 for axis in places) else LOST
+    return found if all(full[axis] == 1 for axis in found.places) else LOST
 
 
 def _concat(node: ir.Node, inputs: list[Axes]) -> Axes:
-    """Past before new along the token axis makes keys."""
+    """Past before new along the axis of tokens, or of vision keys, makes keys."""
     own = next((r for value in node.inputs if (r := rank(value)) is not None), None)
     if own is None:
         return LOST
     axis = node.attributes["axis"].as_int() % own
     labelled = [axes for axes in inputs if axes]
-    if any(axes.token == axis for axes in labelled):
-        return Axes(key=axis) if len(labelled) == 1 else LOST
+    for name, grown in PAST.items():
+        if any(getattr(axes, name) == axis for axes in labelled):
+            return Axes(**{grown: axis}) if len(labelled) == 1 else LOST
     return labelled[0] if len(set(labelled)) == 1 else LOST
 
 
@@ -281,8 +298,7 @@ def _slice(node: ir.Node, inputs: list[Axes]) -> Axes:
         axis % own: _span(start, end, step)
         for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)
     }
-    labelled = [axis for axis in (inputs[0].token, inputs[0].key) if axis is not None]
-    if any(spans.get(axis) == "some" for axis in labelled):
+    if any(spans.get(axis) == "some" for axis in inputs[0].places):
         return LOST
     return inputs[0].moved(lambda axis: None if spans.get(axis) == "one" else axis)
 
@@ -293,7 +309,7 @@ def _split(node: ir.Node, inputs: list[Axes]) -> Axes:
     if own is None:
         return LOST
     axis = (node.attributes["axis"].as_int() if "axis" in node.attributes else usual) % own
-    return LOST if axis in (inputs[0].token, inputs[0].key) else inputs[0]
+    return LOST if axis in inputs[0].places else inputs[0]
 
 
 def _span(start: int, end: int, step: int) -> str:
@@ -313,7 +329,7 @@ def _gather(node: ir.Node, inputs: list[Axes]) -> Axes:
     axis %= own
     if inputs[1]:
         return inputs[1].moved(lambda at: at + axis)
-    if axis in (inputs[0].token, inputs[0].key) and len(_constant(node.inputs[1]) or ()) != 1:
+    if axis in inputs[0].places and len(_constant(node.inputs[1]) or ()) != 1:
         return LOST
     return inputs[0].moved(lambda at: None if at == axis else at if at < axis else at + width - 1)
 
@@ -366,6 +382,8 @@ OURS: dict[str, Callable[[list[Axes]], list[Axes]]] = {
     "VtrAlive": lambda inputs: [inputs[0]],
     "VtrBudget": lambda inputs: [NONE],
     "VtrCausalMask": lambda inputs: [Axes(token=2, key=3)],
+    "VtrCrossMask": lambda inputs: [Axes(token=2, vision_key=3)],
+    "VtrCrossRows": lambda inputs: [Axes(token=1)],
     "VtrGroupMask": lambda inputs: [Axes(token=2, key=3)],
     "VtrNarrow": lambda inputs: [inputs[0]],
     "VtrPack": lambda inputs: [Axes(token=1)],

@@ -15,6 +15,7 @@ class Layer:
     """Layer ``index``: ``entry`` [B,S,D] enters it, ``attention`` mixes its tokens.
 
     ``query`` [B,H,S,d]; ``key`` [B,kv_heads,S,d] of this call, ``keys`` with the past before it.
+    Where it ``crosses``, keys are those of images: [B,kv_heads,V,d] of this call.
     """
 
     index: int
@@ -27,6 +28,7 @@ class Layer:
     mask: ir.Value
     scale: float
     softcap: float | None = None
+    crosses: bool = False
 
 
 def find_layers(graph: ir.Graph, labels: Labels) -> list[Layer]:
@@ -91,16 +93,18 @@ def _layer(index: int, entry: ir.Value, node: ir.Node, labels: Labels) -> Layer:
     assert past_key is not None
     assert key is not None
     shaped = rank(query) == 4 and _of(query, labels).token == 2
-    if not shaped or _of(keys, labels).key != 2:
+    crosses = _of(keys, labels).vision_key is not None
+    new, grown = ("vision", "vision_key") if crosses else ("token", "key")
+    if not shaped or getattr(_of(keys, labels), grown) != 2:
         raise _refusal(index, "its query and keys are not [batch, heads, tokens, width]", node)
-    if past_key in labels or _of(key, labels).token != 2:
+    if past_key in labels or getattr(_of(key, labels), new) != 2:
         raise _refusal(index, "its keys are not past keys before new ones", concat)
     for what, stands in _foreign(node):
         if stands:
             raise _refusal(index, f"its attention has {what}, which a score leaves out", node)
     scale, cap = _scale(index, node, query), node.attributes.get("softcap")
     softcap = (cap.as_float() or None) if cap is not None else None
-    return Layer(index, entry, node, query, key, past_key, keys, mask, scale, softcap)
+    return Layer(index, entry, node, query, key, past_key, keys, mask, scale, softcap, crosses)
 
 
 def _foreign(node: ir.Node) -> Iterator[tuple[str, bool]]:

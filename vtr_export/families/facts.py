@@ -17,7 +17,7 @@ class VisionFacts:
     tower's own model type, where several may stand in its place.
     ``parameters`` counts what the exported encoder holds (embeddings and ``layers_run``
     layers). Where some layers attend in windows, those are ``window`` by ``window`` vision tokens.
-    A patch spans ``frames`` frames. Learned positions lie ``grid`` by ``grid``, and images take
+    A patch spans ``frames`` frames. An image is cut into up to ``tiles`` that see each other. Learned positions lie ``grid`` by ``grid``, and images take
     what lies between.
     """
 
@@ -38,6 +38,7 @@ class VisionFacts:
     window: int | None = None
     frames: int = 1
     grid: int | None = None
+    tiles: int = 1
 
     @property
     def patch_values(self) -> int:
@@ -78,6 +79,8 @@ class ModelFacts:
     image's features depend on the prompt around it.
     ``crosses``: the layers that attend to image features as keys, which are no tokens of the
     prompt; see ``frontends/cross.py``. Empty where features stand among the tokens.
+    ``cross_parameters`` is what all of those hold beyond a layer like the others.
+    ``more_embeddings`` are rows of the embedding table behind the vocabulary.
     ``estimated``: what the model holds and costs is not counted exactly; its
     ``projector_parameters`` and its tower's are not known.
     """
@@ -112,6 +115,8 @@ class ModelFacts:
     norm_biases: int = 0
     reads_prompt: bool = False
     crosses: tuple[int, ...] = ()
+    cross_parameters: int = 0
+    more_embeddings: int = 0
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -4,11 +4,13 @@ A backend may replace a body with a fused kernel; it may not change what it comp
 """
 
 from vtr_export.ops.functions import DOMAIN, Choice, declare
-from vtr_export.ops.masks import CAUSAL, GROUPED, MASKS, groups_of, is_mask
+from vtr_export.ops.masks import CAUSAL, CROSS, CROSS_ROWS, GROUPED, MASKS, groups_of, is_mask
 from vtr_export.ops.prune import PRUNE, is_prune, prune_attributes
 
 __all__ = [
     "CAUSAL",
+    "CROSS",
+    "CROSS_ROWS",
     "DOMAIN",
     "GROUPED",
     "MASKS",

@@ -13,7 +13,11 @@ GROUPED: Final = "VtrGroupMask"
 
 The rows are the last S of this call's G.
 """
-MASKS: Final = (CAUSAL, GROUPED)
+CROSS: Final = "VtrCrossMask"
+"""(past [B,P], seen [B,S,V] bool) → mask [B,1,S,P + V]: those, and key 0 for who sees none."""
+CROSS_ROWS: Final = "VtrCrossRows"
+"""(past, seen, rows [B,S]) → [B,S,1] bool: rows that count and see a key."""
+MASKS: Final = (CAUSAL, CROSS, GROUPED)
 
 
 def is_mask(node: ir.Node) -> bool:

@@ -27,7 +27,8 @@ def read_job(folder: Path) -> Job:
     cuts = tuple(Cut(cut["before_layer"], Keep(**cut["keep"])) for cut in schedule.pop("cuts"))
     for name in ("artifact", "checkpoint", "image"):
         data[name] = None if data[name] is None else Path(data[name])
-    return Job(schedule=Resolved(cuts=cuts, **schedule), **data)
+    crosses = tuple(schedule.pop("crosses"))
+    return Job(schedule=Resolved(cuts=cuts, crosses=crosses, **schedule), **data)
 
 
 def main(folder: Path) -> None:
