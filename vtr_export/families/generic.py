@@ -45,6 +45,7 @@ BY_FIELD: Final[Mapping[str, str]] = {
     "layers_block_type": "layers without attention (recurrent, or none)",
 }
 PREFIXES: Final[Mapping[str, Attends]] = {"molmo2": "images"}
+WHOLE: Final = ("gemma4_unified",)  # tokens of an image see each other where a field says so
 
 
 def generic(config: Config, where: str) -> ModelFacts:
@@ -83,7 +84,7 @@ def generic(config: Config, where: str) -> ModelFacts:
         mrope="mrope_section" in str(rope),
         planes=_planes(config),
         window=window if window is not None and window < positions else None,
-        attends=PREFIXES.get(kind, "causal"),
+        attends=_attends(kind, text),
         estimated=True,
     )
 
@@ -144,14 +145,17 @@ def _check_layers(kind: str, text: Section) -> None:
     for field, reason in BY_FIELD.items():
         if text.values.get(field):
             raise _refusal(kind, f"{reason}: {text.name}{field}", text.where)
-    if text.values.get("use_bidirectional_attention"):
+    mutual = text.values.get("use_bidirectional_attention")
+    if mutual and (kind not in WHOLE or mutual != "vision"):
         raise _refusal(kind, "image tokens see what comes behind them (prefix)", text.where)
     sections = re.findall(r"'mrope_section': \[([^]]*)\]", str(text.values.get("rope_parameters")))
     if any(len(found.split(",")) != 3 for found in sections):
         raise _refusal(kind, "positions are not triples of time, row and column", text.where)
-    each = text.values.get("per_layer_config") or {}
-    if any("head_dim" in changes for changes in each.values()):
-        raise _refusal(kind, "heads differ in width from layer to layer", text.where)
+
+
+def _attends(kind: str, text: Section) -> Attends:
+    mutual = text.values.get("use_bidirectional_attention")
+    return "images" if kind in WHOLE and mutual else PREFIXES.get(kind, "causal")
 
 
 def _window(text: Section) -> int | None:

@@ -18,6 +18,7 @@ from vtr_export.frontends.pairs import Pairs
 from vtr_export.frontends.shaped import Shaped
 
 SIDE: Final = 448  # pixels, of towers that name no size; ten times this is as good
+PLACED: Final = 16  # tokens of a side, of towers that are told where each patch stands
 GRID: Final = 32  # patches of a side, of towers that take images of any size
 
 
@@ -144,6 +145,21 @@ def words(config: Any, dtype: torch.dtype) -> Taken:
     )
 
 
+def placed(config: Any, dtype: torch.dtype) -> Taken:
+    """Patches [1, patches, values] of a square of tokens, and where each stands (x, y)."""
+    vision = config.vision_config
+    side = PLACED * _first(vision, "pooling_kernel_size", default=1)
+    edge = _first(vision, "model_patch_size", "patch_size", default=1)
+    if vision.model_type == "gemma4_unified_vision":
+        side = PLACED
+    at = torch.arange(side)
+    pixels = torch.empty(1, side * side, 3 * edge**2, dtype=dtype)
+    return Taken(
+        {"pixel_values": Feed(pixels, (None,) * 3)},
+        {"image_position_ids": torch.cartesian_prod(at, at).flip(-1)[None]},
+    )
+
+
 def two_sizes(config: Any, dtype: torch.dtype) -> Taken:
     """The same image twice: small and large."""
     sides = {
@@ -186,6 +202,7 @@ BY_TYPE: Final[Mapping[str, Callable[[Any, torch.dtype], Taken]]] = {
     "perception_lm": tiled(1),
     "granite_docling": masked,
     "emu3": words,
+    **dict.fromkeys(("gemma4", "gemma4_unified"), placed),
     "deepseek_vl_hybrid": two_sizes,
     "fuyu": rows,
     "molmo2": pooled,

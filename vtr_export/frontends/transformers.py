@@ -223,8 +223,8 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
     batch, sequence, past = 2, 3, 5
     lead = (3,) if facts.mrope else ()
     dims = Dim("batch"), Dim("sequence"), Dim("past")
-    shape = (batch, facts.kv_heads, past, facts.head_dim)
     layers = len(model.get_decoder().layers)
+    shapes = [(batch, heads, past, width) for heads, width in _caches(model, facts, layers)]
     names = [f"{n}.{part}" for n in range(layers) for part in ("key", "value")]
     decoder = trace(
         Decoder(model),
@@ -232,7 +232,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
             torch.empty(batch, sequence, facts.hidden, dtype=dtype),
             torch.ones(1, 1, 1, 1, dtype=torch.bool),
             torch.zeros((*lead, batch, sequence), dtype=torch.long),
-            [[torch.empty(shape, dtype=dtype) for _ in range(2)] for _ in range(layers)],
+            [[torch.empty(shape, dtype=dtype) for _ in range(2)] for shape in shapes],
         ),
         (
             {0: dims[0], 1: dims[1]},
@@ -258,6 +258,18 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
         groups = ir.val("token_groups", ir.DataType.INT64, ["batch", "sequence"])
         decoder.graph.inputs.append(groups)  # of the mask that is attached
     return decoder
+
+
+def _caches(model: PreTrainedModel, facts: ModelFacts, layers: int) -> list[tuple[int, int]]:
+    """Heads of keys in each layer, and how wide they are."""
+    each = getattr(model.get_decoder().config, "per_layer_attributes", None)
+    if not each:
+        return [(facts.kv_heads, facts.head_dim)] * layers
+    configs = [model.get_decoder().config.per_layer_config[layer] for layer in range(layers)]
+    return [
+        (config.num_key_value_heads, getattr(config, "head_dim", facts.head_dim))
+        for config in configs
+    ]
 
 
 def _bind_weights(

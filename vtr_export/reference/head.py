@@ -7,6 +7,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
+class _Passed(MoeModelOutputWithPast):
+    """What a decoder that was passed over would have given."""
+
+    shared_kv_states = None  # Gemma 4's
+
+
 class Head(nn.Module):
     """Hidden states ``[B, S, D]`` → logits, by ``model``'s own forward around its decoder."""
 
@@ -19,7 +25,7 @@ class Head(nn.Module):
         (model,) = self._model
         decoder = model.get_decoder()
         own = decoder.forward
-        decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
+        decoder.forward = lambda *_, **__: _Passed(last_hidden_state=hidden)
         try:
             said = model(
                 inputs_embeds=hidden,

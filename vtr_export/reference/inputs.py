@@ -1,6 +1,7 @@
 """From token ids and images to what the decoder takes, batches included."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from inspect import signature
 from typing import Any, TypeAlias
 
@@ -76,19 +77,16 @@ def groups_for(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     Read off the mask that transformers' model makes itself; ValueError for any other mask.
     """
     rule = getattr(model, "create_masks_for_generate", None)
-    if rule is None or "token_type_ids" not in signature(rule).parameters:
-        return torch.zeros_like(input_ids)
+    known = signature(rule).parameters if rule is not None else {}
     types = (input_ids == model.config.image_token_id).int()
     if model.config.model_type == "paligemma":  # whose types tell a prompt (0) from an answer (1)
         types = torch.zeros_like(types)
-    made = rule(
-        config=model.config,
-        inputs_embeds=torch.zeros(*input_ids.shape, 1, dtype=model.dtype, device=input_ids.device),
-        attention_mask=attention_mask,
-        past_key_values=None,
-        position_ids=positions_of(attention_mask),
-        token_type_ids=types,
-    )
+    if "mm_token_type_ids" in known:
+        made = _handed_masks(model, input_ids, attention_mask, types)
+    elif rule is not None and "token_type_ids" in known:
+        made = _generated_masks(model, input_ids, attention_mask, types)
+    else:
+        return torch.zeros_like(input_ids)
     real = attention_mask != 0
     found = [
         _groups_of(mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0, real)
@@ -97,6 +95,40 @@ def groups_for(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     if any(not torch.equal(found[0], other) for other in found[1:]):
         raise ValueError("layers of unlike kinds see unlike tokens")
     return found[0]
+
+
+def _generated_masks(model: Any, input_ids: Tensor, attention_mask: Tensor, types: Tensor) -> Any:
+    """Those that ``generate`` makes."""
+    return model.create_masks_for_generate(
+        config=model.config,
+        inputs_embeds=torch.zeros(*input_ids.shape, 1, dtype=model.dtype, device=input_ids.device),
+        attention_mask=attention_mask,
+        past_key_values=None,
+        position_ids=positions_of(attention_mask),
+        token_type_ids=types,
+    )
+
+
+class _HeardEnoughError(Exception):
+    """Leaves a call that was only asked for something on its way."""
+
+
+def _handed_masks(model: Any, input_ids: Tensor, attention_mask: Tensor, types: Tensor) -> Any:
+    """Those that the model's own ``forward`` hands its decoder."""
+    decoder, heard = model.get_decoder(), list[Any]()
+    own = decoder.forward
+
+    def listen(*_: Any, **given: Any) -> None:
+        heard.append(given["attention_mask"])
+        raise _HeardEnoughError
+
+    decoder.forward = listen
+    try:
+        with suppress(_HeardEnoughError), torch.no_grad():
+            model.model(input_ids=input_ids, attention_mask=attention_mask, mm_token_type_ids=types)
+    finally:
+        decoder.forward = own
+    return heard[0]
 
 
 def _groups_of(seen: Tensor, real: Tensor) -> Tensor:
