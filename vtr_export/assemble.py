@@ -176,6 +176,7 @@ def source(checkpoint: Checkpoint, shards: Mapping[str, str]) -> Source:
         model=checkpoint.folder.resolve().name,
         config_sha256=checkpoint.config_sha256,
         shards=dict(shards),
+        remote_code=dict(checkpoint.code),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vtr_export.errors import CheckpointError
-from vtr_export.families import ModelFacts, read_facts
+from vtr_export.families import RAN, ModelFacts, read_facts
 from vtr_export.layouts import find_layout
 
 DTYPE_BITS = {
@@ -49,7 +49,8 @@ class Checkpoint:
     """A model folder whose headers were read and found consistent; no weight was.
 
     Where the folder's layout is another, ``config`` and the names of ``tensors`` are transformers',
-    and ``files`` are texts by name that stand for the folder's own.
+    and ``files`` are texts by name that stand for the folder's own. So they are where the folder's
+    own code was run, whose files are ``code``: name → sha256.
     """
 
     folder: Path
@@ -59,13 +60,15 @@ class Checkpoint:
     headers_sha256: dict[str, str] = field(repr=False)  # by shard file name
     config_sha256: str = ""
     files: Mapping[str, str] = field(default_factory=dict, repr=False)
+    code: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
+    def open(cls, path: str | Path, ran: dict[str, Any] | None = None) -> "Checkpoint":
         """Read config and headers of a folder, or of a hub id that lies in the local cache.
 
-        Raises CheckpointError for everything that is not a whole safetensors checkpoint. Reads no
-        weights, opens no connection.
+        ``ran``: what the folder's own code made of its config. Raises CheckpointError for
+        everything that is not a whole safetensors checkpoint. Reads no weights, opens no
+        connection.
         """
         folder = find_folder(path)
         config, config_sha256 = read_config(folder)
@@ -87,7 +90,10 @@ class Checkpoint:
         if layout := find_layout(_read_own_config(folder)[0]):
             tensors = layout.tensors(config, tensors)
         files = made_files(folder)
-        return cls(folder, config, tensors, shards, headers, config_sha256, files)
+        if ran is not None:
+            config, files = ran, {**files, CONFIG: json.dumps(ran, indent=2)}
+        code = {} if ran is None else ran[RAN]
+        return cls(folder, config, tensors, shards, headers, config_sha256, files, code)
 
 
 def find_folder(path: str | Path) -> Path:
@@ -130,9 +136,10 @@ def _read_own_config(folder: Path) -> tuple[dict[str, Any], str]:
     )
 
 
-def read_model_facts(folder: Path) -> ModelFacts:
-    """What ``config.json`` of a model folder says of the model's shape."""
-    return read_facts(read_config(folder)[0], str(folder / CONFIG))
+def read_model_facts(folder: Path, ran: dict[str, Any] | None = None) -> ModelFacts:
+    """What ``config.json`` of a model folder says of the model's shape; ``ran``: see ``open``."""
+    config = read_config(folder)[0] if ran is None else ran
+    return read_facts(config, str(folder / CONFIG))
 
 
 def read_header(shard: Path) -> tuple[dict[str, TensorRef], str]:

@@ -11,6 +11,7 @@ from vtr_export.builder import build
 from vtr_export.checkpoint import Checkpoint, find_folder, read_model_facts
 from vtr_export.errors import GateError, InputError, ScheduleError, UnavailableError
 from vtr_export.families import ModelFacts
+from vtr_export.frontends.remote import run_config
 from vtr_export.frontends.tokenizer import write_tokenizer
 from vtr_export.manifest import Gate, Manifest
 from vtr_export.memory import get_weight_type, weight_bytes
@@ -100,6 +101,7 @@ def export(
     target: str = "onnxruntime",
     sms: tuple[int, ...] = (),
     plugin: str = "auto",
+    trust_remote_code: bool = False,
     progress: Announce | None = None,
     detail: Announce | None = None,
 ) -> Report:
@@ -107,9 +109,9 @@ def export(
 
     ``dtype`` fp32, fp16 or bf16; ``weights`` copy or link; ``verify`` auto, all, layers:K or none;
     what ``target`` could not run with one image is refused, and where it builds engines (for
-    ``sms``, 86 is SM 8.6) they are built into ``out/<target>``. Raises VtrError for bad input
-    before any weight is read, GateError when the graphs do not say what the checkpoint says;
-    ``out`` is then as it was.
+    ``sms``, 86 is SM 8.6) they are built into ``out/<target>``. ``trust_remote_code`` runs code
+    that the checkpoint brings. Raises VtrError for bad input before any weight is read, GateError
+    when the graphs do not say what the checkpoint says; ``out`` is then as it was.
     """
     dump = Path(dump) if dump else None
     options = Options(dtype, weights, verify, tunable, force, dump, target, sms, plugin)
@@ -118,12 +120,13 @@ def export(
         if not isinstance(schedule, Schedule):
             schedule = Schedule.load(schedule)
         folder = find_folder(_model(schedule, model))
-        facts = read_model_facts(folder)
+        ran = run_config(folder, trust_remote_code)
+        facts = read_model_facts(folder, ran)
         resolved = schedule.resolve(facts)
         _check_target(schedule, facts, resolved, options)
         check_place(Path(out), force, _needed_bytes(facts, options))
     with clock.step("read the headers"):
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = Checkpoint.open(folder, ran)
         assemble.check_assets(checkpoint)
     if dry_run:
         return _dry_report(Path(out), checkpoint, facts, resolved, options, clock)
@@ -303,9 +306,9 @@ def _verify(
     from vtr_export.verify import verify_export
 
     with clock.step(f"verify ({scope})"):
-        outcome = verify_export(
-            staging, checkpoint.folder, resolved, dtype=options.dtype, scope=scope
-        )
+        asked = staging, checkpoint.folder, resolved
+        trusted = bool(checkpoint.code)
+        outcome = verify_export(*asked, dtype=options.dtype, scope=scope, trusted=trusted)
     if not outcome.passed:
         raise _failure(outcome.gates)
     return scope, outcome

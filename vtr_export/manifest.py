@@ -36,6 +36,7 @@ class Source(Part):
     shards: dict[
         FileName, Sha256
     ]  # of whole files when weights were copied, of headers when linked
+    remote_code: dict[RelativePath, Sha256] = Field(default_factory=dict)  # its own, that was run
 
 
 class Weights(Part):

@@ -13,6 +13,7 @@ from vtr_export.cli.output import (
     Plugin,
     Sms,
     Target,
+    TrustRemoteCode,
     Verbose,
     columns,
     progress,
@@ -89,6 +90,7 @@ def export(
     target: Target = "onnxruntime",
     sm: Sms = None,
     plugin: Plugin = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -103,6 +105,7 @@ def export(
             "--dump": dump is not None,
             "--dry-run": dry_run,
             "--target": target != "onnxruntime",
+            "--trust-remote-code": trust_remote_code,
         },
         {
             "--image-tokens": image_tokens is not None,
@@ -148,6 +151,7 @@ def export(
             target=target,
             sms=() if sm is None else parse_sms(sm),
             plugin=plugin,
+            trust_remote_code=trust_remote_code,
             progress=announce,
             detail=announce.detail,
         )

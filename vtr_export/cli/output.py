@@ -28,6 +28,10 @@ Sms = Annotated[
 Plugin = Annotated[
     str, typer.Option("--plugin", help="Our CUDA plugin for cuts: auto (where needed), on or off.")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the modelling code that the checkpoint brings."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from vtr_export.cli.output import Json, columns, progress, report, warn
+from vtr_export.cli.output import Json, TrustRemoteCode, columns, progress, report, warn
 from vtr_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def verify(
     files: Annotated[
         bool, typer.Option("--files", help="Of an engine: look at its files alone; no GPU needed.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Replay golden vectors of an artifact or engine.
@@ -60,7 +61,7 @@ def verify(
             gates: Sequence[Gate] = verify_artifact(artifact)
         else:
             announce("compare with the checkpoint")
-            gates = _against(artifact, model, scope)
+            gates = _against(artifact, model, scope, trust_remote_code)
     failed = sum(not gate.passed for gate in gates)
     values = {
         "artifact": str(artifact),
@@ -121,17 +122,20 @@ def gate_lines(gates: "Sequence[Gate]") -> list[str]:
     return columns([*head, *rows])
 
 
-def _against(artifact: Path, model: str, scope: str) -> "Sequence[Gate]":
+def _against(artifact: Path, model: str, scope: str, trusted: bool) -> "Sequence[Gate]":
     """The gates of an export, on an artifact that was published before."""
-    from vtr_export.checkpoint import Checkpoint
+    from vtr_export.checkpoint import Checkpoint, find_folder
     from vtr_export.families import read_facts
+    from vtr_export.frontends.remote import run_config
     from vtr_export.manifest import Manifest
     from vtr_export.schedule import Schedule
     from vtr_export.verify import check_scope, choose_scope, verify_export
 
     manifest = Manifest.load(artifact)
-    checkpoint = Checkpoint.open(model)
-    if checkpoint.config_sha256 != manifest.source.config_sha256:
+    folder = find_folder(model)
+    checkpoint = Checkpoint.open(folder, run_config(folder, trusted))
+    source = manifest.source
+    if (checkpoint.config_sha256, checkpoint.code) != (source.config_sha256, source.remote_code):
         warn([f"{checkpoint.folder} is not the checkpoint this artifact was exported from"])
     facts = read_facts(checkpoint.config, str(checkpoint.folder / "config.json"))
     if scope == "auto":
@@ -144,6 +148,7 @@ def _against(artifact: Path, model: str, scope: str) -> "Sequence[Gate]":
         dtype=manifest.dtype,
         scope=check_scope(scope, facts.layers),
         golden=False,
+        trusted=trusted,
     )
     warn(outcome.warnings)
     return outcome.gates

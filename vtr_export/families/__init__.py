@@ -2,16 +2,19 @@
 
 from vtr_export.families.decoders import DECODERS
 from vtr_export.families.facts import Anyres, Attends, ModelFacts, VisionFacts
+from vtr_export.families.foreign import RAN, own_code
 from vtr_export.families.read import FAMILIES, read_facts
 from vtr_export.families.towers import TOWERS
 
 __all__ = [
     "DECODERS",
     "FAMILIES",
+    "RAN",
     "TOWERS",
     "Anyres",
     "Attends",
     "ModelFacts",
     "VisionFacts",
+    "own_code",
     "read_facts",
 ]

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from vtr_export.errors import CheckpointError
 from vtr_export.families.facts import Attends, ModelFacts
-from vtr_export.families.section import FRESH, Config, Section, defaults, filled
+from vtr_export.families.section import FRESH, Config, Section, defaults, filled, is_tied
 
 SEEN: Final = ("full_attention", "sliding_attention", "chunked_attention")  # by every later row
 CROSSING: Final = "image features enter through cross-attention, not as tokens of the prompt"
@@ -57,12 +57,20 @@ def generic(config: Config, where: str) -> ModelFacts:
     if kind in BY_TYPE:
         raise _refusal(kind, BY_TYPE[kind], where)
     text = _decoder_section(config, where)
+    tokens, tied = top.number("mm_tokens_per_image"), is_tied(config, text)
+    return described(config, text, where, tokens_per_image=tokens, tied=tied)
+
+
+def described(config: Config, text: Section, where: str, **known: Any) -> ModelFacts:
+    """Facts of a decoder whose every value stands in ``text``; ``known``: other fields."""
+    kind = config["model_type"]
     _check_layers(kind, text)
     heads, hidden = text.size("num_attention_heads"), text.size("hidden_size")
     kv_heads = text.number("num_key_value_heads") or heads
     positions, window = text.size("max_position_embeddings"), _window(text)
     rope = text.values.get("rope_parameters")
     dtype = config.get("dtype", config.get("torch_dtype", text.values.get("dtype")))
+    facts: dict[str, Any] = {"tokens_per_image": None, "vision": None, **known}
     return ModelFacts(
         model_type=kind,
         layers=text.size("num_hidden_layers"),
@@ -74,11 +82,8 @@ def generic(config: Config, where: str) -> ModelFacts:
         gated=True,
         vocab=text.size("vocab_size"),
         context=min(positions, window or positions),
-        tied=bool(config.get("tie_word_embeddings") or text.values.get("tie_word_embeddings")),
         dtype=dtype if isinstance(dtype, str) else None,
-        tokens_per_image=top.number("mm_tokens_per_image"),
         image_token_id=_image_token(kind, config, where),
-        vision=None,
         projector_parameters=0,
         projector_macs=0,
         mrope="mrope_section" in str(rope),
@@ -86,6 +91,7 @@ def generic(config: Config, where: str) -> ModelFacts:
         window=window if window is not None and window < positions else None,
         attends=_attends(kind, text),
         estimated=True,
+        **facts,
     )
 
 

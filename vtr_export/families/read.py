@@ -7,6 +7,7 @@ from vtr_export.errors import CheckpointError
 from vtr_export.families.aya_vision import aya_vision
 from vtr_export.families.deepseek_vl import deepseek_vl, janus
 from vtr_export.families.facts import ModelFacts
+from vtr_export.families.foreign import RAN, foreign, refuse_own_code
 from vtr_export.families.gemma import gemma3, paligemma
 from vtr_export.families.generic import generic
 from vtr_export.families.idefics2 import idefics2
@@ -50,13 +51,17 @@ def read_facts(config: Config, where: str) -> ModelFacts:
     """Facts of a ``config.json``, with transformers' defaults where it is silent.
 
     Raises CheckpointError for a model type without a reader, a quantised checkpoint, and values
-    that are missing or make no sense; ``where`` names the file.
+    that are missing or make no sense; ``where`` names the file. So it does for a model whose
+    ``auto_map`` names code of its own, unless ``config`` is what that code made of it.
     """
     if not isinstance(config, Mapping):
         raise CheckpointError("the configuration is not a JSON object", where=where, hint=FRESH)
     for part in (config, config.get("text_config"), config.get("vision_config")):
         _refuse_quantised(part, where)
+    refuse_own_code(config, where)
     model_type = config.get("model_type")
+    if isinstance(config.get(RAN), Mapping) and isinstance(model_type, str):
+        return foreign(config, where)
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type](config, where)
     if isinstance(model_type, str) and model_type in architectures():

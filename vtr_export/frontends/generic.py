@@ -15,6 +15,7 @@ from torch import Tensor
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.feeds import Feed
 from vtr_export.frontends.pairs import Pairs
+from vtr_export.frontends.remote import is_foreign
 from vtr_export.frontends.shaped import Shaped
 
 SIDE: Final = 448  # pixels, of towers that name no size; ten times this is as good
@@ -62,9 +63,11 @@ def taken(model: Any, dtype: torch.dtype) -> list[Taken]:
     side, channels = _side(_vision(model.config)), 3
     pixels = torch.empty(2, channels, side, side, dtype=dtype)
     one = Taken({"pixel_values": Feed(pixels[:1], (None,) * 4)})
+    many = Taken({"pixel_values": Feed(pixels, ("images", None, None, None))})
     if "image_sizes" in names:
-        return [Taken(one.feeds, {"image_sizes": torch.tensor([[side, side]])})]
-    return [Taken({"pixel_values": Feed(pixels, ("images", None, None, None))}), one]
+        sized = Taken(one.feeds, {"image_sizes": torch.tensor([[side, side]])})
+        return [many, sized] if is_foreign(type(model)) else [sized]
+    return [many, one]
 
 
 def _vision(config: Any) -> Any:

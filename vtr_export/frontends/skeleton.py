@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module, Parameter
@@ -16,6 +17,7 @@ from vtr_export.checkpoint import CONFIG, Checkpoint
 from vtr_export.errors import CheckpointError
 from vtr_export.frontends.conversions import converted
 from vtr_export.frontends.parts import Stored
+from vtr_export.frontends.remote import model_name
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,15 +45,20 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def build_skeleton(
-    config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode
+    config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode, *, trusted: bool = False
 ) -> PreTrainedModel:
-    """The model of ``config`` with parameters that have a shape and no data, and real buffers."""
+    """The model of ``config`` with parameters that have a shape and no data, and real buffers.
+
+    ``trusted``: by the checkpoint's own code, where ``config`` names it.
+    """
     config._attn_implementation = "vtr"
     _spare_sams(config)
     _settle(config.get_text_config())
     try:
         with _EmptyOnMeta():
-            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+            model: PreTrainedModel = _auto_class(config, trusted).from_config(
+                config, dtype=dtype, trust_remote_code=trusted
+            )
     except _REFUSALS as error:
         raise _refusal("build a model of", error, config.name_or_path) from error
     for name, buffer in model.named_buffers():
@@ -64,6 +71,12 @@ def build_skeleton(
     for module in model.modules():
         _fake_parameters(module, mode)
     return model
+
+
+def _auto_class(config: PretrainedConfig, trusted: bool) -> Any:
+    if not trusted:
+        return AutoModelForImageTextToText
+    return getattr(transformers, model_name(config.auto_map, config.name_or_path))
 
 
 def _spare_sams(config: PretrainedConfig) -> None:
@@ -91,11 +104,14 @@ def _fake_parameters(module: Module, mode: FakeTensorMode) -> None:
 
 
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """Transformers' own reading of ``config.json``; runs no code of the checkpoint."""
+    """Transformers' own reading of ``config.json``; runs no code of it that was not run before."""
+    trusted = bool(checkpoint.code)
     try:
-        if checkpoint.files:
+        if checkpoint.files and not trusted:
             return AutoConfig.for_model(**checkpoint.config)
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        return AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=trusted
+        )
     except _REFUSALS as error:
         raise _refusal("read", error, checkpoint.folder) from error
 

@@ -25,6 +25,7 @@ from vtr_export.frontends.heads import Heads
 from vtr_export.frontends.mrope import is_bent, straighten
 from vtr_export.frontends.pairs import Pairs
 from vtr_export.frontends.parts import Parts, Stored
+from vtr_export.frontends.remote import is_foreign
 from vtr_export.frontends.shaped import Shaped
 from vtr_export.frontends.skeleton import (
     DTYPES,
@@ -111,7 +112,8 @@ class Decoder(Module):
 def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     """Trace the checkpoint's model in ``dtype`` (fp32, fp16 or bf16); no weight is read."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants, such as a grid
-    model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode)
+    trusted = bool(checkpoint.code)
+    model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode, trusted=trusted)
     tensors = name_tensors(model, checkpoint)
     open_experts(model, tensors, mode)
     check_shapes(model, tensors)
@@ -146,7 +148,10 @@ def stamp(graph: ir.Model, stack: Stack) -> None:
 
 def _trace_vision(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
     if facts.estimated:
-        return _trace_accessor(model, dtype)
+        graph = _trace_accessor(model, dtype)
+        if is_foreign(type(model)):
+            _check_tokens(graph, facts)
+        return graph
     encoder = vision_graph(facts)
     return _trace_encoder(model, encoder, encoder.feeds(facts, dtype))
 
@@ -163,6 +168,17 @@ def _trace_accessor(model: PreTrainedModel, dtype: torch.dtype) -> ir.Model:
             if last:
                 raise untraceable("vision encoder", model, error) from error
     raise AssertionError("there is a form")
+
+
+def _check_tokens(graph: ir.Model, facts: ModelFacts) -> None:
+    """CheckpointError where a foreign configuration counts other tokens than its model gives."""
+    shape, wanted = graph.graph.outputs[0].shape, facts.tokens_per_image
+    assert shape is not None, "torch.export gives shapes"
+    if wanted is not None and isinstance(shape[-2], int) and shape[-2] != wanted:
+        raise CheckpointError(
+            f"config.json counts {wanted} tokens for an image, its model gives {shape[-2]}",
+            hint=f'write "image_seq_length": {shape[-2]} into config.json',
+        )
 
 
 def _accessed(constants: Mapping[str, Tensor], model: PreTrainedModel, **feeds: Tensor) -> Tensor:

@@ -9,27 +9,37 @@ import torch
 from vtr_export.reference import internvl_chat
 
 
-def load_model(weights: Path, config: Path, dtype: torch.dtype, **options: Any) -> Any:
+def load_model(
+    weights: Path, config: Path, dtype: torch.dtype, *, trusted: bool = False, **options: Any
+) -> Any:
     """The model of ``weights`` (a folder) as ``config`` (a folder with transformers') describes it.
 
     In eval mode. OpenGVLab's own layout is read and taken apart here, by its definition.
+    ``trusted``: by the code that ``weights`` brings, where it does.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForImageTextToText,
-        InternVLForConditionalGeneration,
-    )
+    from transformers import AutoConfig, InternVLForConditionalGeneration
 
     options |= {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
-    settings = AutoConfig.from_pretrained(config, local_files_only=True)
+    settings = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=trusted)
     own = json.loads((weights / "config.json").read_text(encoding="utf-8"))
     if own.get("model_type") != "internvl_chat":
-        load = AutoModelForImageTextToText.from_pretrained
+        load = _auto_class(settings if trusted else None).from_pretrained
+        options["trust_remote_code"] = trusted
         return _with_norm(load(weights, config=settings, **options).eval())
     model = InternVLForConditionalGeneration.from_pretrained(
         None, config=settings, state_dict=internvl_chat.weights(weights, own), **options
     )
     return internvl_chat.shuffled(model, str(own.get("ps_version", "v1"))).eval()
+
+
+def _auto_class(settings: Any) -> Any:
+    """Of the class that ``settings`` replace by their own; the usual one where they do not."""
+    import transformers
+
+    own = getattr(settings, "auto_map", None) or {}
+    models = [name for name in own if name.startswith("AutoModel")]
+    usual = "AutoModelForImageTextToText"
+    return getattr(transformers, usual if usual in models or not models else models[0])
 
 
 def _with_norm(model: Any) -> Any:

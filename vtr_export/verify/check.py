@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vtr_export.checkpoint import Checkpoint
 from vtr_export.families import read_facts
+from vtr_export.frontends.remote import run_config
 from vtr_export.manifest import Gate, Manifest
 from vtr_export.schedule import Resolved
 from vtr_export.verify.case import Case, Question
@@ -35,6 +36,7 @@ class Job:
     image: Path | None = None
     prompt: str | None = None
     golden: bool = True
+    trusted: bool = False  # to run the checkpoint's own code
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class Findings:
 
 def check(job: Job) -> Findings:
     """Run every gate; golden vectors are written when a whole model passes them all."""
-    checkpoint = Checkpoint.open(job.checkpoint)
+    checkpoint = Checkpoint.open(job.checkpoint, run_config(job.checkpoint, job.trusted))
     facts = read_facts(checkpoint.config, str(checkpoint.folder / "config.json"))
     manifest = Manifest.load(job.artifact)
-    source = job.artifact if checkpoint.files else checkpoint.folder  # of transformers' files
+    made = checkpoint.files and not checkpoint.code
+    source = job.artifact if made else checkpoint.folder  # of transformers' files
     parts, schedule, config = Parts.of(job.artifact, manifest), job.schedule, source
     pad = manifest.model.pad_token_id or 0
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,7 +67,7 @@ def check(job: Job) -> Findings:
             schedule = first_layers(schedule, count)
             parts = build_decoder(parts, checkpoint, manifest, schedule, folder)
             config = folder
-        oracle = Oracle(checkpoint.folder, config, schedule, job.dtype)
+        oracle = Oracle(checkpoint.folder, config, schedule, job.dtype, trusted=job.trusted)
         inputs = _inputs_gate(oracle, asked, questions, pad, facts.image_token_id)
         gates = [*asked.gates, inputs]
         cases = _answers(oracle, questions)

@@ -46,11 +46,13 @@ def verify_export(
     image: Path | None = None,
     prompt: str | None = None,
     golden: bool = True,
+    trusted: bool = False,
 ) -> Outcome:
     """Hold the artifact in ``staging`` (it has its manifest) against its checkpoint.
 
     ``scope`` is ``all`` or ``layers:K``; ``golden`` writes golden vectors into the artifact when
-    all of it passes. Raises VtrError for bad input, UnavailableError when memory runs out.
+    all of it passes. ``trusted``: the checkpoint's own code may run. Raises VtrError for bad
+    input, UnavailableError when memory runs out.
     """
     from vtr_export.verify.check import Job
     from vtr_export.verify.child import FINDINGS, write_job
@@ -64,6 +66,7 @@ def verify_export(
         image=image.absolute() if image is not None else None,
         prompt=prompt,
         golden=golden,
+        trusted=trusted,
     )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -3,12 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import numpy as np
 
 from vtr_export.assemble import save_graphs
-from vtr_export.checkpoint import Checkpoint
+from vtr_export.checkpoint import Checkpoint, read_json
 from vtr_export.compile import lower
 from vtr_export.families import read_facts
 from vtr_export.manifest import Manifest
@@ -27,14 +28,24 @@ def first_layers(schedule: Resolved, count: int) -> Resolved:
 
 def truncate(checkpoint: Checkpoint, count: int, folder: Path) -> Checkpoint:
     """The same weights under a config of ``count`` decoder layers, which ``folder`` gets."""
-    config: dict[str, Any] = json.loads(json.dumps(checkpoint.config))
+    config = written = _shortened(checkpoint.config, count)
+    for name in checkpoint.code:  # which reads its own form of the config
+        written = _shortened(read_json(checkpoint.folder / "config.json"), count)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copyfile(checkpoint.folder / name, folder / name)
+    (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    return replace(checkpoint, folder=folder, config=config)
+
+
+def _shortened(given: dict[str, Any], count: int) -> dict[str, Any]:
+    """A configuration of ``count`` decoder layers."""
+    config: dict[str, Any] = json.loads(json.dumps(given))
     is_flat = "text_config" not in config and "num_hidden_layers" in config
     text = config if is_flat else config.setdefault("text_config", {})
     text["num_hidden_layers"] = count
     if isinstance(kinds := text.get("layer_types"), list):
         text["layer_types"] = kinds[:count]
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return replace(checkpoint, folder=folder, config=config)
+    return config
 
 
 def build_decoder(

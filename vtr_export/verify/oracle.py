@@ -30,9 +30,12 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class Oracle:
     """The model of ``weights`` (a checkpoint folder) as ``config`` (a folder) describes it."""
 
-    def __init__(self, weights: Path, config: Path, schedule: Resolved, dtype: str) -> None:
+    def __init__(
+        self, weights: Path, config: Path, schedule: Resolved, dtype: str, *, trusted: bool = False
+    ) -> None:
         torch.manual_seed(0)
-        self._model: Any = load_model(weights, config, DTYPES[dtype], attn_implementation="eager")
+        eager = {"attn_implementation": "eager"}
+        self._model: Any = load_model(weights, config, DTYPES[dtype], trusted=trusted, **eager)
         self._dtype = DTYPES[dtype]
         self._decoder = self._model.get_decoder()
         self._reference = Reference(self._decoder, Head(self._model), schedule)

@@ -9,6 +9,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vtr_export.passes.force_keep_sets import ForceKeepSets
 from vtr_export.runtime.decoder import Decoder, Step
+from vtr_export.runtime.model import encode as encode_images
 from vtr_export.runtime.model import put
 from vtr_export.runtime.session import Session
 from vtr_export.verify.case import Array, Case, Ints, Question
@@ -45,8 +46,7 @@ def encode(parts: Parts, cases: Sequence[Case]) -> list[Array]:
 
 def encode_case(session: Session, case: Case) -> Array:
     """``[..., D]``, the vision tokens of one case."""
-    (features,) = session.run(dict(case.question.images)).values()
-    return np.asarray(features)
+    return encode_images(session, case.question.images)
 
 
 def embed(parts: Parts, cases: Sequence[Case], features: Sequence[Array]) -> list[Inputs]:
