@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from vtr_export.frontends.parts import Stored
 
-NAME: Final = "vtr"  # of our experts among transformers'
 WEIGHTS: Final = ("gate_up_proj", "up_proj", "down_proj")
 LAID: Final = (Tensor.view, Tensor.reshape, torch.reshape)
 LAST: Final = (Tensor.softmax, torch.softmax, functional.softmax)
@@ -32,11 +30,10 @@ def open_experts(model: Any, tensors: Mapping[str, Stored], mode: FakeTensorMode
     """
     modules: dict[str, Any] = dict(model.named_modules())
     found = {name: m for name, m in modules.items() if hasattr(m, "_apply_gate")}
-    if found:
-        model.set_experts_implementation(NAME)
     for name, experts in found.items():
         with mode:
             _take_as_stored(experts, name, tensors)
+        vars(experts)["forward"] = partial(dense, experts)
         block = modules[name.rpartition(".")[0]]
         vars(block)["forward"] = partial(_within, block.forward)
     for block in modules.values():
@@ -55,15 +52,16 @@ def _take_as_stored(experts: Any, name: str, tensors: Mapping[str, Stored]) -> N
         if turned:
             stored = nn.Parameter(torch.empty(shape, dtype=weight.dtype), requires_grad=False)
             experts.register_parameter(part, stored)
-        setattr(experts, f"is_{part}_turned", turned != experts.is_transposed)
+        setattr(experts, f"is_{part}_turned", turned != getattr(experts, "is_transposed", False))
 
 
 def dense(self: Any, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
     """[B, S, D], and of the k best [B, S, k] their numbers and shares → [B, S, D]."""
-    first = _linear(self, hidden[:, None], "gate_up_proj" if self.has_gate else "up_proj")
-    inner = self._apply_gate(first) if self.has_gate else self.act_fn(first)
+    is_gated = hasattr(self, "gate_up_proj")
+    first = _linear(self, hidden[:, None], "gate_up_proj" if is_gated else "up_proj")
+    inner = self._apply_gate(first) if is_gated else self.act_fn(first)
     each = _linear(self, inner, "down_proj")
-    each = self.post_expert_norm(each) if self.has_post_expert_norm else each
+    each = self.post_expert_norm(each) if getattr(self, "has_post_expert_norm", False) else each
     spread = _spread(chosen, shares.to(hidden.dtype), each.shape[1])
     mixed: Tensor = (each * _by_expert(spread)).sum(1)
     return mixed
@@ -74,7 +72,8 @@ def _linear(experts: Any, states: Tensor, name: str) -> Tensor:
     weight = getattr(experts, name)
     is_turned = getattr(experts, f"is_{name}_turned")
     found: Tensor = states @ (weight if is_turned else weight.transpose(1, 2))
-    return found + getattr(experts, f"{name}_bias")[:, None] if experts.has_bias else found
+    bias = getattr(experts, f"{name}_bias", None)
+    return found if bias is None else found + bias[:, None]
 
 
 def _spread(index: Tensor, values: Tensor, size: int) -> Tensor:
@@ -86,9 +85,6 @@ def _spread(index: Tensor, values: Tensor, size: int) -> Tensor:
 def _by_expert(spread: Tensor) -> Tensor:
     """[B, S, experts] → [B, experts, S, 1]."""
     return spread.transpose(1, 2)[..., None]
-
-
-ALL_EXPERTS_FUNCTIONS.register(NAME, dense)
 
 
 def _llama4(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ It is traced for one image of one size, the tower's own; grids and masks are con
 ``pixel_values`` [images, C, H, W] is all it takes, it is traced for any number of images.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
@@ -186,14 +187,17 @@ def rows(config: Any, dtype: torch.dtype) -> Taken:
 def pooled(config: Any, dtype: torch.dtype) -> Taken:
     """Patches, and which four make one token."""
     vision = config.vision_config
-    side = GRID
-    index = torch.arange(side * side).reshape(side // 2, 2, side // 2, 2)
+    side = math.isqrt(vision.num_position_embeddings)
+    edge = side % 2  # of no patch, behind the last row and column
+    index = torch.full((side + edge, side + edge), -1)
+    index[:side, :side] = torch.arange(side * side).reshape(side, side)
+    half = (side + edge) // 2
     pixels = torch.empty(1, side * side, 3 * vision.patch_size**2, dtype=dtype)
     return Taken(
         {"pixel_values": Feed(pixels, (None,) * 3)},
         {
-            "image_token_pooling": index.transpose(1, 2).reshape(-1, 4),
-            "image_grids": torch.tensor([[side // 2, side // 2, 0, 0]]),
+            "image_token_pooling": index.reshape(half, 2, half, 2).transpose(1, 2).reshape(-1, 4),
+            "image_grids": torch.tensor([[half, half, 0, 0]]),
         },
     )
 
