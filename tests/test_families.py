@@ -201,7 +201,9 @@ def test_counts_equal_those_of_a_real_tiny_model(
 
 @pytest.mark.parametrize("decoder", [{}, {"tie_word_embeddings": True}], ids=["silent", "tied"])
 @pytest.mark.parametrize("whole", [None, True, False])
-@pytest.mark.parametrize("kind", ["llava", "vipllava", "qwen2_vl", "idefics2", "internvl", "mistral3"])
+@pytest.mark.parametrize(
+    "kind", ["llava", "vipllava", "qwen2_vl", "idefics2", "internvl", "mistral3"]
+)
 def test_a_head_is_tied_where_transformers_ties_it(
     kind: str, whole: bool | None, decoder: dict[str, Any]
 ) -> None:
@@ -276,9 +278,11 @@ def test_the_context_ends_where_a_window_begins_to_slide(text: Any, window: int 
 
 POOLED = {"vision_config": {"image_size": 896, "patch_size": 14}}
 TILED = {"vision_config": {"model_type": "siglip_vision_model", "image_size": 384}}
+NAMED = {"image_token_index": 50265}
 FITTING: dict[str, Any] = {  # what a class's defaults lack, or what in them does not fit the rest
     **dict.fromkeys(("gemma3", "idefics3", "shieldgemma2", "smolvlm"), POOLED),
     "aya_vision": {"vision_config": {"image_size": 364, "patch_size": 14}},
+    "blip-2": NAMED,
     "janus": {"vision_config": {"projection_dim": 4096}},
     "llava_onevision": {**TILED, "vision_feature_select_strategy": "full"},
 }

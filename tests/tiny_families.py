@@ -12,6 +12,7 @@ import tiny_internvl
 import tiny_llavas
 import tiny_mistral
 import tiny_models
+import tiny_qformers
 import tiny_qwen
 from transformers import PreTrainedModel
 
@@ -25,6 +26,7 @@ def llava(folder: Path, seed: int = 0) -> PreTrainedModel:
 
 
 TINY: Mapping[str, Save] = {
+    "blip-2": tiny_qformers.blip_2,
     "gemma3": tiny_gemma.gemma3,
     "idefics3": tiny_idefics3.idefics3,
     "idefics2": tiny_idefics2.idefics2,

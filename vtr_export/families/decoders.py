@@ -35,6 +35,8 @@ class DecoderFacts:
     gated: bool = True
     window: int | None = None
     softcap: float | None = None
+    learned_positions: int = 0
+    norm_biases: int = 0
 
 
 def read_decoder(

@@ -75,8 +75,8 @@ class ModelFacts:
     ``context`` ends at ``window`` where some layers see no further back than that. Positions are
     counted from ``first_position``. ``softcap`` bends what attention's softmax takes.
     ``learned_positions`` is how many rows their table has that is added to tokens before layer 0;
-    0: positions rotate queries and keys. ``norm_biases`` are the last norm's. ``reads_prompt``: an
-    image's features depend on the prompt around it.
+    0: positions rotate queries and keys. ``norm_biases`` are the last norm's. ``reads``: tokens
+    of the prompt that the vision encoder may read; 0: an image's features are its own.
     ``crosses``: the layers that attend to image features as keys, which are no tokens of the
     prompt; see ``frontends/cross.py``. Empty where features stand among the tokens.
     ``cross_parameters`` is what all of those hold beyond a layer like the others.
@@ -113,7 +113,7 @@ class ModelFacts:
     softcap: float | None = None
     learned_positions: int = 0
     norm_biases: int = 0
-    reads_prompt: bool = False
+    reads: int = 0
     crosses: tuple[int, ...] = ()
     cross_parameters: int = 0
     more_embeddings: int = 0

@@ -17,12 +17,14 @@ from vtr_export.families.llava import llava
 from vtr_export.families.llava_next import llava_next
 from vtr_export.families.llava_onevision import llava_onevision
 from vtr_export.families.mistral3 import lighton_ocr, mistral3
+from vtr_export.families.qformer import blip_2
 from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vtr_export.families.section import FRESH, Config, architectures
 from vtr_export.families.video_llava import video_llava
 from vtr_export.families.vipllava import vipllava
 
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
+    "blip-2": blip_2,
     "gemma3": gemma3,
     "idefics3": idefics3,
     "aya_vision": aya_vision,

@@ -18,6 +18,7 @@ from vtr_export.errors import CheckpointError
 from vtr_export.frontends.conversions import converted
 from vtr_export.frontends.parts import Stored
 from vtr_export.frontends.remote import model_name
+from vtr_export.inner_decoder import point_at_layers
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -67,6 +68,7 @@ def build_skeleton(
                 f"the buffer {name!r} of this architecture is not computed when it is built",
                 hint="report the architecture; its checkpoint cannot be exported yet",
             )
+    point_at_layers(model)
     model = model.eval()
     for module in model.modules():
         _fake_parameters(module, mode)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 
 import onnx_ir as ir
 import torch
@@ -21,6 +21,7 @@ from vtr_export.frontends import generic
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.experts import open_experts
 from vtr_export.frontends.feeds import Feed, VisionGraph
+from vtr_export.frontends.flat import keep_rows
 from vtr_export.frontends.heads import Heads
 from vtr_export.frontends.mrope import is_bent, straighten
 from vtr_export.frontends.pairs import Pairs
@@ -88,7 +89,7 @@ class Decoder(Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        taken = signature(type(model).forward).parameters
+        taken = signature(type(speaker(model)).forward).parameters
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
 
     def forward(
@@ -97,7 +98,7 @@ class Decoder(Module):
         """Logits [B,1,vocab] in fp32, then key and value of every layer."""
         cache = DynamicCache([(key, value) for key, value in past])
         with Concrete(), Shaped(), Heads(), Pairs():
-            output = self.model(
+            output = speaker(self.model)(
                 inputs_embeds=inputs_embeds,
                 attention_mask=mask,
                 position_ids=position_ids,
@@ -109,6 +110,13 @@ class Decoder(Module):
         return [logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))]
 
 
+def speaker(model: PreTrainedModel) -> PreTrainedModel:
+    """The model; the language model inside where its own forward never goes without an image."""
+    pixels = signature(type(model).forward).parameters.get("pixel_values")
+    needs = pixels is not None and pixels.default is Parameter.empty
+    return model.language_model if needs else model
+
+
 def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     """Trace the checkpoint's model in ``dtype`` (fp32, fp16 or bf16); no weight is read."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants, such as a grid
@@ -116,6 +124,7 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode, trusted=trusted)
     tensors = name_tensors(model, checkpoint)
     open_experts(model, tensors, mode)
+    keep_rows(model)
     check_shapes(model, tensors)
     if facts.mrope and (not facts.estimated or is_bent(model.get_decoder())):
         straighten(model.get_decoder())

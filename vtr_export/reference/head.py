@@ -24,6 +24,8 @@ class Head(nn.Module):
         """The decoder is passed over: ``hidden`` is what it would have given, without a router."""
         (model,) = self._model
         decoder = model.get_decoder()
+        if hasattr(model, "qformer"):  # around the decoder there is but its language model
+            model = model.language_model
         own = decoder.forward
         decoder.forward = lambda *_, **__: _Passed(last_hidden_state=hidden)
         try:

@@ -50,7 +50,7 @@ def positions_for(
 
     Where transformers' model has its own rule for places of images, that rule.
     """
-    rule = getattr(model.model, "get_rope_index", None)
+    rule = getattr(getattr(model, "model", model), "get_rope_index", None)
     if rule is None:
         return _counted(model, input_ids, attention_mask)
     is_image = (input_ids == model.config.image_token_id).int()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vtr_export.inner_decoder import point_at_layers
 from vtr_export.reference import internvl_chat
 
 
@@ -44,7 +45,9 @@ def _auto_class(settings: Any) -> Any:
 
 def _with_norm(model: Any) -> Any:
     """The decoder's last norm under the name that most decoders give it."""
+    point_at_layers(model)
     decoder = model.get_decoder()
-    if not hasattr(decoder, "norm") and hasattr(decoder, "final_layernorm"):
-        decoder.norm = decoder.final_layernorm
+    for name in ("final_layernorm", "final_layer_norm"):
+        if not hasattr(decoder, "norm") and hasattr(decoder, name):
+            decoder.norm = getattr(decoder, name)
     return model

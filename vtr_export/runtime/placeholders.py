@@ -15,6 +15,7 @@ class Placeholder:
 
     ``token`` is what is written once for each vision token. ``prompt``, where the processor writes
     whole prompts, makes one of a text and its number of images; a tokenizer adds nothing to it.
+    ``leads``: the tokens of the one image stand before all that a tokenizer makes of the text.
     """
 
     place: str
@@ -22,6 +23,7 @@ class Placeholder:
     written: Callable[[Seen], str]
     joined: Callable[[str], str] = str  # the whole text, once the images are written
     prompt: Callable[[str, int], str] | None = None
+    leads: bool = False
     video: str | None = None  # stands for a video; it becomes image tokens too, which are replaced
 
     def places(self, text: str) -> list[str]:
@@ -107,6 +109,11 @@ def paligemma(special: Special, config: Mapping[str, Any]) -> Placeholder:
     return replace(image, prompt=prompt)
 
 
+def leading(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """The image token, so many times, before the text and what begins it."""
+    return replace(plain(special, config), leads=True)
+
+
 def idefics3(special: Special, _: Mapping[str, Any]) -> Placeholder:
     """A tile is led by its row and column, the image as a whole by a token of its own."""
     token = special.get("image_token", "<image>")
@@ -159,6 +166,7 @@ def aya(_: Special, config: Mapping[str, Any]) -> Placeholder:
 
 
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
+    **dict.fromkeys(("Blip2Processor", "InstructBlipProcessor"), leading),
     "Gemma3Processor": gemma3,
     "Idefics2Processor": idefics2,
     "Idefics3Processor": idefics3,

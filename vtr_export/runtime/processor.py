@@ -133,6 +133,8 @@ class Processor:
         follows what a cache holds already. InputError when placeholders and images differ in
         number.
         """
+        if self.placeholder.leads:
+            return self._led(text, images, form)
         whole = self.placeholder.prompt if form == "plain" else None
         if whole is not None:
             text = whole(text, len(images))
@@ -151,6 +153,29 @@ class Processor:
         bos = self.tokenizer.special.get("bos_token")
         has_bos = form == "chat" and bos is not None and text.startswith(bos)
         return self.tokenizer.encode(spread, special=not has_bos and whole is None)
+
+    def _led(self, text: str, images: Sequence[Seen], form: Form) -> list[int]:
+        """The one image's tokens, then all that the tokenizer makes of the text."""
+        place = self.image_token
+        text = text.removeprefix(place * len(images))
+        if len(images) > (form != "continued") or place in text:
+            raise InputError(
+                "this model's one image stands before all text",
+                hint=f"ask about one image, in the first turn, and write no {place} behind a word",
+            )
+        written = "".join(self.placeholder.written(image) for image in images)
+        before = self.tokenizer.encode(written, special=False)
+        if form == "continued":
+            return self.tokenizer.encode_continued(text)
+        bos = self.tokenizer.special.get("bos_token")
+        has_bos = form == "chat" and bos is not None and text.startswith(bos)
+        return before + self.tokenizer.encode(text, special=not has_bos)
+
+    def with_places(self, text: str, images: int) -> str:
+        """A text that is taken as it is; images come before it where it places none."""
+        if self.placeholder.leads or self.image_token in text:
+            return text
+        return f"{self.image_token * images}\n{text}"
 
     @cached_property
     def _config(self) -> Mapping[str, Any]:

@@ -8,11 +8,13 @@ from vtr_export.runtime.json_files import read_json
 
 FILES: Final = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 OF_MODELS: Final[Mapping[str, str]] = {  # where no file names one, as transformers chooses
+    "blip-2": "Blip2Processor",
     "gemma3": "Gemma3Processor",
     "idefics3": "Idefics3Processor",
     "aya_vision": "AyaVisionProcessor",
     "deepseek_vl": "DeepseekVLProcessor",
     "idefics2": "Idefics2Processor",
+    "instructblip": "InstructBlipProcessor",
     "janus": "JanusProcessor",
     "lighton_ocr": "LightOnOcrProcessor",
     "internvl": "InternVLProcessor",

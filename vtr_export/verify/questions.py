@@ -163,15 +163,9 @@ def _random_rows(facts: ModelFacts, tokens: int) -> tuple[tuple[int, ...], ...]:
 
 def _our_ids(processor: Processor, prompt: str, seen: Sequence[Seen]) -> list[int]:
     if processor.is_written_out(prompt):
-        return processor.token_ids(_written_out(processor, prompt), seen)
+        return processor.token_ids(processor.with_places(prompt, 1), seen)
     text = processor.render(processor.messages(prompt, 1))
     return processor.token_ids(text, seen, "chat")
-
-
-def _written_out(processor: Processor, prompt: str) -> str:
-    """Where there is no template, the image comes before the prompt."""
-    token = processor.image_token
-    return prompt if token in prompt else f"{token}\n{prompt}"
 
 
 def _their_ids(processor: Processor, checkpoint: Path, prompt: str, image: Path) -> list[int]:
@@ -183,7 +177,7 @@ def _their_ids(processor: Processor, checkpoint: Path, prompt: str, image: Path)
     theirs = load_processor(checkpoint)
     picture, options = load_image(str(image)), dict[str, Any]()
     if processor.is_written_out(prompt):
-        text = _written_out(processor, prompt)
+        text = processor.with_places(prompt, 1)
     else:
         messages = [_with_image(message, image) for message in processor.messages(prompt, 1)]
         renderer = theirs if theirs.chat_template is not None else theirs.tokenizer

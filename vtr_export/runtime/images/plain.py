@@ -44,6 +44,13 @@ _SQUARE: Final[Mapping[str, Any]] = {
 }
 # what a processor does where its file is silent, read in transformers' classes
 PROCESSORS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "BlipImageProcessor": {
+        **_SQUARE,
+        **_OPENAI,
+        "size": {"height": 384, "width": 384},
+        "resample": 3,
+        "do_convert_rgb": True,
+    },
     "CLIPImageProcessor": _CLIP,
     "Gemma3ImageProcessor": {**_SQUARE, "resample": 2, "do_convert_rgb": True},
     "LlavaImageProcessor": {**_CLIP, "do_pad": False},

@@ -51,8 +51,7 @@ class Prompts:
             )
         images = [self.seen(file) for file in question.images]
         if processor.is_written_out(text):
-            if processor.image_token not in text:
-                text = processor.image_token * len(images) + "\n" + text
+            text = processor.with_places(text, len(images))
             return tuple(processor.token_ids(text, images))
         rendered = processor.render(processor.messages(text, len(images)))
         return tuple(processor.token_ids(rendered, images, "chat"))

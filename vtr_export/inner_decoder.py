@@ -1,0 +1,11 @@
+"""Where the layers of a model's decoder are."""
+
+from typing import Any
+
+
+def point_at_layers(model: Any) -> None:
+    """Have ``get_decoder`` give the stack of layers where it gives a language model around it."""
+    decoder = model.get_decoder()
+    while not hasattr(decoder, "layers") and (inner := decoder.get_decoder()) is not decoder:
+        decoder = inner
+    model.get_decoder = lambda: decoder
