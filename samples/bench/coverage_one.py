@@ -188,7 +188,16 @@ def _ask(model: Any, ports: Mapping[str, Any]) -> Asked:
     length = max(map(len, rows)) + 2
     ids = torch.tensor([[0] * (length - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
-    return Asked(ids, mask, {n: torch.cat(v) for n, v in both.items()}, tuple(feeds))
+    return Asked(ids, mask, _together(both), tuple(feeds))
+
+
+def _together(both: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Of two images, as a processor gives them: places of patches count on."""
+    found = {name: torch.cat(values) for name, values in both.items()}
+    if (pooling := both.get("image_token_pooling")) is not None:
+        patches = both["pixel_values"][0].shape[1]
+        found["image_token_pooling"] = torch.cat([pooling[0], pooling[1] + patches])
+    return found
 
 
 def _measured(model: Any, facts: ModelFacts, out: Mapping[str, Path], way: str) -> dict[str, Any]:

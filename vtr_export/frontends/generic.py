@@ -23,6 +23,8 @@ SIDE: Final = 448  # pixels, of towers that name no size; ten times this is as g
 PLACED: Final = 16  # tokens of a side, of towers that are told where each patch stands
 GRID: Final = 32  # patches of a side, of towers that take images of any size
 
+ADDED: Final = ("molmo2",)  # whose features are added to the words at their places
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -45,7 +47,14 @@ def encoded(model: Any, constants: Mapping[str, Tensor], **feeds: Tensor) -> Ten
         said = accessor(model)(**feeds, **constants, return_dict=True)
         rows = said.pooler_output if said.pooler_output is not None else said.last_hidden_state
         planes = getattr(said, "deepstack_features", None) or ()
-        return torch.cat([_one(found) for found in (rows, *planes)], dim=-1)
+        found = torch.cat([_one(each) for each in (rows, *planes)], dim=-1)
+        return found + _word(model) if model.config.model_type in ADDED else found
+
+
+def _word(model: Any) -> Tensor:
+    """The embedding of the token that holds an image's place."""
+    word: Tensor = model.get_input_embeddings()(torch.tensor(model.config.image_token_id))
+    return word
 
 
 def _one(found: Tensor | list[Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ HARMLESS: Final = frozenset(  # what an attention may be given without being ano
         *("is_causal", "head_mask", "target_dtype", "use_top_left_mask"),
         *("grid_thw", "image_grid_thw", "cu_seqlens", "max_seqlen", "deterministic"),
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # kernels without mask
+        "vision_feature_layer",  # who calls the tower picks it from the states
     )
 )
 

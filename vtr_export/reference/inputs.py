@@ -160,7 +160,10 @@ def image_features(model: Any, given: Given, device: str | torch.device = "cpu")
     said = owner.get_image_features(**inputs)
     rows = said.last_hidden_state if said.pooler_output is None else said.pooler_output
     all_of_them = [rows, *(getattr(said, "deepstack_features", None) or ())]
-    return torch.cat([_one_row(found) for found in all_of_them], -1)
+    found = torch.cat([_one_row(each) for each in all_of_them], -1)
+    if model.config.model_type == "molmo2":  # adds them to the words at their places
+        found = found + model.get_input_embeddings().weight[model.config.image_token_id]
+    return found
 
 
 def _one_row(found: Tensor | Sequence[Tensor]) -> Tensor:
