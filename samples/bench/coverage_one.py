@@ -49,6 +49,7 @@ STAGES: dict[str, Any] = {
         ],
     },
 }
+SAVED_AS = {"shieldgemma2": "ShieldGemma2ForImageClassification"}  # which holds the mapping's class
 WIDE = {"sliding_window": 512, "attention_chunk_size": 512}  # no prompt of ours is longer
 NEVER = np.finfo(np.float32).min / 2
 Array = NDArray[Any]
@@ -127,7 +128,8 @@ def _family(save: Any, folder: Path) -> dict[str, Any]:
 def _tiny(name: str) -> Any:
     """The zoo's model, with windows that no prompt fills."""
     config = tiny_config(name)
-    kind = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])
+    names = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **SAVED_AS}
+    kind = getattr(transformers, names[name])
     config = type(config)(**_widened(config.to_dict()))
     config._attn_implementation = "eager"
     model = kind(config)

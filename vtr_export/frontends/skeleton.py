@@ -20,6 +20,7 @@ from vtr_export.frontends.parts import Stored
 from vtr_export.frontends.remote import model_name
 from vtr_export.inner_decoder import point_at_layers
 
+HOLDERS = ("ShieldGemma2ForImageClassification",)  # whose `model` is the one that is exported
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _REFUSALS = (  # what transformers' own code was seen to trip over; it has no common error
@@ -129,10 +130,23 @@ def _refusal(what: str, error: Exception, folder: str | Path) -> CheckpointError
 
 def name_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> Mapping[str, Stored]:
     """Parameter name → checkpoint tensor, renamed as transformers renames hub names on load."""
-    found = converted(model, get_model_conversion_mapping(model), checkpoint.tensors)
+    outer = _holder(model, checkpoint)
+    found = converted(outer, get_model_conversion_mapping(outer), checkpoint.tensors)
+    if outer is not model:
+        found = {name.removeprefix("model."): each for name, each in found.items()}
     _tie(model, model.state_dict(), found)
     _check(model, checkpoint, found)
     return found
+
+
+def _holder(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that was saved: ours, or one that holds it."""
+    name = (checkpoint.config.get("architectures") or [""])[0]
+    if name not in HOLDERS:
+        return model
+    with torch.device("meta"):
+        outer: PreTrainedModel = getattr(transformers, name)(model.config)
+    return outer
 
 
 def _tie(model: PreTrainedModel, wanted: Mapping[str, object], found: dict[str, Stored]) -> None:

@@ -26,11 +26,20 @@ def load_model(
     if own.get("model_type") != "internvl_chat":
         load = _auto_class(settings if trusted else None).from_pretrained
         options["trust_remote_code"] = trusted
+        if own.get("architectures") == ["ShieldGemma2ForImageClassification"]:
+            load = _load_held
         return _with_norm(load(weights, config=settings, **options).eval())
     model = InternVLForConditionalGeneration.from_pretrained(
         None, config=settings, state_dict=internvl_chat.weights(weights, own), **options
     )
     return internvl_chat.shuffled(model, str(own.get("ps_version", "v1"))).eval()
+
+
+def _load_held(weights: Path, **options: Any) -> Any:
+    """The generator inside a classifier."""
+    from transformers import ShieldGemma2ForImageClassification
+
+    return ShieldGemma2ForImageClassification.from_pretrained(weights, **options).model
 
 
 def _auto_class(settings: Any) -> Any:
