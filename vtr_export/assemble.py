@@ -217,6 +217,8 @@ def decoder_facts(checkpoint: Checkpoint, facts: ModelFacts, resolved: Resolved)
         mrope=facts.mrope,
         attends=facts.attends,
         first_position=facts.first_position,
+        crosses=facts.crosses,
+        sight=facts.sight,
         eos_token_ids=_token_ids(checkpoint, "eos_token_id"),
         pad_token_id=next(iter(_token_ids(checkpoint, "pad_token_id")), None),
         stages=_stages(resolved),

@@ -14,7 +14,7 @@ from pydantic import (
 
 from vtr_export.checkpoint import read_header
 from vtr_export.errors import ArtifactError, CheckpointError
-from vtr_export.families import Attends
+from vtr_export.families import Attends, Sight
 from vtr_export.published import FileName, Part, Published, RelativePath, Sha256
 
 
@@ -100,6 +100,8 @@ class DecoderFacts(Part):
     mrope: bool = False  # positions are triples
     attends: Attends = "causal"
     first_position: NonNegativeInt = 0
+    crosses: tuple[NonNegativeInt, ...] = ()  # layers that attend to images as keys
+    sight: Sight = "onward"
     stages: tuple[Stage, ...]
 
     @model_validator(mode="after")

@@ -326,7 +326,7 @@ class Schedule:
                     f"{wanted}: the last row of the cross layer before a cut ranks them",
                 )
         layers = ", ".join(map(str, crosses))
-        for key, before, first in zip(keys, (-1, *firsts[:-1]), firsts, strict=True):
+        for key, before, first in zip(keys, (-1, *firsts), firsts, strict=False):
             if not any(before <= layer < first for layer in crosses):
                 found = "no cross layer stands" + f" between {before} and" * (before >= 0)
                 raise self._error(

@@ -6,6 +6,9 @@ from typing import Literal, TypeAlias
 Attends: TypeAlias = Literal["causal", "images", "prompt"]
 """What a token sees beside what came before: nothing; all its image; all its prompt."""
 
+Sight: TypeAlias = Literal["onward", "latest"]
+"""Which images a token sees by cross-attention: all since the last text but one; the last one."""
+
 
 @dataclass(frozen=True)
 class VisionFacts:
@@ -115,6 +118,7 @@ class ModelFacts:
     norm_biases: int = 0
     reads: int = 0
     crosses: tuple[int, ...] = ()
+    sight: Sight = "onward"
     cross_parameters: int = 0
     more_embeddings: int = 0
 

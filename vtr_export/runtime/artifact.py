@@ -133,6 +133,7 @@ class Artifact:
             facts.pad_token_id or 0,
             facts.mrope,
             facts.attends,
+            facts.sight if facts.crosses else None,
         )
         return cls(folder, manifest, Processor(folder), model, device, holds)
 
@@ -238,9 +239,10 @@ class Artifact:
             generated.decode_seconds,
             generated.steps,
         )
+        ends = np.cumsum([row.images for row in prepared.rows]).tolist()
         return [
-            self._answer(row, generated, number, timings)
-            for number, row in enumerate(prepared.rows)
+            self._answer(row, generated, number, timings, prepared.seen[end - row.images : end])
+            for number, (row, end) in enumerate(zip(prepared.rows, ends, strict=True))
         ], generated
 
     def show_kept(self, images: Sequence[Picture] | Picture, answer: Answer) -> Image.Image:
@@ -298,7 +300,9 @@ class Artifact:
             )
         return min(context, self.holds or context) - longest
 
-    def _answer(self, row: Row, generated: Generated, number: int, timings: Timings) -> Answer:
+    def _answer(
+        self, row: Row, generated: Generated, number: int, timings: Timings, seen: Sequence[Seen]
+    ) -> Answer:
         tokens = generated.tokens[number]
         return Answer(
             self.processor.tokenizer.decode(tokens),
@@ -306,7 +310,7 @@ class Artifact:
             generated.finish[number],
             generated.kept[number],
             len(row.ids),
-            sum(token == self.model.image_token_id for token in row.ids),
+            sum(image.tokens for image in seen),
             timings,
         )
 

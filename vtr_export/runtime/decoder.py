@@ -7,11 +7,13 @@ import numpy as np
 
 from vtr_export.errors import ArtifactError
 from vtr_export.runtime.batch import Ints, positions
+from vtr_export.runtime.crossing import Crossed
 from vtr_export.runtime.positions import Places
 from vtr_export.runtime.session import Array, Session, Value
 
 _CARRIED = {"present.": "past_key_values.", "present_mask.": "past_mask."}
 _KEPT, _PLANE = "kept.", "deepstack."
+_STATES, _CROSSED = "cross_states", "cross_past"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Step:
 
     logits: Array  # [B, vocab] fp32, of each row's last token
     cache: Cache
-    kept: tuple[Ints, ...] = ()  # cut J: [B, S_{J+1}] columns of stage J's sequence
+    kept: tuple[Ints, ...] = ()  # cut J: [B, S_{J+1}] columns of stage J's sequence, or its keys
+    numbers: Ints | None = None  # [B, V] which of a row's vision tokens is in a column of keys
 
 
 class Decoder:
@@ -80,11 +83,14 @@ class Decoder:
         return self.session.inputs["inputs_embeds"].dtype
 
     def empty(self, batch: int) -> Cache:
-        """The cache before the first call: every dimension that grows is zero."""
+        """The cache before the first call: every dimension that grows is zero.
+
+        That of vision keys is one, of zeros, which nobody sees who sees another.
+        """
         values: dict[str, Value] = {}
         for name in self._carried.values():
             port = self.session.inputs[name]
-            tail = (size if isinstance(size, int) else 0 for size in port.shape[1:])
+            tail = (_length(size) for size in port.shape[1:])
             dtype = "float32" if port.dtype == "bfloat16" else port.dtype
             values[name] = np.zeros((batch, *tail), dtype)
         ahead = np.full(batch, self._first, np.int64)
@@ -98,6 +104,7 @@ class Decoder:
         vision_index: Ints,
         places: Places | None = None,
         groups: Ints | None = None,
+        crossed: Crossed | None = None,
         *,
         kept: bool = False,
     ) -> Step:
@@ -106,7 +113,8 @@ class Decoder:
         Where the decoder adds planes behind its first layers, they may stand behind the columns:
         ``[B, S, (1 + n) D]``; without, nothing is added.
         ``places`` are their positions, where they do not count on; ``groups`` ``[B, S]`` says
-        who sees what comes behind (None: nobody). ``kept`` asks what each cut kept.
+        who sees what comes behind (None: nobody). ``crossed`` is what cross-attention reads (None:
+        nothing new). ``kept`` asks what each cut kept.
         """
         whole = np.concatenate((cache.attention_mask, mask), axis=1)
         ids = self._positions(cache, whole, mask.shape[1]) if places is None else places.ids
@@ -119,6 +127,8 @@ class Decoder:
             "token_groups": np.zeros_like(mask) if groups is None else groups,
             **cache.values,
         }
+        if _STATES in self.session.inputs:
+            feeds |= self._crossed(crossed, mask, inputs_embeds)
         if "keep" in self.session.inputs and self._keep is not None:
             feeds["keep"] = self._keep
         feeds = {name: feeds[name] for name in self.session.inputs}
@@ -139,7 +149,24 @@ class Decoder:
         parts = np.split(embeds, len(names), axis=-1)
         return {n: np.ascontiguousarray(part) for n, part in zip(names, parts, strict=True)}
 
+    def _crossed(self, crossed: Crossed | None, mask: Ints, embeds: Array) -> dict[str, Value]:
+        """Features as keys, and who sees them."""
+        if crossed is None:
+            width = self.session.inputs[_STATES].shape[-1]
+            assert isinstance(width, int), "a decoder's width is known"
+            states = np.zeros((len(mask), 0, width), embeds.dtype)
+            crossed = Crossed(states, np.zeros((*mask.shape, 0), np.bool_), np.ones_like(mask))
+        states = crossed.states.astype(embeds.dtype, copy=False)
+        return {_STATES: states, "cross_mask": crossed.seen, "cross_rows": crossed.rows}
+
     def _positions(self, cache: Cache, whole: Ints, length: int) -> Ints:
         """Counted on from what came before; ``[B, S]``, or three times that."""
         ids = positions(whole, length) + cache.ahead[:, None]
         return np.stack([ids] * 3) if len(self.session.inputs["position_ids"].shape) == 3 else ids
+
+
+def _length(size: object) -> int:
+    """Of a dimension of an empty cache."""
+    if isinstance(size, int):
+        return size
+    return int(str(size).startswith(_CROSSED))

@@ -51,7 +51,12 @@ def generate(
     tokens, ended = [list[int]() for _ in rows], [False] * len(rows)
     batch = model.pad(rows)
     step = model.prefill(cache, batch, features, images)
-    kept = tuple(survivors(batch, step.kept, row) for row in range(len(rows)))
+    kept = tuple(
+        survivors(batch, step.kept, row)
+        if step.numbers is None
+        else followed(step.numbers[row], step.kept, row)
+        for row in range(len(rows))
+    )
     prefilled, steps = time.perf_counter(), 0
     while True:
         picked = sampler.pick(step.logits)
@@ -82,9 +87,15 @@ def survivors(batch: Batch, kept: Sequence[Ints], row: int) -> tuple[Ints, ...]:
     """
     index = batch.vision_index[row]
     vision = index[batch.attention_mask[row, index] == 1]
-    columns = np.arange(batch.input_ids.shape[1])
+    numbers = np.full(batch.input_ids.shape[1], -1)
+    numbers[vision] = np.arange(len(vision))
+    return followed(numbers, kept, row)
+
+
+def followed(numbers: Ints, kept: Sequence[Ints], row: int) -> tuple[Ints, ...]:
+    """For each cut, which ``numbers`` of a row's columns are left after it; -1 is none."""
     left = []
     for stage in kept:
-        columns = columns[stage[row]]
-        left.append(np.flatnonzero(np.isin(vision, columns)))
+        numbers = numbers[stage[row]]
+        left.append(np.unique(numbers[numbers >= 0]))
     return tuple(left)

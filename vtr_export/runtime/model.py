@@ -1,14 +1,15 @@
 """The three graphs of an artifact as one model: images and token ids in, logits out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from vtr_export.errors import ArtifactError
-from vtr_export.families import Attends
+from vtr_export.errors import ArtifactError, InputError
+from vtr_export.families import Attends, Sight
 from vtr_export.runtime.batch import Batch, Ints, pad_batch, token_groups
+from vtr_export.runtime.crossing import Crossed, Keys, lay_out
 from vtr_export.runtime.decoder import Cache, Decoder, Step
 from vtr_export.runtime.images import Seen
 from vtr_export.runtime.positions import mrope
@@ -17,7 +18,10 @@ from vtr_export.runtime.session import Array, Port, Session
 
 @dataclass(frozen=True)
 class Model:
-    """Vision encoder, embedding table and decoder. ``image_token_id`` marks an image's places."""
+    """Vision encoder, embedding table and decoder. ``image_token_id`` marks an image's places.
+
+    ``sight``: images are keys of cross-attention, and what a token sees of them; None: tokens.
+    """
 
     vision: Session
     embedding: Session
@@ -26,6 +30,7 @@ class Model:
     pad_token_id: int = 0
     mrope: bool = False
     attends: Attends = "causal"
+    sight: Sight | None = None
 
     def encode(self, feeds: Mapping[str, Array]) -> Array:
         """``[..., D]``: the vision tokens of all images, in order."""
@@ -45,12 +50,15 @@ class Model:
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Rows of token ids as one call."""
-        return pad_batch(rows, self.pad_token_id, self.image_token_id)
+        spread = self.image_token_id if self.sight is None else None
+        return pad_batch(rows, self.pad_token_id, spread)
 
     def prefill(
         self, cache: Cache, batch: Batch, features: Array | None, images: Sequence[Seen] = ()
     ) -> Step:
         """Feed prompts; ``features`` of the ``images`` are in reading order of the rows."""
+        if self.sight is not None:
+            return self._crossing(cache, batch, features, images)
         embeds = self._embed(batch, features)
         places = None
         if self.mrope:
@@ -58,6 +66,29 @@ class Model:
         mask, index = batch.attention_mask, batch.vision_index
         groups = token_groups(batch, self.image_token_id, self.attends)
         return self.decoder(cache, embeds, mask, index, places, groups, kept=True)
+
+    def _crossing(
+        self, cache: Cache, batch: Batch, features: Array | None, images: Sequence[Seen]
+    ) -> Step:
+        """A prefill whose images are keys; their places are tokens like any other."""
+        embeds, mask = _only(self.embedding, batch.input_ids), batch.attention_mask
+        if features is None:
+            return self.decoder(cache, embeds, mask, batch.vision_index, kept=True)
+        if cache.lengths.any():
+            raise InputError(
+                "a later turn brings an image, and earlier tokens of this model would see it",
+                hint="give all images in the first turn, or begin a new conversation",
+            )
+        keys = self.keys(batch, features, images)
+        crossed = Crossed(keys.states(features), keys.seen, keys.rows)
+        index = batch.vision_index
+        step = self.decoder(cache, embeds, mask, index, crossed=crossed, kept=True)
+        return replace(step, numbers=keys.numbers)
+
+    def keys(self, batch: Batch, features: Array, images: Sequence[Seen]) -> Keys:
+        """Where the features of ``images`` stand among the keys of cross-attention."""
+        assert self.sight is not None, "images are keys"
+        return lay_out(batch, self.image_token_id, images, features.shape[1], self.sight)
 
     def extend(self, cache: Cache, tokens: Ints) -> Step:
         """Feed one more token ``[B]`` to each row."""
