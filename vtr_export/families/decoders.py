@@ -14,7 +14,15 @@ SANDWICHED: Final = GEMMAS[1:]  # a norm behind attention and MLP, too
 CAPPED: Final = ("gemma2",)  # Gemma 3 reads the value and leaves it
 BIASES_ASKED: Final = ("llama", "cohere2", *QK_NORMS, *GEMMAS)  # where attention_bias says so
 PARALLEL: Final = ("cohere2",)  # attention and MLP read one norm
-DECODERS: Final = ("llama", "mistral", *QKV_BIASES, *QK_NORMS, *GEMMAS, *PARALLEL)
+DECODERS: Final = (
+    "llama",
+    "mistral",
+    "mllama_text_model",
+    *QKV_BIASES,
+    *QK_NORMS,
+    *GEMMAS,
+    *PARALLEL,
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ NO_IMAGE: Final = "it takes no image"
 BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "blip": CROSSING,
     "idefics": CROSSING,
-    "mllama": CROSSING,
     "evolla": NO_IMAGE,
     "mistral4": NO_IMAGE,
     "git": "features stand before the prompt and have no tokens in it",

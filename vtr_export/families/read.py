@@ -17,6 +17,7 @@ from vtr_export.families.llava import llava
 from vtr_export.families.llava_next import llava_next
 from vtr_export.families.llava_onevision import llava_onevision
 from vtr_export.families.mistral3 import lighton_ocr, mistral3
+from vtr_export.families.mllama import mllama
 from vtr_export.families.qformer import blip_2
 from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vtr_export.families.section import FRESH, Config, architectures
@@ -37,6 +38,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "llava_onevision": llava_onevision,
     "lighton_ocr": lighton_ocr,
     "mistral3": mistral3,
+    "mllama": mllama,
     "paligemma": paligemma,
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,

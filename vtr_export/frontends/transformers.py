@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from vtr_export.checkpoint import Checkpoint
 from vtr_export.errors import CheckpointError
 from vtr_export.families import ModelFacts
-from vtr_export.frontends import generic
+from vtr_export.frontends import cross, generic
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.experts import open_experts
 from vtr_export.frontends.feeds import Feed, VisionGraph
@@ -245,6 +245,8 @@ def _trace_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype
 
 
 def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
+    if facts.crosses:
+        return cross.trace_decoder(model, facts, dtype)
     batch, sequence, past = 2, 3, 5
     lead = (3,) if facts.mrope else ()
     dims = Dim("batch"), Dim("sequence"), Dim("past")

@@ -165,6 +165,18 @@ def aya(_: Special, config: Mapping[str, Any]) -> Placeholder:
     return Placeholder(place, token, written)
 
 
+def mllama(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """One token for an image, whatever it becomes; a text begins behind the images in front."""
+    image = plain({"image_token": "<|image|>", **special}, config)
+    bos = special.get("bos_token", "")
+
+    def prompt(text: str, _: int) -> str:
+        rest = re.sub(rf"^({re.escape(image.place)})*", "", text)
+        return text if bos in text else text[: len(text) - len(rest)] + bos + rest
+
+    return replace(image, prompt=prompt, written=lambda _: image.token)
+
+
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     **dict.fromkeys(("Blip2Processor", "InstructBlipProcessor"), leading),
     "Gemma3Processor": gemma3,
@@ -174,6 +186,7 @@ PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     "LlavaOnevisionProcessor": with_videos,
     "JanusProcessor": janus,
     "AyaVisionProcessor": aya,
+    "MllamaProcessor": mllama,
     "PixtralProcessor": pixtral,
     "VideoLlavaProcessor": with_videos,
     "PaliGemmaProcessor": paligemma,
