@@ -193,7 +193,7 @@ def test_a_table_is_chosen_as_the_model_writes_it(kind: str) -> None:
 def test_planes_need_a_layer_behind_them() -> None:
     graph = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 24}), ir_version=10)
     with pytest.raises(AnalysisError, match="3 planes"):
-        AddPlanes(3)(graph)
+        AddPlanes(range(3))(graph)
 
 
 def test_a_second_turn_with_an_image_goes_on_where_the_first_ended(tmp_path: Path) -> None:

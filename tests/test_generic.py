@@ -21,13 +21,10 @@ def test_an_attention_with_a_foreign_term_is_refused_by_its_name(option: str) ->
     ("config", "reason"),
     [
         ({"model_type": "florence2"}, "encoder-decoder"),
-        ({"model_type": "kimi_k25"}, "kv_lora_rank"),
         ({"model_type": "qwen3_5"}, "linear_attention"),
         ({"model_type": "gemma3n"}, "num_kv_shared_layers"),
-        ({"model_type": "hunyuan_vl", "text_config": {"rope_parameters": {
-            "mrope_section": [1, 1, 1, 1]}}}, "triples"),
     ],
-)  # fmt: skip
+)
 def test_what_no_schedule_follows_is_refused_by_its_config(config: dict, reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason):
         read_facts(config, "config.json")

@@ -6,6 +6,10 @@ from typing import Any
 def point_at_layers(model: Any) -> None:
     """Have ``get_decoder`` give the stack of layers where it gives a language model around it."""
     decoder = model.get_decoder()
-    while not hasattr(decoder, "layers") and (inner := decoder.get_decoder()) is not decoder:
+    while not hasattr(decoder, "layers"):
+        inner = decoder.get_decoder()
+        inner = getattr(decoder, "model", decoder) if inner is decoder else inner
+        if inner is decoder:
+            break
         decoder = inner
     model.get_decoder = lambda: decoder

@@ -112,7 +112,8 @@ def weight_bytes(facts: ModelFacts, kind: WeightType) -> int:
 
 def kv_row_bytes(facts: ModelFacts, kind: WeightType) -> int:
     """Key and value of one token in one layer."""
-    return 2 * facts.kv_heads * facts.head_dim * kind.other
+    widths = facts.head_dim + (facts.value_dim or facts.head_dim)
+    return facts.kv_heads * widths * kind.other
 
 
 @dataclass(frozen=True)

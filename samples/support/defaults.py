@@ -35,7 +35,7 @@ FIELD = re.compile(
     r"|(\w+_)?num_(\w+_)?(heads|layers|blocks|channels)|(\w+_)?(layers|heads|depths?|head_dim|head_size)"
     r"|(\w+_)?num_key_value_heads|num_kv_heads|n_head_kv|multi_query|(\w+_)?lora_rank"
     r"|max_position_embeddings|max_sequence_length|max_seq_len|\w*sliding_window\w*"
-    r"|attention_chunk_size|max_window_layers"
+    r"|attention_chunk_size|max_window_layers|attn_temperature_tuning|floor_scale"
     r"|\w*layer_types|layers_block_type|block_types|per_layer_config|\w*layer\w*_(indexes|indices|ids)"
     r"|\w*_attn_(indexes|idxs)|fullatt_block_indexes|no_rope_layer\w*|moe_layers|cross_attention_\w+"
     r"|cross_layer_interval|kv_source_layers|num_kv_shared_layers|attn_layer_(period|offset)"

@@ -73,8 +73,9 @@ class ModelFacts:
     ``tokens_per_image`` is None where it depends on the image's size. ``projector_macs`` are
     multiply-adds per vision token. ``layer_biases`` counts the biases of one decoder layer, and
     the weights of its norms beyond two and of a router; experts make ``intermediate`` wide.
-    ``mrope``: positions are triples (time, row, column).
-    ``planes``: features that are added to vision tokens behind the first layers, a plane a layer.
+    ``mrope``: a position is ``sections`` numbers, such as time, row and column.
+    ``planes``: features that are added to vision tokens behind these layers, a plane a layer.
+    ``value_dim``: values are as wide, where they are not as wide as keys.
     ``context`` ends at ``window`` where some layers see no further back than that. Positions are
     counted from ``first_position``. ``softcap`` bends what attention's softmax takes.
     ``learned_positions`` is how many rows their table has that is added to tokens before layer 0;
@@ -107,7 +108,9 @@ class ModelFacts:
     projector_macs: int
     layer_biases: int = 0
     mrope: bool = False
-    planes: int = 0
+    sections: int = 3
+    planes: tuple[int, ...] = ()
+    value_dim: int | None = None
     anyres: Anyres | None = None
     window: int | None = None
     attends: Attends = "causal"

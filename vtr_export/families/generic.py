@@ -26,16 +26,13 @@ BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "instructblipvideo": "its Q-Former reads the question, too",
     "kosmos-2": "places of images are told by a mask of their own, not by a token",
     "kosmos-2.5": "places of images are told by a mask of their own, not by a token",
-    "granite4_vision": "features of several depths are laid over tokens inside the decoder",
     "ernie4_5_vl_moe": "tokens of text and of images have experts of their own, told by a mask",
     "deepseek_ocr2": "its vision encoder gives other features when it is traced",
-    "llama4": "its decoder is a whole language model inside another",
     "unlimited_ocr": "its cache drops decoded tokens (a window over what it said)",
 }
 BY_FIELD: Final[Mapping[str, str]] = {
     "index_topk": "each row chooses the keys it sees (a sparse indexer)",
     "index_topk_blocks": "each row chooses the blocks it sees (a sparse indexer)",
-    "kv_lora_rank": "its cache holds latents of which keys and values are made (latent attention)",
     "num_kv_shared_layers": "layers read the keys of other layers (KV sharing)",
     "hidden_size_per_layer_input": "layers take embeddings of their own",
     "hc_mult": "several residual streams",
@@ -76,7 +73,8 @@ def described(config: Config, text: Section, where: str, **known: Any) -> ModelF
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=text.number("head_dim") or hidden // heads,
+        head_dim=_key_dim(text) or text.number("head_dim") or hidden // heads,
+        value_dim=text.number("v_head_dim") if _key_dim(text) else None,
         intermediate=_intermediate(text),
         gated=True,
         vocab=text.size("vocab_size"),
@@ -86,6 +84,7 @@ def described(config: Config, text: Section, where: str, **known: Any) -> ModelF
         projector_parameters=0,
         projector_macs=0,
         mrope="mrope_section" in str(rope),
+        sections=_sections(rope),
         planes=_planes(config),
         window=window if window is not None and window < positions else None,
         attends=_attends(kind, text),
@@ -153,9 +152,6 @@ def _check_layers(kind: str, text: Section) -> None:
     mutual = text.values.get("use_bidirectional_attention")
     if mutual and (kind not in WHOLE or mutual != "vision"):
         raise _refusal(kind, "image tokens see what comes behind them (prefix)", text.where)
-    sections = re.findall(r"'mrope_section': \[([^]]*)\]", str(text.values.get("rope_parameters")))
-    if any(len(found.split(",")) != 3 for found in sections):
-        raise _refusal(kind, "positions are not triples of time, row and column", text.where)
 
 
 def _attends(kind: str, text: Section) -> Attends:
@@ -164,7 +160,7 @@ def _attends(kind: str, text: Section) -> Attends:
 
 
 def _window(text: Section) -> int | None:
-    """Tokens up to which every layer sees all that came before."""
+    """Tokens up to which every layer sees all that came before, and sees it alike."""
     types = text.values.get("layer_types")
     kinds = (
         str(types)
@@ -176,6 +172,8 @@ def _window(text: Section) -> int | None:
         sizes.append(text.number("sliding_window"))
     if "chunked_attention" in kinds:
         sizes.append(text.number("attention_chunk_size"))
+    if text.values.get("attn_temperature_tuning"):
+        sizes.append(text.size("floor_scale") - 1)
     return min((size for size in sizes if size is not None), default=None)
 
 
@@ -201,7 +199,23 @@ def _image_token(kind: str, config: Config, where: str) -> int:
     raise _refusal(kind, "config.json names no token for an image's places", where)
 
 
-def _planes(config: Config) -> int:
-    """DeepStack: features of inner blocks, one for each of the first layers."""
+def _planes(config: Config) -> tuple[int, ...]:
+    """DeepStack: features of inner blocks, for the first layers or for those that are named."""
     vision = config.get("vision_config") or {}
-    return len(vision.get("deepstack_visual_indexes") or ())
+    pairs = config.get("deepstack_layer_map") or ()
+    named = {layer for _, layer in pairs} | set(config.get("spatial_target_layers") or ())
+    first = range(len(vision.get("deepstack_visual_indexes") or ()))
+    return tuple(sorted(layer - 1 for layer in named if layer)) or tuple(first)
+
+
+def _sections(rope: object) -> int:
+    """Numbers that a position is of, with mRoPE."""
+    found = re.search(r"'mrope_section': \[([^]]*)\]", str(rope))
+    return len(found[1].split(",")) if found else 3
+
+
+def _key_dim(text: Section) -> int | None:
+    """Of latent attention, whose keys are made of two parts; None: it is another."""
+    if not text.values.get("kv_lora_rank"):
+        return None
+    return text.size("qk_nope_head_dim") + text.size("qk_rope_head_dim")

@@ -54,7 +54,7 @@ def qwen3_vl(config: Config, where: str) -> ModelFacts:
     merger = facts.projector_parameters + 2 * width * (tower.merge**2 - 1)  # its norm is wider
     return replace(
         facts,
-        planes=planes,
+        planes=tuple(range(planes)),
         projector_parameters=facts.projector_parameters + planes * merger,
         projector_macs=facts.projector_macs * (1 + planes),
     )

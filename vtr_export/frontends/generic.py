@@ -21,6 +21,7 @@ from vtr_export.frontends.shaped import Shaped
 
 SIDE: Final = 448  # pixels, of towers that name no size; ten times this is as good
 PLACED: Final = 16  # tokens of a side, of towers that are told where each patch stands
+PROJECTED: Final = ("llama4",)  # by the model, not by its accessor
 GRID: Final = 32  # patches of a side, of towers that take images of any size
 
 ADDED: Final = ("molmo2",)  # whose features are added to the words at their places
@@ -45,9 +46,7 @@ def encoded(model: Any, constants: Mapping[str, Tensor], **feeds: Tensor) -> Ten
     """[..., (1 + planes) D] of all images, in order."""
     with Concrete(), Shaped(), Pairs():
         said = accessor(model)(**feeds, **constants, return_dict=True)
-        rows = said.pooler_output if said.pooler_output is not None else said.last_hidden_state
-        planes = getattr(said, "deepstack_features", None) or ()
-        found = torch.cat([_one(each) for each in (rows, *planes)], dim=-1)
+        found = torch.cat([_one(each) for each in _laid(model, said)], dim=-1)
         return found + _word(model) if model.config.model_type in ADDED else found
 
 
@@ -55,6 +54,21 @@ def _word(model: Any) -> Tensor:
     """The embedding of the token that holds an image's place."""
     word: Tensor = model.get_input_embeddings()(torch.tensor(model.config.image_token_id))
     return word
+
+
+def _laid(model: Any, said: Any) -> list[Tensor | list[Tensor]]:
+    """What stands in the tokens' places, and the planes of later layers."""
+    planes = list(getattr(said, "deepstack_features", None) or ())
+    if planes and isinstance(planes[0], tuple):  # with the layers that they are laid over
+        by_layer = {layer: _one(found) for layer, found in planes}
+        over = sorted(layer for layer in by_layer if layer)
+        first = by_layer.get(0, torch.zeros_like(by_layer[over[0]]))
+        decoder = model.get_decoder()
+        return [first / decoder.embedding_multiplier, *(by_layer[layer] for layer in over)]
+    rows = said.pooler_output if said.pooler_output is not None else said.last_hidden_state
+    if model.config.model_type in PROJECTED:
+        rows = model.multi_modal_projector(rows)
+    return [rows, *planes]
 
 
 def _one(found: Tensor | list[Tensor]) -> Tensor:
@@ -214,7 +228,7 @@ def pooled(config: Any, dtype: torch.dtype) -> Taken:
 BY_TYPE: Final[Mapping[str, Callable[[Any, torch.dtype], Taken]]] = {
     **dict.fromkeys(("kimi_k25", "paddleocr_vl"), kernels),
     "video_llama_3": strided,
-    "llava_next_video": tiled(5, sizes=True),
+    **dict.fromkeys(("llava_next_video", "granite4_vision"), tiled(5, sizes=True)),
     "perception_lm": tiled(1),
     "granite_docling": masked,
     "emu3": words,

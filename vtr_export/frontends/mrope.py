@@ -1,4 +1,4 @@
-"""Rotary tables of three positions, in a form that can be traced and narrowed."""
+"""Rotary tables of several positions, in a form that can be traced and narrowed."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def is_bent(decoder: Any) -> bool:
-    """Whether three positions are put together by a rule that ``straighten`` knows."""
+    """Whether several positions are put together by a rule that ``straighten`` knows."""
     return hasattr(getattr(decoder, "rotary_emb", None), "recomposition_frequencies")
 
 
-def straighten(decoder: Any) -> None:
-    """Replace the rule by which ``decoder`` puts positions of several components into one table.
+def straighten(decoder: Any, count: int = 3) -> None:
+    """Replace the rule by which ``decoder`` puts positions of ``count`` components into one table.
 
     [C, B, S, d/2] → [B, S, d]: each column of the component and the frequency that it belongs to.
     Which those are is asked of transformers' own rule, which may write into slices.
@@ -22,7 +22,6 @@ def straighten(decoder: Any) -> None:
     width = next(tables).shape[0]  # of every kind of layer, where there are several
     sections = getattr(rotary, "mrope_section", ())
     kinds = sections if isinstance(sections, dict) else {}
-    count = 3
     marks = torch.arange(count)[:, None, None, None] * width + torch.arange(width)
     each = [
         rotary.recomposition_frequencies(marks.double(), *kind)[0, 0].long()

@@ -1,6 +1,6 @@
 """Complex numbers, which ONNX has none of, as pairs of real ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,19 +52,37 @@ class Pair:
         """On another device."""
         return Pair(self.parts.to(device))
 
+    def view(self, *shape: int) -> "Pair":
+        """In another shape."""
+        return Pair(self.parts.view(*shape, 2))
+
     def __getitem__(self, index: Any) -> "Pair":
         return Pair(self.parts[index])
 
     def __mul__(self, other: "Pair | Tensor | float") -> "Pair":
         if isinstance(other, (int, float)):
             return Pair(self.parts * other)
-        (a, b), (c, d) = (each.parts.unbind(-1) for each in (self, Pair.of(other)))
+        mine, theirs = self.parts, Pair.of(other).parts
+        a, b, c, d = mine[..., 0], mine[..., 1], theirs[..., 0], theirs[..., 1]
         real, imaginary = a * c - b * d, a * d + b * c
         return Pair(torch.cat((real[..., None], imaginary[..., None]), dim=-1))
 
 
+def hold_pairs(model: Any) -> None:
+    """Pairs in the place of ``model``'s complex buffers; they are constants."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_complex():
+                delattr(module, name)
+                setattr(module, name, Pair.of(buffer))
+
+
 class Pairs(TorchFunctionMode):
     """Calls that would make complex tensors of real ones that are traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ones: Tensor | None = None  # the last that were made
 
     def __torch_function__(
         self,
@@ -73,10 +91,18 @@ class Pairs(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is torch.ones_like:
+            self._ones = func(*args, **(kwargs or {}))
+            return self._ones
         if func is torch.polar:
-            size, angle = args
-            parts = (size * angle.cos(), size * angle.sin())
-            return Pair(torch.cat([part[..., None] for part in parts], dim=-1))
+            return self._turned(*args)
         if func is torch.view_as_complex:
             return Pair(args[0])
         return func(*args, **(kwargs or {}))
+
+    def _turned(self, size: Tensor, angle: Tensor) -> Pair:
+        """Of that size and angle; ones that nothing is multiplied with leave no shape behind."""
+        parts: Sequence[Tensor] = (angle.cos(), angle.sin())
+        if size is not self._ones:
+            parts = [size * part for part in parts]
+        return Pair(torch.cat([part[..., None] for part in parts], dim=-1))

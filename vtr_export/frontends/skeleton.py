@@ -73,6 +73,7 @@ def build_skeleton(
     model = model.eval()
     for module in model.modules():
         _fake_parameters(module, mode)
+        _spare_temperature(module)
     return model
 
 
@@ -93,9 +94,15 @@ def _spare_sams(config: PretrainedConfig) -> None:
 
 def _settle(config: PretrainedConfig) -> None:
     """Within the context, which no run leaves, dynamic NTK scaling changes nothing."""
-    rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and rope.get("rope_type") == "dynamic":
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic" and not rope.get("alpha"):  # a constant scaling
         config.rope_parameters = {**rope, "rope_type": "default"}
+
+
+def _spare_temperature(module: Module) -> None:
+    """Within the context, queries are not scaled by how far they stand."""
+    if getattr(module, "attn_temperature_tuning", False):
+        vars(module)["attn_temperature_tuning"] = False
 
 
 def _fake_parameters(module: Module, mode: FakeTensorMode) -> None:

@@ -45,10 +45,31 @@ def attention(
     CheckpointError for a term that such a node has not (sinks, a bias, chosen blocks).
     """
     _refuse(module, attention_mask, others)
+    if value.shape[-1] != key.shape[-1]:
+        return _narrow(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
     output = torch.onnx.ops.attention(
         query, key, value, attention_mask, scale=scaling, softcap=softcap or 0.0
     )[0]
     return output.transpose(1, 2), None
+
+
+def _narrow(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """The same where values are not as wide as keys, which torch's own form cannot be."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return torch.onnx.ops.symbolic(
+        "Attention",
+        (query, key, value, mask),
+        {"scale": scale, "softcap": softcap or 0.0},
+        dtype=query.dtype,
+        shape=(*query.shape[:-1], value.shape[-1]),
+    )
 
 
 AttentionInterface.register("vtr", attention)

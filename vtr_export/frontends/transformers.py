@@ -23,8 +23,9 @@ from vtr_export.frontends.experts import open_experts
 from vtr_export.frontends.feeds import Feed, VisionGraph
 from vtr_export.frontends.flat import keep_rows
 from vtr_export.frontends.heads import Heads
+from vtr_export.frontends.latent import expand_early
 from vtr_export.frontends.mrope import is_bent, straighten
-from vtr_export.frontends.pairs import Pairs
+from vtr_export.frontends.pairs import Pairs, hold_pairs
 from vtr_export.frontends.parts import Parts, Stored
 from vtr_export.frontends.remote import is_foreign
 from vtr_export.frontends.shaped import Shaped
@@ -125,9 +126,11 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     tensors = name_tensors(model, checkpoint)
     open_experts(model, tensors, mode)
     keep_rows(model)
+    hold_pairs(model)
+    expand_early(model)
     check_shapes(model, tensors)
     if facts.mrope and (not facts.estimated or is_bent(model.get_decoder())):
-        straighten(model.get_decoder())
+        straighten(model.get_decoder(), facts.sections)
     buffers = dict(model.named_buffers())
     with mode, truncated(model) as stacks:
         graphs = Graphs(
@@ -248,10 +251,11 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
     if facts.crosses:
         return cross.trace_decoder(model, facts, dtype)
     batch, sequence, past = 2, 3, 5
-    lead = (3,) if facts.mrope else ()
+    lead = (facts.sections,) if facts.mrope else ()
     dims = Dim("batch"), Dim("sequence"), Dim("past")
     layers = len(model.get_decoder().layers)
-    shapes = [(batch, heads, past, width) for heads, width in _caches(model, facts, layers)]
+    kinds = _caches(model, facts, layers)
+    shapes = [[(batch, heads, past, width) for width in widths] for heads, *widths in kinds]
     names = [f"{n}.{part}" for n in range(layers) for part in ("key", "value")]
     decoder = trace(
         Decoder(model),
@@ -259,7 +263,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
             torch.empty(batch, sequence, facts.hidden, dtype=dtype),
             torch.ones(1, 1, 1, 1, dtype=torch.bool),
             torch.zeros((*lead, batch, sequence), dtype=torch.long),
-            [[torch.empty(shape, dtype=dtype) for _ in range(2)] for shape in shapes],
+            [[torch.empty(shape, dtype=dtype) for shape in layer] for layer in shapes],
         ),
         (
             {0: dims[0], 1: dims[1]},
@@ -287,16 +291,15 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
     return decoder
 
 
-def _caches(model: PreTrainedModel, facts: ModelFacts, layers: int) -> list[tuple[int, int]]:
-    """Heads of keys in each layer, and how wide they are."""
+def _caches(model: PreTrainedModel, facts: ModelFacts, layers: int) -> list[tuple[int, int, int]]:
+    """Heads of keys in each layer, and how wide keys and values are."""
     each = getattr(model.get_decoder().config, "per_layer_attributes", None)
     if not each:
-        return [(facts.kv_heads, facts.head_dim)] * layers
+        return [(facts.kv_heads, facts.head_dim, facts.value_dim or facts.head_dim)] * layers
     configs = [model.get_decoder().config.per_layer_config[layer] for layer in range(layers)]
-    return [
-        (config.num_key_value_heads, getattr(config, "head_dim", facts.head_dim))
-        for config in configs
-    ]
+    widths = [getattr(config, "head_dim", facts.head_dim) for config in configs]
+    heads = [config.num_key_value_heads for config in configs]
+    return list(zip(heads, widths, widths, strict=True))
 
 
 def _bind_weights(

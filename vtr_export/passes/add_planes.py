@@ -1,4 +1,6 @@
-"""Add features of their own to the streams that leave the first layers (DeepStack)."""
+"""Add features of their own to the streams that leave some layers (DeepStack)."""
+
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -7,7 +9,7 @@ from vtr_export.errors import AnalysisError
 
 
 class AddPlanes(ir.passes.InPlacePass):
-    """Give a decoder ``count`` more inputs, each added to what leaves one layer.
+    """Give a decoder more inputs, each added to what leaves one of ``layers``, which ascend.
 
     Before::
 
@@ -18,22 +20,22 @@ class AddPlanes(ir.passes.InPlacePass):
         layer_0 → Add(deepstack.0) → layer_1 → …
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = layers
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """The inputs come behind the others; AnalysisError for too few layers."""
         graph = model.graph
         sites = [node for node in graph if node.op_type == "Attention"]
-        if self.count and len(sites) <= self.count:
+        last = max(self.layers, default=-2)
+        if len(sites) < last + 2:
             raise AnalysisError(
-                f"{self.count} planes are added behind the first layers, of which there are "
+                f"{len(self.layers)} planes are added, the last behind layer {last}; there are "
                 f"{len(sites)}",
-                hint=f"take at least {self.count + 1} layers",
+                hint=f"take at least {last + 2} layers",
             )
         order = order_of(graph)
-        pairs = zip(sites, sites[1:][: self.count], strict=False)
-        streams = [residual(graph, before, after, order) for before, after in pairs]
+        streams = [residual(graph, sites[n], sites[n + 1], order) for n in self.layers]
         for number, stream in enumerate(streams):
             _add(graph, stream, number)
         return ir.passes.PassResult(model, modified=bool(streams))

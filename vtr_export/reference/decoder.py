@@ -33,7 +33,7 @@ class Cache:
     """
 
     keys: tuple[Tensor | None, ...]  # [B, kv_heads, P_stage, head_dim] of each layer; None: empty
-    values: tuple[Tensor | None, ...]
+    values: tuple[Tensor | None, ...]  # of latent attention: what both are made of
     padding: tuple[Tensor, ...]  # [B, P_stage] of each stage, 1 = real
 
     def of(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
@@ -312,9 +312,10 @@ class Reference:
                 handed = self._hand(streams)
             visible = _visible(call.past.padding[call.stage], streams)
             past = call.past.of(index)
-            hidden, attention = self._layers.run(index, streams.hidden, handed, past, visible)
-            call.keys.append(attention.keys)
-            call.values.append(attention.values)
+            ran = self._layers.run(index, streams.hidden, handed, past, visible)
+            hidden, attention, (keys, values) = ran
+            call.keys.append(keys)
+            call.values.append(values)
             is_asked = index + 1 in self.cuts or index + 1 == last < len(self._layers)
             by_this = is_asked and self.schedule.source == "previous"
             score = self._score(attention, streams) if by_this else None

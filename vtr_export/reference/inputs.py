@@ -149,7 +149,7 @@ def _groups_of(seen: Tensor, real: Tensor) -> Tensor:
 def image_features(model: Any, given: Given, device: str | torch.device = "cpu") -> Tensor:
     """``[tokens, D]`` of all images, by transformers' own encoder.
 
-    Where it gives planes for the first layers (DeepStack), they stand behind: ``[tokens, n D]``.
+    Where it gives planes for later layers (DeepStack), they stand behind: ``[tokens, (1 + n) D]``.
 
     ``given`` is what its processor made of them, by its names; or the pixel values alone.
     """
@@ -158,12 +158,38 @@ def image_features(model: Any, given: Given, device: str | torch.device = "cpu")
     inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
     owner = model if hasattr(model, "get_image_features") else model.model
     said = owner.get_image_features(**inputs)
+    if (over := _over_layers(said)) is not None:
+        first = over.pop(0, torch.zeros_like(next(iter(over.values()))))
+        entering = first / model.get_decoder().embedding_multiplier  # which layer 0's rows pass
+        return torch.cat([entering, *over.values()], -1)
     rows = said.last_hidden_state if said.pooler_output is None else said.pooler_output
+    if model.config.model_type == "llama4":  # its forward projects what its accessor gives
+        rows = model.multi_modal_projector(rows)
     all_of_them = [rows, *(getattr(said, "deepstack_features", None) or ())]
     found = torch.cat([_one_row(each) for each in all_of_them], -1)
     if model.config.model_type == "molmo2":  # adds them to the words at their places
         found = found + model.get_input_embeddings().weight[model.config.image_token_id]
     return found
+
+
+def _over_layers(said: Any) -> dict[int, Tensor] | None:
+    """Features by the layer before which they are added, ascending; None where they are not so."""
+    found = getattr(said, "deepstack_features", None) or ()
+    if not found or not isinstance(found[0], tuple):
+        return None
+    return {layer: _one_row(rows) for layer, rows in sorted(dict(found).items())}
+
+
+def _behind_each_layer(model: Any, features: Tensor) -> Tensor:
+    """A plane behind every layer up to the last that has one, zeros where there is none."""
+    layers = {layer for _, layer in getattr(model.config, "deepstack_layer_map", None) or ()}
+    layers |= set(getattr(model.config, "spatial_target_layers", None) or ())
+    if not layers:
+        return features
+    first, *planes = features.chunk(1 + len(layers - {0}), -1)
+    laid = {0: first, **dict(zip(sorted(layers - {0}), planes, strict=True))}
+    nothing = torch.zeros_like(first)
+    return torch.cat([laid.get(layer, nothing) for layer in range(max(layers) + 1)], -1)
 
 
 def _one_row(found: Tensor | Sequence[Tensor]) -> Tensor:
@@ -186,7 +212,7 @@ def embed(
     is_vision = input_ids == model.config.image_token_id
     embeds: Tensor = model.get_input_embeddings()(input_ids)
     if given is not None and len(given):
-        features = image_features(model, given).to(embeds.dtype)
+        features = _behind_each_layer(model, image_features(model, given).to(embeds.dtype))
         embeds = functional.pad(embeds, (0, features.shape[1] - embeds.shape[2]))
         embeds[is_vision] = features
     return embeds, vision_index_of(is_vision, attention_mask[:, -input_ids.shape[1] :])

@@ -51,6 +51,7 @@ class _Listening:
     visible: Tensor
     mix: Mix | None  # None: the layer is left before its softmax
     attention: Attention | None = None
+    past: "_Past | None" = None
 
 
 _LISTENING: ContextVar[_Listening] = ContextVar("listening")
@@ -92,12 +93,14 @@ class _Past:
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
         self._keys, self._values = keys, values
+        self.kept: tuple[Tensor, Tensor] | None = None  # what the next call's past is
 
     def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """The past and the new ones, along the tokens."""
-        if self._keys is None or self._values is None:
-            return key, value
-        return torch.cat((self._keys, key), 2), torch.cat((self._values, value), 2)
+        self.kept = key, value
+        if self._keys is not None and self._values is not None:
+            self.kept = torch.cat((self._keys, key), 2), torch.cat((self._values, value), 2)
+        return self.kept
 
     def get_seq_length(self, *_: Any) -> int:
         """Length of the past."""
@@ -184,12 +187,18 @@ class Layers:
         handed: Handed,
         past: tuple[Tensor | None, Tensor | None],
         visible: Tensor,
-    ) -> tuple[Tensor, Attention]:
-        """Layer ``index`` on rows ``[B, S, D]``: what leaves it, and its attention."""
+    ) -> tuple[Tensor, Attention, tuple[Tensor, Tensor]]:
+        """Layer ``index`` on rows ``[B, S, D]``: what leaves it, its attention, and its cache.
+
+        The cache holds keys and values, or latents that the layer makes them of.
+        """
         listening = _Listening(visible, self._mix)
         left = self._call(index, hidden, handed, past, listening)
         assert listening.attention is not None, "a layer attends"
-        return left[0] if isinstance(left, tuple) else left, listening.attention
+        assert listening.past is not None
+        assert listening.past.kept is not None, "a layer keeps its keys"
+        hidden = left[0] if isinstance(left, tuple) else left
+        return hidden, listening.attention, listening.past.kept
 
     def ask(
         self,
@@ -218,7 +227,7 @@ class Layers:
     ) -> Any:
         own = dict(handed[index])
         own["attention_mask"] = listening.visible[:, None]
-        own["past_key_values"] = _Past(*past)
+        own["past_key_values"] = listening.past = _Past(*past)
         token = _LISTENING.set(listening)
         try:
             return self.decoder.layers[index](hidden, **own)

@@ -160,9 +160,11 @@ class Decoder:
         return {_STATES: states, "cross_mask": crossed.seen, "cross_rows": crossed.rows}
 
     def _positions(self, cache: Cache, whole: Ints, length: int) -> Ints:
-        """Counted on from what came before; ``[B, S]``, or three times that."""
+        """Counted on from what came before; ``[B, S]``, or several times that."""
         ids = positions(whole, length) + cache.ahead[:, None]
-        return np.stack([ids] * 3) if len(self.session.inputs["position_ids"].shape) == 3 else ids
+        shape = self.session.inputs["position_ids"].shape
+        sections = shape[0] if len(shape) == 3 and isinstance(shape[0], int) else 3
+        return np.stack([ids] * sections) if len(shape) == 3 else ids
 
 
 def _length(size: object) -> int:

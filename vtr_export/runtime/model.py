@@ -61,7 +61,7 @@ class Model:
             return self._crossing(cache, batch, features, images)
         embeds = self._embed(batch, features)
         places = None
-        if self.mrope:
+        if self.mrope and images:  # text alone counts on
             places = mrope(batch, self.image_token_id, images, cache.next_positions)
         mask, index = batch.attention_mask, batch.vision_index
         groups = token_groups(batch, self.image_token_id, self.attends)
