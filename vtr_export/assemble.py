@@ -217,6 +217,7 @@ def decoder_facts(checkpoint: Checkpoint, facts: ModelFacts, resolved: Resolved)
         mrope=facts.mrope,
         attends=facts.attends,
         first_position=facts.first_position,
+        marked=facts.marked,
         crosses=facts.crosses,
         sight=facts.sight,
         eos_token_ids=_token_ids(checkpoint, "eos_token_id"),

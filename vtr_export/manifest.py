@@ -100,6 +100,7 @@ class DecoderFacts(Part):
     mrope: bool = False  # positions are triples
     attends: Attends = "causal"
     first_position: NonNegativeInt = 0
+    marked: tuple[int, ...] = ()  # tokens that have the experts of images
     crosses: tuple[NonNegativeInt, ...] = ()  # layers that attend to images as keys
     sight: Sight = "onward"
     stages: tuple[Stage, ...]

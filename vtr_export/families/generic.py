@@ -26,7 +26,6 @@ BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "instructblipvideo": "its Q-Former reads the question, too",
     "kosmos-2": "places of images are told by a mask of their own, not by a token",
     "kosmos-2.5": "places of images are told by a mask of their own, not by a token",
-    "ernie4_5_vl_moe": "tokens of text and of images have experts of their own, told by a mask",
     "deepseek_ocr2": "its vision encoder gives other features when it is traced",
     "unlimited_ocr": "its cache drops decoded tokens (a window over what it said)",
 }
@@ -40,6 +39,7 @@ BY_FIELD: Final[Mapping[str, str]] = {
     "conv_kernel_size": "layers convolve over tokens",
     "layers_block_type": "layers without attention (recurrent, or none)",
 }
+APART: Final = ("ernie4_5_vl_moe",)  # whose images' tokens have experts of their own
 PREFIXES: Final[Mapping[str, Attends]] = {"molmo2": "images"}
 WHOLE: Final = ("gemma4_unified",)  # tokens of an image see each other where a field says so
 
@@ -86,6 +86,7 @@ def described(config: Config, text: Section, where: str, **known: Any) -> ModelF
         mrope="mrope_section" in str(rope),
         sections=_sections(rope),
         planes=_planes(config),
+        marked=_marked(kind, config, where),
         window=window if window is not None and window < positions else None,
         attends=_attends(kind, text),
         estimated=True,
@@ -206,6 +207,15 @@ def _planes(config: Config) -> tuple[int, ...]:
     named = {layer for _, layer in pairs} | set(config.get("spatial_target_layers") or ())
     first = range(len(vision.get("deepstack_visual_indexes") or ()))
     return tuple(sorted(layer - 1 for layer in named if layer)) or tuple(first)
+
+
+def _marked(kind: str, config: Config, where: str) -> tuple[int, ...]:
+    """An image's places, and what stands around them, where those have experts of their own."""
+    if kind not in APART:
+        return ()
+    top = Section(config, "", where)
+    around = (top.size("image_start_token_id"), top.size("image_end_token_id"))
+    return (_image_token(kind, config, where), *around)
 
 
 def _sections(rope: object) -> int:

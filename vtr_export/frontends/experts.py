@@ -98,7 +98,24 @@ def _llama4(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return block.shared_expert(hidden) + each.sum(1), logits
 
 
-BLOCKS: Final[Mapping[str, Block]] = {"Llama4TextMoe": _llama4}
+def _ernie4_5_vl(block: Any, hidden: Tensor, is_image: Tensor) -> tuple[Tensor, None]:
+    """Tokens of text and of images [B, S] have experts of their own."""
+    text, image = (_mixed(part, hidden) for part in (block.text_moe, block.vision_moe))
+    mixed = torch.where(is_image[..., None], image, text)
+    return mixed if block.shared_experts is None else mixed + block.shared_experts(hidden), None
+
+
+def _mixed(block: Any, hidden: Tensor) -> Tensor:
+    with Unflattened():
+        _, shares, chosen = block.gate(hidden)
+    found: Tensor = block.experts(hidden, chosen, shares)
+    return found
+
+
+BLOCKS: Final[Mapping[str, Block]] = {
+    "Llama4TextMoe": _llama4,
+    "Ernie4_5_VLMoeMoeBlock": _ernie4_5_vl,
+}
 
 
 class Unflattened(TorchFunctionMode):

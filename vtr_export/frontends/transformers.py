@@ -85,6 +85,7 @@ class Decoder(Module):
     """One call of the language model with a cache: the last position's logits, and the cache.
 
     ``mask`` is a stand-in of shape [1,1,1,1]; the graph's real mask is attached by a pass.
+    ``groups`` below 0 are of tokens that have experts of their own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -94,9 +95,15 @@ class Decoder(Module):
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
 
     def forward(
-        self, inputs_embeds: Tensor, mask: Tensor, position_ids: Tensor, past: list[list[Tensor]]
+        self,
+        inputs_embeds: Tensor,
+        mask: Tensor,
+        position_ids: Tensor,
+        past: list[list[Tensor]],
+        groups: Tensor | None = None,
     ) -> list[Tensor]:
         """Logits [B,1,vocab] in fp32, then key and value of every layer."""
+        marks = {} if groups is None else {"moe_mm_token_type_ids": groups < 0}
         cache = DynamicCache([(key, value) for key, value in past])
         with Concrete(), Shaped(), Heads(), Pairs():
             output = speaker(self.model)(
@@ -106,6 +113,7 @@ class Decoder(Module):
                 past_key_values=cache,
                 use_cache=True,
                 **self._last,
+                **marks,
             )
         logits = output.logits[:, -1:].float() if not self._last else output.logits.float()
         return [logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))]
@@ -257,6 +265,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
     kinds = _caches(model, facts, layers)
     shapes = [[(batch, heads, past, width) for width in widths] for heads, *widths in kinds]
     names = [f"{n}.{part}" for n in range(layers) for part in ("key", "value")]
+    marks = ["token_groups"] if facts.marked else []
     decoder = trace(
         Decoder(model),
         (
@@ -264,18 +273,21 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
             torch.ones(1, 1, 1, 1, dtype=torch.bool),
             torch.zeros((*lead, batch, sequence), dtype=torch.long),
             [[torch.empty(shape, dtype=dtype) for shape in layer] for layer in shapes],
+            *(torch.zeros(batch, sequence, dtype=torch.long) for _ in marks),
         ),
         (
             {0: dims[0], 1: dims[1]},
             None,
             {len(lead): dims[0], len(lead) + 1: dims[1]},
             [[{0: dims[0], 2: dims[2]} for _ in range(2)] for _ in range(layers)],
+            *({0: dims[0], 1: dims[1]} for _ in marks),
         ),
         inputs=[
             "inputs_embeds",
             "mask",
             "position_ids",
             *(f"past_key_values.{name}" for name in names),
+            *marks,
         ],
         outputs=["logits", *(f"present.{name}" for name in names)],
         dimensions={

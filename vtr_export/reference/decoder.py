@@ -290,9 +290,9 @@ class Reference:
         """A call before layer 0."""
         width = getattr(self.decoder.config, "hidden_size", embeds.shape[-1])
         own, *planes = torch.split(embeds, width, -1)
-        with self._layers.heard():
-            hidden, _ = self._layers.hand(own, positions)
         groups = torch.zeros_like(mask) if groups is None else groups
+        with self._layers.heard():
+            hidden, _ = self._layers.hand(own, positions, groups)
         streams = Streams(hidden, mask, positions, vision, groups, drafted, tuple(planes))
         return Held(0, streams, None, (vision.shape[1], streams.is_real().sum(1).tolist()))
 
@@ -327,7 +327,7 @@ class Reference:
         return replace(held, layer=last, streams=streams, score=score)
 
     def _hand(self, streams: Streams) -> Handed:
-        return self._layers.hand(streams.hidden, streams.positions)[1]
+        return self._layers.hand(streams.hidden, streams.positions, streams.groups)[1]
 
     def _score(self, attention: Attention, streams: Streams) -> Tensor:
         return vision_score(attention, streams, self.schedule.query, self.schedule.heads)

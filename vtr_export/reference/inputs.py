@@ -74,8 +74,14 @@ def _counted(model: Any, input_ids: Tensor, attention_mask: Tensor) -> tuple[Ten
 def groups_for(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """``[B, S]``: tokens of one number see each other in a first call; 0: only what came before.
 
-    Read off the mask that transformers' model makes itself; ValueError for any other mask.
+    Read off the mask that transformers' model makes itself; ValueError for any other mask. -1 is
+    a token that experts of its own take, as ERNIE 4.5 VL's processor says.
     """
+    if model.config.model_type == "ernie4_5_vl_moe":
+        config = model.config
+        ends = config.image_start_token_id, config.image_end_token_id
+        apart = torch.tensor([config.image_token_id, *ends], device=input_ids.device)
+        return -(torch.isin(input_ids, apart) & (attention_mask != 0)).long()
     rule = getattr(model, "create_masks_for_generate", None)
     known = signature(rule).parameters if rule is not None else {}
     types = (input_ids == model.config.image_token_id).int()

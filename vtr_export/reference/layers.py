@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 NAME = "vtr_reference"  # of our attention among transformers'
 Mix: TypeAlias = Callable[["Attention"], Tensor]
 Handed: TypeAlias = Sequence[Mapping[str, Any]]  # by layer: what it is called with beside its rows
+APART = "moe_mm_token_type_ids"  # of a decoder's forward: who has the experts of images
 UNHEARD = ("s_aux", "position_bias", "cache_position_bias")  # of an attention; we know no such term
 
 
@@ -155,11 +156,14 @@ class Layers:
         finally:
             config._attn_implementation = before
 
-    def hand(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Handed]:
+    def hand(self, hidden: Tensor, positions: Tensor, groups: Tensor) -> tuple[Tensor, Handed]:
         """What enters layer 0 for rows ``[B, S, D]``, and what each layer is handed with them.
 
-        ``positions`` ``[B, S]``, or ``[3, B, S]`` where there are three.
+        ``positions`` ``[B, S]``, or ``[3, B, S]`` where there are three. ``groups`` ``[B, S]``
+        below 0 are of tokens that have experts of their own.
         """
+        told = signature(self.decoder.forward).parameters.keys() & {APART}
+        marks = {name: (groups < 0).long() for name in told}
         layers, notes = self.decoder.layers, list[dict[str, Any]]()
         recorders = [_Recorder(layer, notes, len(layers)) for layer in layers]
         self.decoder.layers = nn.ModuleList(recorders)
@@ -171,6 +175,7 @@ class Layers:
                     position_ids=positions,
                     past_key_values=_Past(None, None),
                     use_cache=True,
+                    **marks,
                 )
         finally:
             self.decoder.layers = layers

@@ -134,6 +134,7 @@ class Artifact:
             facts.mrope,
             facts.attends,
             facts.sight if facts.crosses else None,
+            marked=facts.marked,
         )
         return cls(folder, manifest, Processor(folder), model, device, holds)
 

@@ -36,8 +36,15 @@ def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, image_token_id: int | 
     return Batch(ids, mask, index)
 
 
-def token_groups(batch: Batch, image_token_id: int | None, attends: Attends) -> Ints:
-    """``[B, S]``: tokens of one number see each other; those of 0 see only what came before."""
+def token_groups(
+    batch: Batch, image_token_id: int | None, attends: Attends, marked: Sequence[int] = ()
+) -> Ints:
+    """``[B, S]``: tokens of one number see each other; those of 0 see only what came before.
+
+    So do ``marked`` ones, which are -1.
+    """
+    if marked:
+        return -(np.isin(batch.input_ids, marked) & (batch.attention_mask == 1)).astype(np.int64)
     if attends == "prompt":
         return batch.attention_mask.copy()
     is_image = (batch.input_ids == image_token_id) & (batch.attention_mask == 1)

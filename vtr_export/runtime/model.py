@@ -31,6 +31,7 @@ class Model:
     mrope: bool = False
     attends: Attends = "causal"
     sight: Sight | None = None
+    marked: tuple[int, ...] = ()
 
     def encode(self, feeds: Mapping[str, Array]) -> Array:
         """``[..., D]``: the vision tokens of all images, in order."""
@@ -64,7 +65,7 @@ class Model:
         if self.mrope and images:  # text alone counts on
             places = mrope(batch, self.image_token_id, images, cache.next_positions)
         mask, index = batch.attention_mask, batch.vision_index
-        groups = token_groups(batch, self.image_token_id, self.attends)
+        groups = token_groups(batch, self.image_token_id, self.attends, self.marked)
         return self.decoder(cache, embeds, mask, index, places, groups, kept=True)
 
     def _crossing(

@@ -69,7 +69,7 @@ def question(name: str, asked: Asked, rows: Sequence[int], facts: ModelFacts, pa
         position_ids=places.ids,
         following=places.following,
         vision_index=batch.vision_index,
-        groups=token_groups(batch, facts.image_token_id, facts.attends),
+        groups=token_groups(batch, facts.image_token_id, facts.attends, facts.marked),
     )
 
 
