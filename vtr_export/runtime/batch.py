@@ -44,7 +44,8 @@ def token_groups(
     So do ``marked`` ones, which are -1.
     """
     if marked:
-        return -(np.isin(batch.input_ids, marked) & (batch.attention_mask == 1)).astype(np.int64)
+        is_marked = np.isin(batch.input_ids, marked) & (batch.attention_mask == 1)
+        return np.where(is_marked, -1, 0).astype(np.int64)
     if attends == "prompt":
         return batch.attention_mask.copy()
     is_image = (batch.input_ids == image_token_id) & (batch.attention_mask == 1)
