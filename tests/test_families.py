@@ -282,7 +282,7 @@ NAMED = {"image_token_index": 50265}
 FITTING: dict[str, Any] = {  # what a class's defaults lack, or what in them does not fit the rest
     **dict.fromkeys(("gemma3", "idefics3", "shieldgemma2", "smolvlm"), POOLED),
     "aya_vision": {"vision_config": {"image_size": 364, "patch_size": 14}},
-    "blip-2": NAMED,
+    **dict.fromkeys(("blip-2", "instructblip"), NAMED),
     "janus": {"vision_config": {"projection_dim": 4096}},
     "llava_onevision": {**TILED, "vision_feature_select_strategy": "full"},
 }

@@ -30,6 +30,7 @@ TINY: Mapping[str, Save] = {
     "gemma3": tiny_gemma.gemma3,
     "idefics3": tiny_idefics3.idefics3,
     "idefics2": tiny_idefics2.idefics2,
+    "instructblip": tiny_qformers.instructblip,
     "internvl": tiny_internvl.internvl,
     "llava": llava,
     "llava/pixtral": tiny_mistral.pixtral,

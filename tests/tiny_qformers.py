@@ -5,10 +5,14 @@ from typing import Any
 
 import tiny_models
 from transformers import (
+    BertTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
     BlipImageProcessorPil,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -76,4 +80,51 @@ def blip_2(folder: Path, seed: int = 0) -> PreTrainedModel:
     tiny_models.randomize(model, seed)
     model.save_pretrained(folder)
     Blip2Processor(image_processor(), tokenizer(), num_query_tokens=QUERIES).save_pretrained(folder)
+    return model
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": tiny_models.PAD,
+    "bos_token_id": tiny_models.BOS,
+    "eos_token_id": tiny_models.EOS,
+}
+READ = 120  # tokens of a question that the Q-Former may read
+
+
+def reading_config(**others: Any) -> InstructBlipConfig:
+    words = {"vocab_size": len(vocabulary()), "max_position_embeddings": READ}
+    return InstructBlipConfig(
+        vision_config=VISION,
+        qformer_config=QFORMER | words,
+        text_config=LLAMA,
+        num_query_tokens=QUERIES,
+        image_token_index=tiny_models.IMAGE,
+        **others,
+    )
+
+
+def vocabulary() -> list[str]:
+    """Of BERT's tokenizer: whole words, letters for the rest."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*tiny_models.WORDS_LINE.split(), *letters, *(f"##{letter}" for letter in letters)]
+    return [*special, *dict.fromkeys(words)]
+
+
+def instructblip(folder: Path, seed: int = 0) -> PreTrainedModel:
+    """Its decoder is LLaMA, as Vicuna is."""
+    model = InstructBlipForConditionalGeneration(reading_config()).eval()
+    tiny_models.randomize(model, seed)
+    model.save_pretrained(folder)
+    reader = BertTokenizer(vocab={word: number for number, word in enumerate(vocabulary())})
+    processor = InstructBlipProcessor(image_processor(), tokenizer(), reader, QUERIES)
+    processor.save_pretrained(folder)
     return model

@@ -24,6 +24,8 @@ from vtr_export.manifest import (
     Weights,
 )
 from vtr_export.published import File, hash_files
+from vtr_export.runtime.reader import FOLDER as READER
+from vtr_export.runtime.text import SPECIAL_TOKENS_MAP, TOKENIZER, TOKENIZER_CONFIG
 from vtr_export.schedule import Resolved, Schedule
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ ASSETS = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+    *(f"{READER}/{name}" for name in (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)),
 )
 NEEDED_TO_RUN = {
     "tokenizer.json": "token ids",
@@ -76,12 +79,15 @@ def copy_assets(
     for name in ASSETS:
         source = checkpoint.folder / name
         if source.is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, folder / name)
     for name, text in checkpoint.files.items():
         (folder / name).write_text(text, encoding="utf-8")
     warnings = list[str]()
-    if write_tokenizer is not None and not (folder / "tokenizer.json").is_file():
-        warnings += write_tokenizer(checkpoint.folder, folder)
+    for part in ("", READER):
+        own = folder / part
+        if write_tokenizer is not None and own.is_dir() and not (own / TOKENIZER).is_file():
+            warnings += write_tokenizer(checkpoint.folder / part, own)
     return warnings + missing_assets(folder)
 
 

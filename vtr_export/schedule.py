@@ -267,6 +267,12 @@ class Schedule:
                 "positions with three components (mRoPE) cannot be repacked",
                 "positions: original",
             )
+        if self.prefill.positions == "repacked" and getattr(model, "learned_positions", False):
+            raise self._error(
+                ("prefill", "positions"),
+                "learned positions are added to tokens before layer 0 and cannot be repacked",
+                "positions: original",
+            )
         self._check_layers(model.layers)
 
     def _check_layers(self, layers: int) -> None:

@@ -164,15 +164,7 @@ def _ask(model: Any, ports: Mapping[str, Any]) -> Asked:
     form = generic.taken(model, torch.float32)[0]
     both, feeds = {}, []
     for _ in range(2):
-        drawn = {
-            n: torch.rand(
-                (1, *f.example.shape[1:]) if f.axes[0] == "images" else f.example.shape,
-                generator=generator,
-            )
-            * 2
-            - 1
-            for n, f in form.feeds.items()
-        }
+        drawn = {n: _drawn(f, generator) for n, f in form.feeds.items()}
         feeds.append({n: v.numpy() for n, v in drawn.items() if n in ports})
         for n, v in (*drawn.items(), *form.constants.items()):
             both.setdefault(n, []).append(v)
@@ -200,6 +192,14 @@ def _together(both: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
         patches = both["pixel_values"][0].shape[1]
         found["image_token_pooling"] = torch.cat([pooling[0], pooling[1] + patches])
     return found
+
+
+def _drawn(feed: Any, generator: torch.Generator) -> Tensor:
+    """One image of noise; whole numbers as they are."""
+    example = feed.example[:1] if feed.axes[0] == "images" else feed.example
+    if not example.is_floating_point():
+        return example
+    return torch.rand(example.shape, generator=generator) * 2 - 1
 
 
 def _measured(model: Any, facts: ModelFacts, out: Mapping[str, Path], way: str) -> dict[str, Any]:

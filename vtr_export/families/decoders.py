@@ -14,6 +14,7 @@ SANDWICHED: Final = GEMMAS[1:]  # a norm behind attention and MLP, too
 CAPPED: Final = ("gemma2",)  # Gemma 3 reads the value and leaves it
 BIASES_ASKED: Final = ("llama", "cohere2", *QK_NORMS, *GEMMAS)  # where attention_bias says so
 PARALLEL: Final = ("cohere2",)  # attention and MLP read one norm
+ENCODER_DECODERS: Final = ("t5", "mt5", "umt5")  # text_config's types whose layers cross-attend
 DECODERS: Final = (
     "llama",
     "mistral",

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from vtr_export.errors import CheckpointError
+from vtr_export.families.decoders import ENCODER_DECODERS
 from vtr_export.families.facts import Attends, ModelFacts
+from vtr_export.families.opt import OFFSET
 from vtr_export.families.section import FRESH, Config, Section, defaults, filled, is_tied
 
 SEEN: Final = ("full_attention", "sliding_attention", "chunked_attention")  # by every later row
@@ -22,8 +24,6 @@ BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "git": "features stand before the prompt and have no tokens in it",
     "diffusion_gemma": "it fills blocks of tokens in many steps (block diffusion)",
     "pi0": "its decoder is an expert that makes actions, not text",
-    "instructblip": "its Q-Former reads the question, too",
-    "instructblipvideo": "its Q-Former reads the question, too",
     "kosmos-2": "places of images are told by a mask of their own, not by a token",
     "kosmos-2.5": "places of images are told by a mask of their own, not by a token",
     "deepseek_ocr2": "its vision encoder gives other features when it is traced",
@@ -48,7 +48,9 @@ def generic(config: Config, where: str) -> ModelFacts:
     """Facts read off the sections; CheckpointError says what such a schedule cannot follow."""
     config = filled(config)
     kind, top = config["model_type"], Section(config, "", where)
-    if config.get("is_encoder_decoder"):
+    own = config.get("text_config")
+    text_kind = own.get("model_type") if isinstance(own, Mapping) else None
+    if config.get("is_encoder_decoder") or text_kind in ENCODER_DECODERS:
         raise _refusal(kind, "it is an encoder-decoder", where)
     if kind in BY_TYPE:
         raise _refusal(kind, BY_TYPE[kind], where)
@@ -89,6 +91,7 @@ def described(config: Config, text: Section, where: str, **known: Any) -> ModelF
         marked=_marked(kind, config, where),
         window=window if window is not None and window < positions else None,
         attends=_attends(kind, text),
+        learned_positions=positions + OFFSET if text.values.get("model_type") == "opt" else 0,
         estimated=True,
         **facts,
     )
@@ -191,7 +194,8 @@ def _intermediate(text: Section) -> int:
 
 def _image_token(kind: str, config: Config, where: str) -> int:
     """Under any of the names it has; CheckpointError where the file names none."""
-    for name in ("image_token_id", "image_token_index", "image_patch_id"):
+    names = ("image_token_id", "image_token_index", "image_patch_id", "video_token_index")
+    for name in names:
         if isinstance(config.get(name), int):
             return int(config[name])
     mapped = config.get("vocabulary_map")

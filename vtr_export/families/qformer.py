@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from vtr_export.errors import CheckpointError
-from vtr_export.families.decoders import DecoderFacts, read_decoder
+from vtr_export.families.decoders import ENCODER_DECODERS, DecoderFacts, read_decoder
 from vtr_export.families.facts import ModelFacts, VisionFacts
 from vtr_export.families.opt import read_opt
 from vtr_export.families.section import Config, Section, defaults, filled, section_of
@@ -53,7 +53,7 @@ def _decoder(config: Config, where: str) -> DecoderFacts:
     """OPT or LLaMA; T5 is refused, for its layers read the image through cross-attention."""
     fallback = defaults()[config["model_type"]]["sub_configs"]["text_config"]
     kind = (config.get("text_config") or {}).get("model_type", fallback)
-    if kind in ("t5", "mt5", "umt5"):
+    if kind in ENCODER_DECODERS:
         raise CheckpointError(
             f"{config['model_type']} with {kind} cannot be pruned: it is an encoder-decoder",
             where=where,

@@ -18,7 +18,7 @@ from vtr_export.families.llava_next import llava_next
 from vtr_export.families.llava_onevision import llava_onevision
 from vtr_export.families.mistral3 import lighton_ocr, mistral3
 from vtr_export.families.mllama import mllama
-from vtr_export.families.qformer import blip_2
+from vtr_export.families.qformer import blip_2, instructblip
 from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vtr_export.families.section import FRESH, Config, architectures
 from vtr_export.families.video_llava import video_llava
@@ -32,6 +32,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "deepseek_vl": deepseek_vl,
     "janus": janus,
     "idefics2": idefics2,
+    "instructblip": instructblip,
     "internvl": internvl,
     "llava": llava,
     "llava_next": llava_next,

@@ -7,6 +7,7 @@ It is traced for one image of one size, the tower's own; grids and masks are con
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vtr_export.frontends.concrete import Concrete
+from vtr_export.frontends.families import qformer
 from vtr_export.frontends.feeds import Feed
 from vtr_export.frontends.pairs import Pairs
 from vtr_export.frontends.remote import is_foreign
@@ -22,8 +24,10 @@ from vtr_export.frontends.shaped import Shaped
 SIDE: Final = 448  # pixels, of towers that name no size; ten times this is as good
 PLACED: Final = 16  # tokens of a side, of towers that are told where each patch stands
 PROJECTED: Final = ("llama4",)  # by the model, not by its accessor
+FRAMES: Final = 4  # of a video, as InstructBLIP takes it
 GRID: Final = 32  # patches of a side, of towers that take images of any size
 
+OWN: Final = {"instructblipvideo": qformer.asked_of_frames}
 ADDED: Final = ("molmo2",)  # whose features are added to the words at their places
 
 
@@ -36,7 +40,9 @@ class Taken:
 
 
 def accessor(model: Any) -> Callable[..., Any]:
-    """``get_image_features`` of the model, or of the model inside it."""
+    """``get_image_features`` of the model or of the one inside it; or what stands for it here."""
+    if (stands_for := OWN.get(model.config.model_type)) is not None:
+        return partial(stands_for, model)
     own = getattr(model, "get_image_features", None)
     found: Callable[..., Any] = own or model.model.get_image_features
     return found
@@ -187,6 +193,19 @@ def placed(config: Any, dtype: torch.dtype) -> Taken:
     )
 
 
+def asked(config: Any, dtype: torch.dtype) -> Taken:
+    """Videos of ``FRAMES`` frames, and the tokens that a Q-Former reads of the question."""
+    side, axes = _side(config.vision_config), ("images", "question")
+    pixels = torch.empty(2, FRAMES, 3, side, side, dtype=dtype)
+    return Taken(
+        {
+            "pixel_values": Feed(pixels, ("images", *[None] * 4)),
+            "qformer_input_ids": Feed(torch.full((2, 3), 5), axes),
+            "qformer_attention_mask": Feed(torch.ones(2, 3, dtype=torch.long), axes),
+        }
+    )
+
+
 def two_sizes(config: Any, dtype: torch.dtype) -> Taken:
     """The same image twice: small and large."""
     sides = {
@@ -227,6 +246,7 @@ def pooled(config: Any, dtype: torch.dtype) -> Taken:
 
 BY_TYPE: Final[Mapping[str, Callable[[Any, torch.dtype], Taken]]] = {
     **dict.fromkeys(("kimi_k25", "paddleocr_vl"), kernels),
+    "instructblipvideo": asked,
     "video_llama_3": strided,
     **dict.fromkeys(("llava_next_video", "granite4_vision"), tiled(5, sizes=True)),
     "perception_lm": tiled(1),

@@ -16,6 +16,7 @@ from vtr_export.frontends.families import (
     llava,
     mllama,
     pixtral,
+    qformer,
     qwen_vl,
     video_llava,
 )
@@ -53,6 +54,7 @@ def whole_images(model: Any, pixel_values: Tensor) -> Tensor:
 
 GRAPHS: Final[Mapping[str, VisionGraph]] = {
     **dict.fromkeys(("idefics3", "smolvlm"), VisionGraph(idefics3.features, one_size)),
+    "instructblip": VisionGraph(qformer.asked, qformer.image_and_question),
     "internvl": VisionGraph(internvl.features, one_size),
     "idefics2": VisionGraph(idefics2.resampled, idefics2.patches),
     "aya_vision": VisionGraph(llava.projected, one_size),

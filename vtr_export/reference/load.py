@@ -53,10 +53,12 @@ def _auto_class(settings: Any) -> Any:
 
 
 def _with_norm(model: Any) -> Any:
-    """The decoder's last norm under the name that most decoders give it."""
+    """The decoder's last norm, and the token of its images, under the names that most have."""
     point_at_layers(model)
     decoder = model.get_decoder()
     for name in ("final_layernorm", "final_layer_norm"):
         if not hasattr(decoder, "norm") and hasattr(decoder, name):
             decoder.norm = getattr(decoder, name)
+    if not hasattr(model.config, "image_token_id") and hasattr(model.config, "video_token_id"):
+        model.config.image_token_id = model.config.video_token_id
     return model

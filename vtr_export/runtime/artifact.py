@@ -174,7 +174,8 @@ class Artifact:
         start = time.perf_counter()
         texts = [self.written(request.prompt, request.images) for request in requests]
         images = [image for request in requests for image in request.images]
-        inputs = self.image_inputs(images, [len(request.images) for request in requests])
+        counts = [len(request.images) for request in requests]
+        inputs = self.image_inputs(images, counts, [text for text, _ in texts])
         seen = () if inputs is None else inputs.seen
         rows = []
         for (text, form), request in zip(texts, requests, strict=True):
@@ -189,11 +190,15 @@ class Artifact:
         return self.processor.render(self.processor.messages(prompt, *count(images))), "chat"
 
     def image_inputs(
-        self, images: Sequence[Picture], counts: Sequence[int] | None = None
+        self,
+        images: Sequence[Picture],
+        counts: Sequence[int] | None = None,
+        texts: Sequence[str] = ("",),
     ) -> ImageInputs | None:
         """What the vision encoder is fed; None without images.
 
-        ``counts`` are the images of each prompt; None: all are one prompt's.
+        ``counts`` are the images of each prompt (None: all are one prompt's), ``texts`` what the
+        prompts say, for an encoder that reads them.
         """
         if not images:
             return None
@@ -202,7 +207,10 @@ class Artifact:
                 "this artifact ranks the tokens of each image apart, and a video has more",
                 hint="export it again with rank: joint",
             )
-        inputs = self.processor.image_inputs(images, counts or [len(images)])
+        counts = counts or [len(images)]
+        inputs = self.processor.image_inputs(images, counts)
+        own = [text for text, each in zip(texts, counts, strict=True) for _ in range(each)]
+        inputs = self.processor.reading(inputs, own)
         if misfits := self.model.misfits(inputs.feeds):
             raise ArtifactError(
                 f"images are prepared for another model: {misfits[0]}",

@@ -66,7 +66,7 @@ class Conversation:
     def _prepare(self, prompt: str, images: Sequence[Picture], messages: Sequence[Any]) -> Prepared:
         start = time.perf_counter()
         text, form = self._text(prompt, messages)
-        inputs = self.artifact.image_inputs(images)
+        inputs = self.artifact.image_inputs(images, texts=[text])
         seen = () if inputs is None else inputs.seen
         ids = [*self._unfed, *self.artifact.processor.token_ids(text, seen, form)]
         rows = (Row(tuple(ids), len(images)),)

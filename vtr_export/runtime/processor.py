@@ -20,6 +20,7 @@ from vtr_export.runtime.images import (
 from vtr_export.runtime.json_files import read_json
 from vtr_export.runtime.placeholders import Placeholder, read_placeholder
 from vtr_export.runtime.processor_class import processor_class
+from vtr_export.runtime.reader import Reader
 from vtr_export.runtime.text import Tokenizer
 
 Form: TypeAlias = Literal["plain", "chat", "continued"]
@@ -90,6 +91,22 @@ class Processor:
         if tokens is not None:
             self._check_promise(tokens, *inputs.feeds["pixel_values"].shape[-2:])
         return inputs
+
+    def reading(self, inputs: ImageInputs, texts: Sequence[str]) -> ImageInputs:
+        """Images with what their encoder reads of the prompt; ``texts``: each image's, as encoded.
+
+        As they are, where a model's features of an image are its own.
+        """
+        if self.reader is None:
+            return inputs
+        read = self.reader.feeds([text.removeprefix(self.image_token) for text in texts])
+        return ImageInputs({**inputs.feeds, **read}, {**inputs.given, **read}, inputs.seen)
+
+    @cached_property
+    def reader(self) -> Reader | None:
+        """What reads prompts for the vision encoder, where one does."""
+        most = self.facts.reads
+        return Reader.load(self.folder, most) if most else None
 
     def _check_promise(self, tokens: int, height: int, width: int) -> None:
         """The file's own count of the tokens of an image, or a tile, where there is one."""

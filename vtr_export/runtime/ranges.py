@@ -14,6 +14,7 @@ BATCH, VISION, TEXT, NEW = (
 IMAGES: Final = f"{BATCH} or {VISION}"  # rows, or images of a row
 _FLAGS: Final = (
     ("pixel_values", 0, IMAGES),
+    ("qformer_", 1, TEXT),
     ("vision_index", 1, VISION),
     ("inputs_embeds", 1, TEXT),
     ("position_ids", 1, TEXT),

@@ -1,10 +1,10 @@
 """What the verification asks: an image file and a prompt, prepared by us and by transformers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from vtr_export.runtime.batch import pad_batch, positions, token_groups
 from vtr_export.runtime.images import ImageInputs, Seen
 from vtr_export.runtime.images.inputs import repeated
 from vtr_export.runtime.positions import Places, mrope
-from vtr_export.runtime.processor import Processor
+from vtr_export.runtime.processor import Form, Processor
+from vtr_export.runtime.reader import READ
 from vtr_export.verify.case import Array, Question
 from vtr_export.verify.gates import at_most, differing
 from vtr_export.verify.pictures import draw_odd_pictures
@@ -24,6 +25,7 @@ PROMPTS = (
     "What is shown in this picture?",
     "Look at the colours first and then tell me, in one word, what the largest shape is.",
 )
+Ids: TypeAlias = list[list[int]]  # of the prompt; of what the vision encoder reads of it
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Asked:
 
     rows: tuple[tuple[int, ...], ...]
     images: Mapping[int, ImageInputs]  # so many times the same image
+    read: Callable[[ImageInputs, Sequence[int]], ImageInputs]  # with what is read of the rows
     gates: tuple[Gate, ...] = ()
     warnings: tuple[str, ...] = field(default=())
 
@@ -47,13 +50,20 @@ def ask(
     images, image_gates = _images(processor, checkpoint, facts, image, warnings)
     prompts = (prompt, PROMPTS[1]) if prompt is not None else PROMPTS
     rows, id_gates = _rows(processor, checkpoint, facts, images[1], image, prompts, warnings)
-    return Asked(rows, images, (*image_gates, *id_gates), tuple(warnings))
+
+    def read(images: ImageInputs, rows: Sequence[int]) -> ImageInputs:
+        if processor.reader is None:
+            return images
+        return processor.reading(images, [_text(processor, prompts[row])[0] for row in rows])
+
+    return Asked(rows, images, read, (*image_gates, *id_gates), tuple(warnings))
 
 
 def question(name: str, asked: Asked, rows: Sequence[int], facts: ModelFacts, pad: int) -> Question:
     """The prompts ``rows`` of ``asked`` as one call."""
     chosen = [asked.rows[row] for row in rows]
-    batch, images = pad_batch(chosen, pad, facts.image_token_id), asked.images[len(chosen)]
+    batch = pad_batch(chosen, pad, facts.image_token_id)
+    images = asked.read(asked.images[len(chosen)], rows)
     lengths = batch.attention_mask.sum(axis=1)
     first = facts.first_position
     counted = positions(batch.attention_mask, batch.input_ids.shape[1])
@@ -140,7 +150,7 @@ def _rows(
     except ArtifactError as error:
         warnings.append(f"token ids were not checked: {error.message}")
         return _random_rows(facts, images.tokens), []
-    rows = tuple(tuple(ids) for ids in ours)
+    rows = tuple(tuple(ids) for ids, *_ in ours)
     try:
         theirs = [_their_ids(processor, checkpoint, prompt, image) for prompt in prompts]
     except (ImportError, OSError, ValueError, TypeError) as error:
@@ -161,14 +171,22 @@ def _random_rows(facts: ModelFacts, tokens: int) -> tuple[tuple[int, ...], ...]:
     return (*words[:3], *place, *words[3:9]), (*words[9:11], *place, *words[11:24])
 
 
-def _our_ids(processor: Processor, prompt: str, seen: Sequence[Seen]) -> list[int]:
+def _our_ids(processor: Processor, prompt: str, seen: Sequence[Seen]) -> Ids:
+    text, form = _text(processor, prompt)
+    found = [processor.token_ids(text, seen, form)]
+    if processor.reader is not None:
+        found += [ids[0].tolist() for ids in processor.reader.feeds([text]).values()]
+    return found
+
+
+def _text(processor: Processor, prompt: str) -> tuple[str, Form]:
+    """A prompt about an image, and how to encode it."""
     if processor.is_written_out(prompt):
-        return processor.token_ids(processor.with_places(prompt, 1), seen)
-    text = processor.render(processor.messages(prompt, 1))
-    return processor.token_ids(text, seen, "chat")
+        return processor.with_places(prompt, 1), "plain"
+    return processor.render(processor.messages(prompt, 1)), "chat"
 
 
-def _their_ids(processor: Processor, checkpoint: Path, prompt: str, image: Path) -> list[int]:
+def _their_ids(processor: Processor, checkpoint: Path, prompt: str, image: Path) -> Ids:
     """By transformers' own processor; a template of the tokenizer alone is rendered by that."""
     from transformers.image_utils import load_image
 
@@ -185,7 +203,8 @@ def _their_ids(processor: Processor, checkpoint: Path, prompt: str, image: Path)
         bos = theirs.tokenizer.bos_token
         if bos is not None and text.startswith(bos):
             options = {"add_special_tokens": False}
-    return list(theirs(text=text, images=[picture], **options)["input_ids"][0])
+    said = theirs(text=text, images=[picture], **options)
+    return [list(said[name][0]) for name in ("input_ids", *READ) if name in said]
 
 
 def _with_image(message: Mapping[str, Any], image: Path) -> dict[str, Any]:

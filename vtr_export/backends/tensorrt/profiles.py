@@ -81,7 +81,8 @@ def vision_profile(ports: Ports, ranges: Ranges, tokens_per_image: int) -> Profi
     each = max(1, -(-ranges.max_vision_tokens // tokens_per_image))
     best = max(1, -(-ranges.opt_vision_tokens // tokens_per_image))
     images = {"images": (1, best * ranges.opt_batch, each * ranges.max_batch)}
-    return _profile("images", ports, images | _packed(ports, ranges), [], ())
+    question = {"question": (1, ranges.opt_text_tokens, ranges.max_text_tokens)}
+    return _profile("images", ports, images | question | _packed(ports, ranges), [], ())
 
 
 def _packed(ports: Ports, ranges: Ranges) -> dict[str, Range]:

@@ -192,7 +192,8 @@ class ImageFacts:
         assert facts.vision is not None, "it has a tower"
         patch = facts.vision.patch_size * facts.vision.merge
         rows, columns = height // patch, width // patch
-        return Seen(tokens, (1, rows, columns) if tokens >= rows * columns else None)
+        is_laid = facts.vision.latents is None and tokens >= rows * columns
+        return Seen(tokens, (1, rows, columns) if is_laid else None)
 
     def view(self, inputs: ImageInputs, number: int) -> Image.Image:
         """One image's pixel values as a picture again."""

@@ -84,7 +84,7 @@ class OnnxEvaluator:
         self.facts, self.prompts = self.space.facts, Prompts(artifact)
         self.blocks, self.metric, self.max_new_tokens = blocks, metric, max_new_tokens
         self._drafts: dict[int, list[_Draft]] = {}
-        self._features: dict[Path, Array] = {}  # image → [1, tokens, D]
+        self._features: dict[tuple[Path, str], Array] = {}  # image, what is read → [1, tokens, D]
 
     def fingerprint(self) -> Mapping[str, str]:
         """Artifact, device, and how long answers may be."""
@@ -133,9 +133,9 @@ class OnnxEvaluator:
     ) -> _Said:
         """Answer greedily; or be fed the drafts, whatever is best after each of their tokens."""
         model, ends = self._model(candidate), self.artifact.manifest.model.eos_token_ids
-        features = [[self._feature(path) for path in each.images] for each in questions]
+        features = [self._feature(path, each) for each in questions for path in each.images]
         batch = model.pad([self.prompts.ids(question) for question in questions])
-        flat = [one.reshape(-1, one.shape[-1]) for own in features for one in own]
+        flat = [one.reshape(-1, one.shape[-1]) for one in features]
         seen = [self.prompts.seen(path) for each in questions for path in each.images]
         cache = model.decoder.empty(len(questions))
         step = model.prefill(cache, batch, np.concatenate(flat) if flat else None, seen)
@@ -172,11 +172,12 @@ class OnnxEvaluator:
         prefill = call_flops(self.facts, candidate, width, 0, self.facts.layers, 1)
         return prefill + step_flops(self.facts, candidate, width, steps)
 
-    def _feature(self, image: Path) -> Array:
+    def _feature(self, image: Path, question: Question) -> Array:
         """Of one image, encoded when it is first asked for."""
-        if image not in self._features:
-            self._features[image] = self.artifact.model.encode(self.prompts.image(image).feeds)
-        return self._features[image]
+        key = image, self.prompts.read(question)
+        if key not in self._features:
+            self._features[key] = self.artifact.model.encode(self.prompts.image(*key).feeds)
+        return self._features[key]
 
     def _draft(self, question: Question, said: _Said, row: int) -> _Draft:
         tokens = self._until_end(said.tokens[row])

@@ -8,7 +8,7 @@ import numpy as np
 
 from vtr_export.errors import InputError
 from vtr_export.runtime.images import ByPrompt, ImageInputs, Seen
-from vtr_export.runtime.processor import Processor
+from vtr_export.runtime.processor import Form, Processor
 from vtr_export.search.evaluator import Floats
 from vtr_export.search.questions.calibration import Question
 from vtr_export.search.questions.metrics import Metric
@@ -29,9 +29,13 @@ class Prompts:
         self.processor = Processor(folder)
         self._seen: dict[Path, Seen] = {}
 
-    def image(self, file: Path) -> ImageInputs:
-        """What the vision encoder is fed for one image, alone in its prompt."""
-        return self.processor.image_inputs([file])
+    def image(self, file: Path, read: str = "") -> ImageInputs:
+        """What the vision encoder is fed for one image, alone in its prompt, and for ``read``."""
+        return self.processor.reading(self.processor.image_inputs([file]), [read])
+
+    def read(self, question: Question) -> str:
+        """What an image's features depend on beside the image; empty where they do not."""
+        return "" if self.processor.reader is None else self._text(question)[0]
 
     def seen(self, file: Path) -> Seen:
         """How many tokens an image becomes; it is read only where that depends on the image."""
@@ -42,7 +46,7 @@ class Prompts:
 
     def ids(self, question: Question) -> tuple[int, ...]:
         """The question behind its images, in the chat template unless it places them itself."""
-        processor, text = self.processor, question.text
+        processor = self.processor
         if len(question.images) > 1 and isinstance(processor.images, ByPrompt):
             raise InputError(
                 "this model prepares several images of a prompt otherwise than one",
@@ -50,11 +54,15 @@ class Prompts:
                 hint="ask about one image a question",
             )
         images = [self.seen(file) for file in question.images]
+        text, form = self._text(question)
+        return tuple(processor.token_ids(text, images, form))
+
+    def _text(self, question: Question) -> tuple[str, Form]:
+        """A prompt, and how to encode it."""
+        processor, text, images = self.processor, question.text, len(question.images)
         if processor.is_written_out(text):
-            text = processor.with_places(text, len(images))
-            return tuple(processor.token_ids(text, images))
-        rendered = processor.render(processor.messages(text, len(images)))
-        return tuple(processor.token_ids(rendered, images, "chat"))
+            return processor.with_places(text, images), "plain"
+        return processor.render(processor.messages(text, images)), "chat"
 
     def text(self, tokens: Sequence[int]) -> str:
         """An answer's text, without what ended it."""

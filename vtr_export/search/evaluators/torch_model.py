@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from vtr_export.reference import (
     Reference,
     groups_for,
     image_features,
+    load_model,
     pad_batch,
     positions_for,
     vision_index_of,
 )
+from vtr_export.runtime.reader import FOLDER
 from vtr_export.schedule import Resolved
 from vtr_export.search.evaluators.prompts import Prompts
 from vtr_export.search.evaluators.work import Width
@@ -28,7 +30,11 @@ from vtr_export.search.questions.calibration import Question
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IMAGES = 16  # encoded at a time
-_HASHED = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")  # a model folder's own files
+_HASHED = (  # a model folder's own files
+    *("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"),
+    *(f"{FOLDER}/{kind}" for kind in ("*.json", "*.txt")),
+)
+Image: TypeAlias = tuple[Path, str]  # and what is read with it
 
 
 @dataclass(frozen=True)
@@ -54,18 +60,13 @@ class TorchModel:
     """The checkpoint ``folder``, loaded by transformers; features of all images are held."""
 
     def __init__(self, folder: Path, device: str, dtype: str) -> None:
-        from transformers import AutoModelForImageTextToText
-
         self.folder, self.device = folder, device
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
-        )
-        self.model = self.model.to(device).eval()
+        self.model: Any = load_model(folder, folder, DTYPES[dtype]).to(device)
         self.facts = read_facts(self.model.config.to_dict(), str(folder / "config.json"))
         self.prompts = Prompts(folder)
         self.ends = _end_tokens(self.model)
         self.head = Head(self.model)
-        self._features: dict[Path, Tensor] = {}  # image → [tokens, D], on the CPU
+        self._features: dict[Image, Tensor] = {}  # → [tokens, D], on the CPU
         self._given: dict[Path, Mapping[str, Any]] = {}  # image → what tells its places
         self._ids: dict[str, tuple[int, ...]] = {}  # question → tokens, its image's among them
 
@@ -84,8 +85,9 @@ class TorchModel:
         """The questions' embeddings, and ``drafts`` without their last tokens behind them."""
         image_id, pad = self.facts.image_token_id, 0
         assert image_id is not None, "a family without an image token has no prompts"
-        self._encode({path for each in questions for path in each.images})
-        features = [[self._features[path] for path in each.images] for each in questions]
+        asked = [[(path, self.prompts.read(q)) for path in q.images] for q in questions]
+        self._encode({image for images in asked for image in images})
+        features = [[self._features[image] for image in images] for images in asked]
         rows = [self._tokens(question) for question in questions]
         ids, mask = pad_batch(rows, pad, image_id)
         is_vision = ids == image_id
@@ -129,22 +131,23 @@ class TorchModel:
         return self._ids[question.sha256]
 
     @torch.no_grad()
-    def _encode(self, images: Collection[Path]) -> None:
+    def _encode(self, images: Collection[Image]) -> None:
         """Features ``[tokens, D]`` of each image, made when it is first asked for."""
-        new = sorted(path for path in images if path not in self._features)
-        for start in range(0, len(new), IMAGES):
-            some = new[start : start + IMAGES]
-            parts = [self.prompts.image(path).given for path in some]
+        new = sorted(image for image in images if image not in self._features)
+        at_once = 1 if any(read for _, read in new) else IMAGES  # unlike questions have no width
+        for start in range(0, len(new), at_once):
+            some = new[start : start + at_once]
+            parts = [self.prompts.image(*image).given for image in some]
             given = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             places = ("image_grid_thw",)
             self._given |= {
                 path: {name: part[name] for name in places if name in part}
-                for path, part in zip(some, parts, strict=True)
+                for (path, _), part in zip(some, parts, strict=True)
             }
             features = image_features(self.model, given, self.device)
-            counts = [self.prompts.seen(path).tokens for path in some]
-            for path, own in zip(some, torch.split(features, counts), strict=True):
-                self._features[path] = own.cpu()
+            counts = [self.prompts.seen(path).tokens for path, _ in some]
+            for image, own in zip(some, torch.split(features, counts), strict=True):
+                self._features[image] = own.cpu()
 
 
 def describe(folder: Path, device: str, dtype: str, max_new_tokens: int) -> dict[str, str]:
