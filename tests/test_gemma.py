@@ -14,12 +14,14 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vtr_export import Schedule, doctor
+from vtr_export.builder import build
 from vtr_export.embeddings import write_table
-from vtr_export.errors import ArtifactError, UnavailableError
+from vtr_export.errors import ArtifactError, EngineError, ScheduleError, UnavailableError
 from vtr_export.exporter import Report, export
 from vtr_export.families import read_facts
 from vtr_export.manifest import Manifest
 from vtr_export.memory import parameters
+from vtr_export.plan import plan
 from vtr_export.reference import Head, groups_for
 from vtr_export.runtime.batch import pad_batch, token_groups
 from vtr_export.runtime.images.kinds import parse_kind
@@ -28,6 +30,7 @@ from vtr_export.runtime.session import check_version
 from vtr_export.verify.processors import load_image_processor
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8))
+CUT = "version: 1\nprefill: {stages: [{before_layer: 1, keep: 3}]}\n"
 KINDS = ("gemma3", "paligemma", "paligemma2")
 
 
@@ -172,3 +175,24 @@ def test_a_softcap_asks_for_a_runtime_that_bends_before_it_masks(
     check_version(">=1.27", "cpu")
     with pytest.raises(UnavailableError, match="needs onnxruntime >=99"):
         check_version(">=99.1", "cpu")
+
+
+def test_norms_behind_attention_are_known_to_need_the_plugin(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """TensorRT-RTX fails on a cut ahead of them, and builds with the cut as one layer of ours."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="pip install 'vtr-export[rtx]'")
+    facts = read_facts(json.loads((folders["gemma3"] / "config.json").read_text()), "gemma3")
+    cuts = Schedule.parse(CUT)
+    for target, limits in (("tensorrt-rtx", 1), ("onnxruntime", 0)):
+        assert len(plan(cuts, facts, target=target).limits) == limits
+    assert plan(Schedule.unpruned(), facts, target="tensorrt-rtx", plugin="off").limits == ()
+    with pytest.raises(ScheduleError, match="norm what attention") as refused:
+        plan(cuts, facts, target="tensorrt-rtx", plugin="off")
+    assert "--plugin auto" in refused.value.hint
+    out = tmp_path / "out"
+    export(cuts, folders["gemma3"], out, dtype="fp16", verify="none")
+    built = build(out, sms=(86,), unverified=True)
+    assert [engine["plugin_layers"] for engine in built.engines] == [0, 1]
+    with pytest.raises(EngineError, match="norm what attention"):
+        build(out, tmp_path / "x", sms=(86,), plugin="off", unverified=True)

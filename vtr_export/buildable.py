@@ -8,13 +8,14 @@ from typing import Any
 import onnx_ir as ir
 
 from vtr_export.backends.tensorrt import plugin as plugins
+from vtr_export.backends.tensorrt.branches import is_sandwiched
 from vtr_export.backends.tensorrt.library import Library, device_sm, load
 from vtr_export.backends.tensorrt.profiles import choose_ranges
 from vtr_export.engine_manifest import Request
 from vtr_export.errors import EngineError, InputError, UnavailableError
 from vtr_export.manifest import Manifest
 from vtr_export.schedule import Keep
-from vtr_export.targets import TOP_K, TURING, check_target
+from vtr_export.targets import SANDWICHED, TOP_K, TURING, check_target
 
 
 @dataclass(frozen=True)
@@ -142,31 +143,43 @@ def _find_plugin(
     folder: Path, manifest: Manifest, request: Request, target: str, sms: tuple[int, ...]
 ) -> plugins.Plugin | None:
     """The plugin to build with, if any; EngineError when one is needed and cannot be had."""
-    keeps = keeps_of(manifest)
-    largest = max((_selected(keep, manifest, request) for keep in keeps), default=0)
-    turing = bool(keeps) and target == "tensorrt-rtx" and TURING in sms
-    needed = largest > TOP_K or turing
-    if needed and request.plugin == "off":
+    if not keeps_of(manifest):
+        return None
+    graph = ir.load(folder / manifest.graphs.decoder)
+    limit = _limit(graph, manifest, request, target, sms)
+    if limit and request.plugin == "off":
         raise EngineError(
-            "TensorRT-RTX multiplies no fp32 matrices for SM 7.5, and scores are such a product"
-            if turing
-            else f"{largest} tokens may be kept, TensorRT's own TopK takes {TOP_K}",
+            limit,
             where=str(folder),
             hint="build with --plugin auto, or for less: other SMs, a lower --max-vision-tokens",
         )
-    found = plugins.find(request.plugin, target, needed=needed) if keeps else None
+    found = plugins.find(request.plugin, target, needed=limit is not None)
     if found is None:
         return None
-    why = plugins.serves(ir.load(folder / manifest.graphs.decoder))
+    why = plugins.serves(graph)
     missing = sorted(set(sms) - set(found.sms)) if found.sms else []
     if why is None and missing:
         why = f"{found.path} was not compiled for SM {missing[0]}"
     if why is None:
         return found
-    if needed or request.plugin == "on":
+    if limit or request.plugin == "on":
         hint = "build with --plugin auto: the cuts become TensorRT's own layers"
         raise EngineError(f"the plugin does not serve this artifact: {why}", hint=hint)
     return None
+
+
+def _limit(
+    graph: ir.Model, manifest: Manifest, request: Request, target: str, sms: tuple[int, ...]
+) -> str | None:
+    """Why TensorRT's own layers cannot be the cuts (``plan.check_fits_target`` says it earlier)."""
+    largest = max(_selected(keep, manifest, request) for keep in keeps_of(manifest))
+    if largest > TOP_K:
+        return f"{largest} tokens may be kept, TensorRT's own TopK takes {TOP_K}"
+    if target != "tensorrt-rtx":
+        return None
+    if TURING in sms:
+        return "TensorRT-RTX multiplies no fp32 matrices for SM 7.5, and scores are such a product"
+    return SANDWICHED if is_sandwiched(graph) else None
 
 
 def _selected(keep: Keep, manifest: Manifest, request: Request) -> int:

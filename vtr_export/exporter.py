@@ -139,13 +139,15 @@ def _check_target(
 ) -> None:
     """Refuse what the target, its GPUs, or what is installed here could not build."""
     target, sms, plugin = options.target, options.sms, options.plugin
-    tokens = facts.tokens_per_image or 0
+    tokens, normed = facts.tokens_per_image or 0, facts.sandwiched
     if not options.builds:
         check_name(target)
-        check_fits_target(schedule, resolved, tokens, target, plugin="off")
+        check_fits_target(schedule, resolved, tokens, target, sandwiched=normed, plugin="off")
         return
     check_target(target, sms, options.dtype)
-    check_fits_target(schedule, resolved, tokens, target, sms=sms, plugin=plugin)
+    check_fits_target(
+        schedule, resolved, tokens, target, sms=sms, sandwiched=normed, plugin=plugin
+    )
     check_builds(target, sms, options.dtype)
 
 

@@ -29,6 +29,7 @@ from vtr_export.roofline import first_token_parts, next_token_parts, seconds
 from vtr_export.schedule import Resolved, Schedule
 from vtr_export.targets import (
     PLUGINS,
+    SANDWICHED,
     TOP_K,
     TURING,
     check_name,
@@ -166,7 +167,9 @@ def plan(
     _check_count("batch", batch, 1)
     v = _vision_tokens(facts, images, vision_tokens)
     work = Workload(v, text_tokens, images, batch, new_tokens)
-    limits = check_fits_target(schedule, resolved, v, target, sms=sms, plugin=plugin)
+    limits = check_fits_target(
+        schedule, resolved, v, target, sms=sms, sandwiched=facts.sandwiched, plugin=plugin
+    )
     return PlanReport(
         model_type=facts.model_type,
         weights=weights,
@@ -191,12 +194,14 @@ def check_fits_target(
     target: str,
     *,
     sms: tuple[int, ...] = (),
+    sandwiched: bool = False,
     plugin: str = "off",
 ) -> tuple[str, ...]:
     """Refuse cuts that ``target`` cannot build; what it can build with our plugin only is returned.
 
     TensorRT's TopK selects at most 3840: of a call, or with ``rank: per_image`` of an image.
-    TensorRT-RTX multiplies no fp32 matrices for Turing, and a cut's scores are such a product.
+    TensorRT-RTX multiplies no fp32 matrices for Turing, and a cut's scores are such a product; and
+    it fails to compile a cut's own layers ahead of ``sandwiched`` ones (its 1.7.1).
     ``plugin`` is auto, on or off.
     """
     check_name(target)
@@ -204,6 +209,7 @@ def check_fits_target(
     if not target.startswith("tensorrt"):
         return ()
     limits = [*_too_many(resolved, vision_tokens, target), *_unscored(resolved, target, sms)]
+    limits += _uncompiled(resolved, target, sandwiched)
     way_out = _way_to_plugin(target, plugin)
     for before_layer, limit, hint in limits:
         if way_out is not None:
@@ -256,6 +262,14 @@ def _unscored(
     if resolved.cuts and target == "tensorrt-rtx" and TURING in sms:
         limit = "a cut's scores are an fp32 product, and TensorRT-RTX has none for SM 7.5 (Turing)"
         yield resolved.cuts[0].before_layer, limit, "leave SM 7.5 out"
+
+
+def _uncompiled(
+    resolved: Resolved, target: str, sandwiched: bool
+) -> Iterator[tuple[int, str, str]]:
+    """The first cut, where TensorRT-RTX fails on what follows: (layer, limit, way out)."""
+    if resolved.cuts and target == "tensorrt-rtx" and sandwiched:
+        yield resolved.cuts[0].before_layer, SANDWICHED, "cut nothing"
 
 
 def _check_count(name: str, value: int, least: int) -> None:

@@ -46,6 +46,7 @@ class DecoderFacts:
     softcap: float | None = None
     learned_positions: int = 0
     norm_biases: int = 0
+    sandwiched: bool = False
 
 
 def read_decoder(
@@ -81,6 +82,7 @@ def read_decoder(
         layer_biases=_layer_biases(kind, text, heads * head_dim, kv_heads * head_dim, head_dim),
         window=window if window is not None and window < positions else None,
         softcap=text.positive("attn_logit_softcapping") if kind in CAPPED else None,
+        sandwiched=kind in SANDWICHED,
     )
 
 

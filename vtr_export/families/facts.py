@@ -44,6 +44,13 @@ class VisionFacts:
     tiles: int = 1
 
     @property
+    def keys_per_image(self) -> int:
+        """Features of an image that is attended to as keys, of tiles that are none too."""
+        assert self.image_size is not None, "of one size"
+        side = self.image_size // self.patch_size
+        return self.latents or self.tiles * (side**2 + self.has_cls)
+
+    @property
     def patch_values(self) -> int:
         """Numbers in one patch."""
         return self.channels * self.frames * self.patch_size**2
@@ -86,6 +93,7 @@ class ModelFacts:
     prompt; see ``frontends/cross.py``. Empty where features stand among the tokens.
     ``cross_parameters`` is what all of those hold beyond a layer like the others.
     ``more_embeddings`` are rows of the embedding table behind the vocabulary.
+    ``sandwiched``: what attention and MLP give is normed before it joins the residual stream.
     ``estimated``: what the model holds and costs is not counted exactly; its
     ``projector_parameters`` and its tower's are not known.
     """
@@ -126,6 +134,7 @@ class ModelFacts:
     sight: Sight = "onward"
     cross_parameters: int = 0
     more_embeddings: int = 0
+    sandwiched: bool = False
 
     @property
     def remarks(self) -> tuple[str, ...]:
