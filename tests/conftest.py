@@ -1,5 +1,6 @@
 """Options and fixtures of every test: goldens that only a developer rewrites, traced tiny models."""
 
+import gc
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ Golden = Callable[[ir.Model, Path], None]
 
 settings.register_profile("vtr", deadline=None, derandomize=True, database=None)
 settings.load_profile("vtr")
+gc.set_threshold(50_000, 20, 50)  # the tracer makes millions of objects: a sixth of its time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -129,6 +131,26 @@ def shared_traces(traced_once: "Loader", monkeypatch: pytest.MonkeyPatch) -> Non
     from vtr_export.frontends import transformers
 
     monkeypatch.setattr(transformers, "load", traced_once)
+
+
+@pytest.fixture(scope="module")
+def one_trace(traced_once: "Loader") -> Iterator[None]:
+    """As ``shared_traces``, for what a module's fixtures export."""
+    from vtr_export.frontends import transformers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers, "load", traced_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checked_here() -> Iterator[None]:
+    """Exports are verified in this process: a child imports for longer than its gates take."""
+    from vtr_export.verify import child, export
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_run", lambda folder: child.main(Path(folder)))
+        yield
 
 
 @pytest.fixture(scope="session")

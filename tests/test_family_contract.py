@@ -68,7 +68,12 @@ class Family:
 
 
 @pytest.fixture(scope="module", params=WHOLLY)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+def family(
+    request: pytest.FixtureRequest,
+    one_trace: None,
+    checked_here: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Family:
     folder = tmp_path_factory.mktemp(request.param.replace("/", "-"))
     TINY[request.param](folder / "checkpoint", 0)
     folders = (folder / name for name in ("checkpoint", "pruned", "unpruned"))
@@ -91,7 +96,7 @@ def test_every_gate_is_measured_and_passes(family: Family) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name not in WHOLLY])
-def test_every_gate_of_the_others_too(name: str, tmp_path: Path) -> None:
+def test_every_gate_of_the_others_too(name: str, checked_here: None, tmp_path: Path) -> None:
     TINY[name](tmp_path / "checkpoint", 0)
     export(Schedule.from_data(STAGES), tmp_path / "checkpoint", tmp_path / "out", verify="all")
     check_gates(tmp_path / "out")

@@ -139,7 +139,7 @@ def test_v1_leaves_rows_and_columns_exchanged() -> None:
     ids=["internlm2", "qwen2-v1", "1.1"],
 )
 def test_their_own_layout_passes_every_gate(
-    save: Any, changes: dict[str, Any], tmp_path: Path
+    save: Any, changes: dict[str, Any], checked_here: None, tmp_path: Path
 ) -> None:
     save(tmp_path / "model", **changes)
     report = export(

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from vtr_export.errors import ArtifactError, InputError, UnavailableError
 from vtr_export.exporter import export
 from vtr_export.families import read_facts
-from vtr_export.frontends import transformers as frontend
 from vtr_export.manifest import Manifest
 from vtr_export.reference.decoder import Cache, Generation, Reference
 from vtr_export.reference.inputs import embed, pad_batch
@@ -38,14 +37,6 @@ QUESTION = "what colour is the seven ?"
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_models.tiny_llava(layers=6, hidden=32, seed=5)
     return tiny_models.save_checkpoint(model, tmp_path_factory.mktemp("checkpoint"), shards=2)
-
-
-@pytest.fixture(scope="module")
-def one_trace(traced_once: Callable[..., Any]) -> Iterator[None]:
-    """The exports below share it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontend, "load", traced_once)
-        yield
 
 
 @pytest.fixture(scope="module")

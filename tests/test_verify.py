@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,11 +21,9 @@ from test_families import LLAVA_7B
 from tiny_models import save_checkpoint, tiny_llava
 
 from vtr_export import compile as compiler
-from vtr_export.checkpoint import Checkpoint
 from vtr_export.errors import ArtifactError
 from vtr_export.exporter import Report, export
-from vtr_export.families import ModelFacts, read_facts
-from vtr_export.frontends import transformers
+from vtr_export.families import read_facts
 from vtr_export.manifest import Gate, Manifest
 from vtr_export.published import hash_files
 from vtr_export.schedule import Schedule
@@ -52,22 +50,7 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def traced_once() -> Iterator[None]:
-    """All exports here are of one checkpoint: one trace a dtype serves them all."""
-    load, known = transformers.load, dict[str, transformers.Graphs]()
-
-    def get(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> transformers.Graphs:
-        if dtype not in known:
-            known[dtype] = load(checkpoint, facts, dtype)
-        return transformers.Graphs(*(graph.clone() for graph in known[dtype].parts().values()))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers, "load", get)
-        yield
-
-
-@pytest.fixture(scope="module")
-def exported(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(one_trace: None, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A verified export; nobody changes it."""
     checkpoint = save_checkpoint(tiny_llava(layers=4), tmp_path_factory.mktemp("model"), shards=2)
     folder = tmp_path_factory.mktemp("out") / "artifact"
