@@ -65,7 +65,7 @@ def _word(model: Any) -> Tensor:
 def _laid(model: Any, said: Any) -> list[Tensor | list[Tensor]]:
     """What stands in the tokens' places, and the planes of later layers."""
     planes = list(getattr(said, "deepstack_features", None) or ())
-    if planes and isinstance(planes[0], tuple):  # with the layers that they are laid over
+    if planes and isinstance(planes[0], tuple) and isinstance(planes[0][0], int):  # layers
         by_layer = {layer: _one(found) for layer, found in planes}
         over = sorted(layer for layer in by_layer if layer)
         first = by_layer.get(0, torch.zeros_like(by_layer[over[0]]))

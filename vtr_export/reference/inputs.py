@@ -181,7 +181,7 @@ def image_features(model: Any, given: Given, device: str | torch.device = "cpu")
 def _over_layers(said: Any) -> dict[int, Tensor] | None:
     """Features by the layer before which they are added, ascending; None where they are not so."""
     found = getattr(said, "deepstack_features", None) or ()
-    if not found or not isinstance(found[0], tuple):
+    if not found or isinstance(found[0], Tensor) or not isinstance(found[0][0], int):
         return None
     return {layer: _one_row(rows) for layer, rows in sorted(dict(found).items())}
 
