@@ -1,5 +1,6 @@
 """The model with cuts in plain PyTorch: what parity is measured against and search evaluates."""
 
+from vtr_export.reference.crossing import Crossing, crossing_for
 from vtr_export.reference.cut import positions_of
 from vtr_export.reference.decoder import Cache, Generation, Held, Reference, Step
 from vtr_export.reference.head import Head
@@ -15,11 +16,13 @@ from vtr_export.reference.load import load_model
 
 __all__ = [
     "Cache",
+    "Crossing",
     "Generation",
     "Head",
     "Held",
     "Reference",
     "Step",
+    "crossing_for",
     "embed",
     "groups_for",
     "image_features",

@@ -21,6 +21,7 @@ from vtr_export.reference.cut import (
     survivors,
     vision_score,
 )
+from vtr_export.reference.crossing import Crossing, Walk, run_crossed
 from vtr_export.reference.layers import Attention, Handed, Layers
 from vtr_export.schedule import Cut, Resolved
 
@@ -29,7 +30,8 @@ from vtr_export.schedule import Cut, Resolved
 class Cache:
     """What a call leaves behind, per layer and per stage.
 
-    ``padding[0]`` is the attention mask of the unpruned sequence.
+    ``padding[0]`` is the attention mask of the unpruned sequence. Where layers cross, those behind
+    it are of the vision keys, which stages narrow instead.
     """
 
     keys: tuple[Tensor | None, ...]  # [B, kv_heads, P_stage, head_dim] of each layer; None: empty
@@ -126,6 +128,7 @@ class _Call:
     values: list[Tensor] = field(default_factory=list)
     padding: list[Tensor] = field(default_factory=list)
     choices: list[_Choice] = field(default_factory=list)
+    walk: Walk | None = None
     kept_vision: list[Tensor] = field(default_factory=list)
 
 
@@ -163,6 +166,7 @@ class Reference:
         *,
         forced: Sequence[Tensor] | None = None,
         groups: Tensor | None = None,
+        crossing: Crossing | None = None,
         logits: Literal["last", "all"] = "last",
     ) -> Step:
         """Run ``inputs_embeds`` ``[B, S, D]`` after ``cache``; the last column is always real.
@@ -170,17 +174,26 @@ class Reference:
         Planes may stand behind, ``[B, S, (1 + n) D]``: the n-th is added to what leaves layer n.
         ``attention_mask`` ``[B, P + S]`` is of the unpruned sequence. ``forced`` gives every
         cut its ``kept`` instead of letting the scores choose. ``groups`` ``[B, S]``: tokens of one
-        number, but 0, see each other whatever their order.
+        number, but 0, see each other whatever their order. ``crossing`` is what cross layers read.
         """
         past = attention_mask.shape[1] - inputs_embeds.shape[1]
         cache = cache or self._empty_cache(inputs_embeds)
         cache = replace(cache, padding=(attention_mask[:, :past], *cache.padding[1:]))
         mask = attention_mask[:, past:]
-        held = self._begin(inputs_embeds, mask, position_ids, vision_index, groups)
+        if self.schedule.crosses:
+            crossing = crossing or Crossing.nothing(inputs_embeds)
+        asked = inputs_embeds, mask, position_ids, vision_index, groups
+        held = self._begin(*asked, crossing=crossing)
         call = _Call(cache, held.budget, forced, padding=[attention_mask])
+        if crossing is not None:
+            call.walk = Walk(self.schedule, crossing, cache, forced)
         streams = self._run(held, len(self._layers), call).streams
         rows = streams.hidden if logits == "all" else streams.hidden[:, -1:]
         hidden = self.decoder.norm(rows)
+        if call.walk is not None:
+            call.choices += [_Choice(*decided) for decided in call.walk.decided]
+            call.padding += call.walk.padding
+            call.kept_vision += call.walk.kept_vision
         return Step(
             logits=self.lm_head(hidden).float(),
             hidden=hidden,
@@ -238,6 +251,7 @@ class Reference:
         forced: Sequence[Tensor] | None = None,
         positions: tuple[Tensor, Tensor] | None = None,
         groups: Tensor | None = None,
+        crossing: Crossing | None = None,
     ) -> Generation:
         """Answer greedily. Positions are those of the unpruned sequence; see :class:`Cache`.
 
@@ -246,7 +260,7 @@ class Reference:
         counted = positions_of(attention_mask)[:, -inputs_embeds.shape[1] :]
         first, ahead = positions or (counted, counted.new_zeros(len(counted)))
         asked = inputs_embeds, attention_mask, first, vision_index, cache
-        prefill = self(*asked, forced=forced, groups=groups)
+        prefill = self(*asked, forced=forced, groups=groups, crossing=crossing)
         ends = torch.tensor(list(eos), dtype=torch.int64, device=inputs_embeds.device)
         step, steps, tokens = prefill, [prefill], [prefill.logits.argmax(-1)]
         while len(tokens) < max_new_tokens:
@@ -276,7 +290,8 @@ class Reference:
     def _empty_cache(self, like: Tensor) -> Cache:
         nothing = (None,) * len(self._layers)
         padding = like.new_zeros((like.shape[0], 0), dtype=torch.int64)
-        return Cache(nothing, nothing, (padding,) * (len(self.schedule.cuts) + 1))
+        stages = len(self.schedule.cuts) + 1 + bool(self.schedule.crosses)
+        return Cache(nothing, nothing, (padding,) * stages)
 
     def _begin(
         self,
@@ -286,13 +301,15 @@ class Reference:
         vision: Tensor,
         groups: Tensor | None,
         drafted: int = 0,
+        crossing: Crossing | None = None,
     ) -> Held:
         """A call before layer 0."""
         width = getattr(self.decoder.config, "hidden_size", embeds.shape[-1])
         own, *planes = torch.split(embeds, width, -1)
         groups = torch.zeros_like(mask) if groups is None else groups
         with self._layers.heard():
-            hidden, _ = self._layers.hand(own, positions, groups)
+            more = crossing.handed() if crossing is not None else None
+            hidden, _ = self._layers.hand(own, positions, groups, more)
         streams = Streams(hidden, mask, positions, vision, groups, drafted, tuple(planes))
         return Held(0, streams, None, (vision.shape[1], streams.is_real().sum(1).tolist()))
 
@@ -302,6 +319,11 @@ class Reference:
             return self._run_heard(held, last, call)
 
     def _run_heard(self, held: Held, last: int, call: _Call) -> Held:
+        if call.walk is not None:
+            causal = _visible(call.past.padding[0], held.streams)
+            streams, states = run_crossed(self._layers, held.streams, causal, call.walk)
+            call.keys, call.values = (list(part) for part in zip(*states, strict=True))
+            return replace(held, layer=last, streams=streams)
         streams, score, handed = held.streams, held.score, self._hand(held.streams)
         for index in range(held.layer, last):
             if index in self.cuts:

@@ -162,6 +162,9 @@ def image_features(model: Any, given: Given, device: str | torch.device = "cpu")
     given = {"pixel_values": given} if isinstance(given, Tensor) else given
     inputs = {name: torch.as_tensor(values).to(device) for name, values in given.items()}
     inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+    if model.config.model_type == "mllama":  # which has no accessor
+        seen = model.model.vision_model(**inputs).last_hidden_state
+        return _one_row(model.model.multi_modal_projector(seen))
     own = getattr(model, "get_image_features", None) or getattr(model, "get_video_features", None)
     said = (own or model.model.get_image_features)(**inputs)
     if (over := _over_layers(said)) is not None:

@@ -17,7 +17,8 @@ from transformers import AttentionInterface
 
 NAME = "vtr_reference"  # of our attention among transformers'
 Mix: TypeAlias = Callable[["Attention"], Tensor]
-Handed: TypeAlias = Sequence[Mapping[str, Any]]  # by layer: what it is called with beside its rows
+Handed: TypeAlias = Sequence[Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
+"""By layer: what it is called with beside its rows."""
 APART = "moe_mm_token_type_ids"  # of a decoder's forward: who has the experts of images
 UNHEARD = ("s_aux", "position_bias", "cache_position_bias")  # of an attention; we know no such term
 
@@ -91,6 +92,7 @@ class _Past:
     """A cache as a layer sees it: the past keys and values of one layer before the new ones."""
 
     is_compileable = False
+    layers = ()  # what it holds of others
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
         self._keys, self._values = keys, values
@@ -156,11 +158,18 @@ class Layers:
         finally:
             config._attn_implementation = before
 
-    def hand(self, hidden: Tensor, positions: Tensor, groups: Tensor) -> tuple[Tensor, Handed]:
+    def hand(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        groups: Tensor,
+        more: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, Handed]:
         """What enters layer 0 for rows ``[B, S, D]``, and what each layer is handed with them.
 
         ``positions`` ``[B, S]``, or ``[3, B, S]`` where there are three. ``groups`` ``[B, S]``
-        below 0 are of tokens that have experts of their own.
+        below 0 are of tokens that have experts of their own; ``more`` is what the decoder is given
+        beside.
         """
         told = signature(self.decoder.forward).parameters.keys() & {APART}
         marks = {name: (groups < 0).long() for name in told}
@@ -176,6 +185,7 @@ class Layers:
                     past_key_values=_Past(None, None),
                     use_cache=True,
                     **marks,
+                    **(more or {}),
                 )
         finally:
             self.decoder.layers = layers
@@ -245,6 +255,8 @@ def _mix(attention: Attention) -> Tensor:
     logits = attention.logits(attention.query, attention.for_each_head(attention.keys))
     logits = logits.masked_fill(~attention.visible[:, None], -torch.inf)
     probabilities = logits.softmax(-1, dtype=torch.float32).to(logits.dtype)
+    sees = attention.visible[:, None].any(-1, keepdim=True)
+    probabilities = probabilities.where(sees, 0)  # who sees nothing takes nothing
     mixed = probabilities @ attention.for_each_head(attention.values)
     return mixed.transpose(1, 2).contiguous()
 

@@ -28,11 +28,8 @@ class Keys:
     rows: Ints  # [B, S] 1: the rest of a cross layer counts in it
 
     def states(self, features: Array) -> Array:
-        """``[B, V, D]``; pads are zeros. ``features`` ``[images, keys, D]``."""
-        flat = features.reshape(-1, features.shape[-1])
-        nothing = np.zeros_like(flat[:1])
-        states: Array = np.concatenate((flat, nothing))[self.features]
-        return states
+        """``[B, V, D]`` of ``features`` ``[images, keys, D]``."""
+        return states_at(features, self.features)
 
     @property
     def real(self) -> Bools:
@@ -47,6 +44,13 @@ class Crossed:
     states: Array  # [B, V, D]
     seen: Bools  # [B, S, V]
     rows: Ints  # [B, S]
+
+
+def states_at(features: Array, places: Ints) -> Array:
+    """``[B, V, D]``: ``features`` ``[…, D]`` at ``places`` ``[B, V]``; those of -1 are zeros."""
+    flat = features.reshape(-1, features.shape[-1])
+    states: Array = np.concatenate((flat, np.zeros_like(flat[:1])))[places]
+    return states
 
 
 def lay_out(

@@ -1,7 +1,7 @@
 """One call with its decode steps, and what the reference made of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,6 +29,16 @@ class Question:
     following: Ints  # [B] the position after the prompt
     vision_index: Ints  # [B, V]
     groups: Ints  # [B, S] tokens of one number, but 0, see each other
+    # where images are keys: features [B, V], seen [B, S, V], rows [B, S], as ``crossing.Keys``
+    crossing: Mapping[str, Array] = field(default_factory=dict)
+
+    def cut_columns(self, row: int) -> tuple[int, Ints, Ints]:
+        """Columns that cuts narrow: their number, those that are ranked, and those no pads."""
+        if self.crossing:
+            seen = self.crossing["seen"][row, -1]
+            return len(seen), np.arange(len(seen)), np.flatnonzero(seen)
+        index = self.vision_index[row]
+        return self.input_ids.shape[1], index, index[self.attention_mask[row, index] != 0]
 
     @property
     def places(self) -> Places:

@@ -22,7 +22,7 @@ _UNREADABLE = (
     OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 _ASKED = ("input_ids", "attention_mask", "position_ids", "following", "vision_index", "groups")
-_IMAGES = ("images", "given")  # several arrays each: images.pixel_values, …
+_IMAGES = ("images", "given", "crossing")  # several arrays each: images.pixel_values, …
 _CUTS = ("kept", "kept_vision", "scores", "margins", "ties")  # one array a cut: kept.0, …
 
 
@@ -74,9 +74,9 @@ def _unpack(name: str, arrays: dict[str, Array]) -> Case:
     kept, kept_vision, scores, margins, ties = (
         tuple(arrays[f"{each}.{cut}"] for cut in range(count)) for each in _CUTS
     )
-    images, given = (_below(arrays, part) for part in _IMAGES)
+    images, given, crossing = (_below(arrays, part) for part in _IMAGES)
     return Case(
-        question=Question(name, images, given, *(arrays[each] for each in _ASKED)),
+        question=Question(name, images, given, *(arrays[each] for each in _ASKED), crossing),
         tokens=arrays["tokens"],
         logits=arrays["logits"],
         logit_ids=arrays["logit_ids"],

@@ -47,10 +47,9 @@ def compare(case: Case, kept: Sequence[Ints], near_tie: float) -> list[Row]:
 
 def _compare_row(case: Case, kept: Sequence[Ints], b: int, near_tie: float) -> list[Row]:
     question = case.question
-    columns = np.arange(question.input_ids.shape[1])
-    ours, theirs, vision_index = columns, columns, question.vision_index[b]
-    real = question.attention_mask[b] != 0
-    vision = set(vision_index[real[vision_index]].tolist())
+    count, vision_index, real = question.cut_columns(b)
+    columns = np.arange(count)
+    ours, theirs, vision = columns, columns, set(real.tolist())
     excused: Columns = frozenset()
     rows = []
     for cut, (mine, expected) in enumerate(zip(kept, case.kept, strict=True)):

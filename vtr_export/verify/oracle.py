@@ -12,6 +12,7 @@ from torch import Tensor
 from vtr_export.reference import (
     Head,
     Reference,
+    crossing_for,
     embed,
     groups_for,
     image_features,
@@ -37,14 +38,17 @@ class Oracle:
         eager = {"attn_implementation": "eager"}
         self._model: Any = load_model(weights, config, DTYPES[dtype], trusted=trusted, **eager)
         self._dtype = DTYPES[dtype]
-        self._decoder = self._model.get_decoder()
+        self._decoder, self._crosses = self._model.get_decoder(), bool(schedule.crosses)
         self._reference = Reference(self._decoder, Head(self._model), schedule)
 
     @torch.no_grad()
     def answer(self, question: Question, steps: int) -> Case:
         """Prefill and ``steps`` greedy decode steps, which end tokens do not stop."""
         ids, mask = torch.tensor(question.input_ids), torch.tensor(question.attention_mask)
-        embeds, index = embed(self._model, ids, mask, question.given)
+        crossing = crossing_for(self._model, ids, mask, question.given) if self._crosses else None
+        given = None if self._crosses else question.given
+        embeds, index = embed(self._model, ids, mask, given)
+        index = index[:, :0] if self._crosses else index
         features = image_features(self._model, question.given)
         positions = positions_for(self._model, ids, mask, question.given)
         groups = groups_for(self._model, ids, mask)
@@ -57,9 +61,11 @@ class Oracle:
                 max_new_tokens=steps + 1,
                 positions=positions,
                 groups=groups,
+                crossing=crossing,
             )
         nothing = torch.full_like(embeds, torch.nan)
-        silent = self._reference(nothing, mask, positions[0], index, groups=groups)
+        told = {"groups": groups, "crossing": crossing}
+        silent = self._reference(nothing, mask, positions[0], index, **told)
         logits, logit_ids = noted(_numpy(said.logits))
         prefill = said.prefill
         return Case(
@@ -80,6 +86,7 @@ class Oracle:
         self, question: Question, rows: Sequence[Sequence[int]], pad: int, image: int
     ) -> int:
         """Entries in which the runtime's batch is not the reference's."""
+        image = -1 if self._crosses else image
         ids, mask = pad_batch(rows, pad, image)
         positions, ahead = positions_for(self._model, ids, mask, question.given)
         following = mask.sum(1) + ahead
@@ -93,13 +100,18 @@ class Oracle:
             question.vision_index,
             question.groups,
         )
+        if self._crosses:
+            crossing = crossing_for(self._model, ids, mask, question.given)
+            theirs += crossing.features, crossing.seen, crossing.rows.long()
+            ours += tuple(question.crossing.values())
         return int(
             sum(differing(mine, other.numpy()) for mine, other in zip(ours, theirs, strict=True))
         )
 
     def _text_embeds(self, ids: Tensor) -> Array:
         embeds = self._model.get_input_embeddings()(ids).clone()
-        embeds[ids == self._model.config.image_token_id] = 0
+        if not self._crosses:
+            embeds[ids == self._model.config.image_token_id] = 0
         return _numpy(embeds)
 
     @contextmanager

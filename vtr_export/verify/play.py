@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vtr_export.passes.force_keep_sets import ForceKeepSets
+from vtr_export.runtime.crossing import Crossed, states_at
 from vtr_export.runtime.decoder import Decoder, Step
 from vtr_export.runtime.model import encode as encode_images
 from vtr_export.runtime.model import put
@@ -61,10 +62,14 @@ def embed_case(session: Session, case: Case, features: Array) -> Inputs:
     row, entry = np.nonzero(question.real_vision)
     places = row, question.vision_index[row, entry]
     ids = question.input_ids.copy()
+    steps = _only(session, case.tokens)
+    if question.crossing:
+        text = np.array(_only(session, ids))
+        return Inputs(case, features, text, text, steps)
     ids[places] = 0  # an image's place may have no embedding
     text = np.array(_only(session, ids))
     text[places] = 0
-    return Inputs(case, features, text, put(text, places, features), _only(session, case.tokens))
+    return Inputs(case, features, text, put(text, places, features), steps)
 
 
 def play_free(parts: Parts, inputs: Sequence[Inputs]) -> tuple[list[Played], list[Played]]:
@@ -74,7 +79,7 @@ def play_free(parts: Parts, inputs: Sequence[Inputs]) -> tuple[list[Played], lis
     played = [play(decoder, each) for each in inputs]
     silent = []
     for each in inputs:
-        step = _prefill(decoder, each.case.question, np.full_like(each.embeds, np.nan))
+        step = _prefill(decoder, each, np.full_like(each.embeds, np.nan))
         silent.append(Played(each.case, step.logits[:, None], step.kept))
     return played, silent
 
@@ -104,10 +109,11 @@ def play(decoder: Decoder, inputs: Inputs, forced: Forced | None = None) -> Play
     if forced is not None:
         forced.force(case.kept, case.kept_vision)
         forced.shown.clear()
-    step = _prefill(decoder, case.question, inputs.embeds)
+    step = _prefill(decoder, inputs, inputs.embeds)
     kept, logits = step.kept, [step.logits]
     if forced is not None:
-        first, none = np.zeros((case.batch, 1), np.int64), np.zeros((case.batch, 0), np.int64)
+        none = np.zeros((case.batch, 0), np.int64)
+        first = none if case.question.crossing else np.zeros((case.batch, 1), np.int64)
         forced.force([first] * len(case.kept), [none] * len(case.kept))
     for column in range(case.tokens.shape[1]):
         step = decoder(
@@ -132,10 +138,19 @@ def _scores(forced: Forced | None) -> tuple[Array, ...]:
     return tuple(first[f"score.{cut}"] for cut in range(count))
 
 
-def _prefill(decoder: Decoder, question: Question, embeds: Array) -> Step:
-    cache = decoder.empty(len(embeds))
-    mask, index = question.attention_mask, question.vision_index
-    return decoder(cache, embeds, mask, index, question.places, question.groups, kept=True)
+def _prefill(decoder: Decoder, inputs: Inputs, embeds: Array) -> Step:
+    question, cache = inputs.case.question, decoder.empty(len(embeds))
+    asked = question.attention_mask, question.vision_index, question.places, question.groups
+    return decoder(cache, embeds, *asked, _crossed(inputs), kept=True)
+
+
+def _crossed(inputs: Inputs) -> Crossed | None:
+    """The images, where they are keys."""
+    given = inputs.case.question.crossing
+    if not given:
+        return None
+    states = states_at(inputs.features, given["features"])
+    return Crossed(states, given["seen"], given["rows"])
 
 
 def _only(session: Session, value: Array) -> Array:

@@ -11,7 +11,8 @@ import numpy as np
 from vtr_export.errors import ArtifactError, InputError
 from vtr_export.families import ModelFacts
 from vtr_export.manifest import Gate
-from vtr_export.runtime.batch import pad_batch, positions, token_groups
+from vtr_export.runtime.batch import Batch, pad_batch, positions, token_groups
+from vtr_export.runtime.crossing import lay_out
 from vtr_export.runtime.images import ImageInputs, Seen
 from vtr_export.runtime.images.inputs import repeated
 from vtr_export.runtime.positions import Places, mrope
@@ -62,7 +63,8 @@ def ask(
 def question(name: str, asked: Asked, rows: Sequence[int], facts: ModelFacts, pad: int) -> Question:
     """The prompts ``rows`` of ``asked`` as one call."""
     chosen = [asked.rows[row] for row in rows]
-    batch = pad_batch(chosen, pad, facts.image_token_id)
+    spread = None if facts.crosses else facts.image_token_id
+    batch = pad_batch(chosen, pad, spread)
     images = asked.read(asked.images[len(chosen)], rows)
     lengths = batch.attention_mask.sum(axis=1)
     first = facts.first_position
@@ -80,7 +82,16 @@ def question(name: str, asked: Asked, rows: Sequence[int], facts: ModelFacts, pa
         following=places.following,
         vision_index=batch.vision_index,
         groups=token_groups(batch, facts.image_token_id, facts.attends, facts.marked),
+        crossing=_crossing(batch, images, facts) if facts.crosses else {},
     )
+
+
+def _crossing(batch: Batch, images: ImageInputs, facts: ModelFacts) -> dict[str, Array]:
+    """Where the images' features stand among the keys of cross-attention."""
+    assert facts.vision is not None, "it has a tower"
+    each = facts.vision.keys_per_image
+    keys = lay_out(batch, facts.image_token_id, images.seen, each, facts.sight)
+    return {"features": keys.features, "seen": keys.seen, "rows": keys.rows}
 
 
 def _images(

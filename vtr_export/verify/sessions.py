@@ -20,7 +20,7 @@ _FOLDER = "session.model_external_initializers_file_folder_path"
 _ERRORS_ONLY = 3
 _END = 150  # characters of either end of a long error
 SHOWN = ("score.", "stream.")  # outputs that only a verification asks for
-_NUMPY = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+_NUMPY = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool"}
 
 
 class GraphError(Exception):
