@@ -14,7 +14,7 @@ from pydantic import (
 
 from vtr_export.checkpoint import read_header
 from vtr_export.errors import ArtifactError, CheckpointError
-from vtr_export.families import Attends, Sight
+from vtr_export.families import Attends, Features, Sight
 from vtr_export.published import FileName, Part, Published, RelativePath, Sha256
 
 
@@ -99,6 +99,7 @@ class DecoderFacts(Part):
     pad_token_id: int | None = None
     mrope: bool = False  # positions are triples
     attends: Attends = "causal"
+    features: Features = "tokens"
     first_position: NonNegativeInt = 0
     marked: tuple[int, ...] = ()  # tokens that have the experts of images
     crosses: tuple[NonNegativeInt, ...] = ()  # layers that attend to images as keys

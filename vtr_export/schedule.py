@@ -255,6 +255,10 @@ class Schedule:
 
     def _check_model(self, model: Model) -> None:
         """What this kind of model cannot do, whatever the numbers."""
+        why, values = getattr(model, "uncut", ""), keep_values(self.prefill)
+        if why and values:
+            key = values[0][0]
+            raise self._error(key, f"nothing can be cut: {why}", "leave the prefill part out")
         if self.prefill.rank == "per_image" and model.tokens_per_image is None:
             raise self._error(
                 ("prefill", "rank"),

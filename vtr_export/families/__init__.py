@@ -1,7 +1,7 @@
 """What we must know of a model before reading a weight: facts from its config.json."""
 
 from vtr_export.families.decoders import DECODERS
-from vtr_export.families.facts import Anyres, Attends, ModelFacts, Sight, VisionFacts
+from vtr_export.families.facts import Anyres, Attends, Features, ModelFacts, Sight, VisionFacts
 from vtr_export.families.foreign import RAN, own_code
 from vtr_export.families.read import FAMILIES, read_facts
 from vtr_export.families.towers import TOWERS
@@ -13,6 +13,7 @@ __all__ = [
     "TOWERS",
     "Anyres",
     "Attends",
+    "Features",
     "ModelFacts",
     "Sight",
     "VisionFacts",

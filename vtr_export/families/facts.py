@@ -1,10 +1,18 @@
 """The shape of a vision-language model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 Attends: TypeAlias = Literal["causal", "images", "prompt"]
 """What a token sees beside what came before: nothing; all its image; all its prompt."""
+Features: TypeAlias = Literal["tokens", "weights", "keys"]
+"""Tokens of the prompt; low-rank weights of layers; keys beside those of text, in one softmax."""
+UNCUT: Final[Mapping[str, str]] = {
+    "weights": "an image becomes weights of this decoder and has no token in the prompt to drop",
+    "keys": "images are keys beside those of text, in one softmax, and cuts of such keys are not "
+    "written yet",
+}
 
 Sight: TypeAlias = Literal["onward", "latest"]
 """Which images a token sees by cross-attention: all since the last text but one; the last one."""
@@ -94,6 +102,8 @@ class ModelFacts:
     ``cross_parameters`` is what all of those hold beyond a layer like the others.
     ``more_embeddings`` are rows of the embedding table behind the vocabulary.
     ``sandwiched``: what attention and MLP give is normed before it joins the residual stream.
+    ``features``: what those of an image are to the decoder, and the shape they have for one image
+    beyond its keys, where they are no tokens.
     ``estimated``: what the model holds and costs is not counted exactly; its
     ``projector_parameters`` and its tower's are not known.
     """
@@ -135,6 +145,13 @@ class ModelFacts:
     cross_parameters: int = 0
     more_embeddings: int = 0
     sandwiched: bool = False
+    features: Features = "tokens"
+    feature_shape: tuple[int, ...] = ()
+
+    @property
+    def uncut(self) -> str:
+        """Why no schedule can drop anything in the decoder; empty where one can."""
+        return UNCUT.get(self.features, "")
 
     @property
     def remarks(self) -> tuple[str, ...]:

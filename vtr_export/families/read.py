@@ -23,6 +23,7 @@ from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vtr_export.families.section import FRESH, Config, architectures
 from vtr_export.families.video_llava import video_llava
 from vtr_export.families.vipllava import vipllava
+from vtr_export.families.vlora import vlora
 
 FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "blip-2": blip_2,
@@ -49,6 +50,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "smolvlm": idefics3,
     "video_llava": video_llava,
     "vipllava": vipllava,
+    "vlora": vlora,
 }
 
 

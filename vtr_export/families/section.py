@@ -123,7 +123,7 @@ def is_tied(config: Config, text: Section) -> bool:
     that is said to have a head of its own has it where the file says no more, as older
     transformers wrote it.
     """
-    own, given = defaults()[config["model_type"]], config.get("text_config")
+    own, given = defaults().get(config["model_type"], {}), config.get("text_config")
     apart = isinstance(given, Mapping) and given.get("tie_word_embeddings") is False
     silent = bool(own.get("tie_word_embeddings")) and not apart
     stated = {name: value for name, value in config.items() if value is not None}

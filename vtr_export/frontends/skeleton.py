@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from vtr_export import models
 from vtr_export.checkpoint import CONFIG, Checkpoint
 from vtr_export.errors import CheckpointError
 from vtr_export.frontends.conversions import converted
@@ -53,6 +54,7 @@ def build_skeleton(
 
     ``trusted``: by the checkpoint's own code, where ``config`` names it.
     """
+    models.register()
     config._attn_implementation = "vtr"
     _spare_sams(config)
     _settle(config.get_text_config())
@@ -116,6 +118,7 @@ def _fake_parameters(module: Module, mode: FakeTensorMode) -> None:
 def read_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """Transformers' own reading of ``config.json``; runs no code of it that was not run before."""
     trusted = bool(checkpoint.code)
+    models.register()
     try:
         if checkpoint.files and not trusted:
             return AutoConfig.for_model(**checkpoint.config)

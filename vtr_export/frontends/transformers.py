@@ -18,6 +18,7 @@ from vtr_export.checkpoint import Checkpoint
 from vtr_export.errors import CheckpointError
 from vtr_export.families import ModelFacts
 from vtr_export.frontends import cross, generic
+from vtr_export.frontends.beside import feeds_beside
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.experts import open_experts
 from vtr_export.frontends.feeds import Feed, VisionGraph
@@ -100,6 +101,7 @@ class Decoder(Module):
         mask: Tensor,
         position_ids: Tensor,
         past: list[list[Tensor]],
+        beside: Mapping[str, Tensor],
         groups: Tensor | None = None,
     ) -> list[Tensor]:
         """Logits [B,1,vocab] in fp32, then key and value of every layer."""
@@ -112,6 +114,7 @@ class Decoder(Module):
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
+                **beside,
                 **self._last,
                 **marks,
             )
@@ -261,7 +264,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
     batch, sequence, past = 2, 3, 5
     lead = (facts.sections,) if facts.mrope else ()
     dims = Dim("batch"), Dim("sequence"), Dim("past")
-    layers = len(model.get_decoder().layers)
+    layers, beside = len(model.get_decoder().layers), feeds_beside(facts, batch, dtype)
     kinds = _caches(model, facts, layers)
     shapes = [[(batch, heads, past, width) for width in widths] for heads, *widths in kinds]
     names = [f"{n}.{part}" for n in range(layers) for part in ("key", "value")]
@@ -273,6 +276,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
             torch.ones(1, 1, 1, 1, dtype=torch.bool),
             torch.zeros((*lead, batch, sequence), dtype=torch.long),
             [[torch.empty(shape, dtype=dtype) for shape in layer] for layer in shapes],
+            {name: feed.example for name, feed in beside.items()},
             *(torch.zeros(batch, sequence, dtype=torch.long) for _ in marks),
         ),
         (
@@ -280,6 +284,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
             None,
             {len(lead): dims[0], len(lead) + 1: dims[1]},
             [[{0: dims[0], 2: dims[2]} for _ in range(2)] for _ in range(layers)],
+            {name: feed.dynamic for name, feed in beside.items()},
             *({0: dims[0], 1: dims[1]} for _ in marks),
         ),
         inputs=[
@@ -287,6 +292,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
             "mask",
             "position_ids",
             *(f"past_key_values.{name}" for name in names),
+            *beside,
             *marks,
         ],
         outputs=["logits", *(f"present.{name}" for name in names)],

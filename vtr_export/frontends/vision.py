@@ -19,6 +19,7 @@ from vtr_export.frontends.families import (
     qformer,
     qwen_vl,
     video_llava,
+    vlora,
 )
 from vtr_export.frontends.feeds import Feed, VisionGraph
 from vtr_export.frontends.generic import accessor
@@ -62,6 +63,7 @@ GRAPHS: Final[Mapping[str, VisionGraph]] = {
     "mllama": VisionGraph(mllama.projected, mllama.tiles),
     "llava_next": VisionGraph(llava.packed, llava.tiles),
     "llava_onevision": VisionGraph(llava.blended, llava.blended_tiles),
+    "vlora": VisionGraph(vlora.weights, one_size),
     "video_llava": VisionGraph(video_llava.packed, video_llava.images_and_frames),
     **dict.fromkeys(qwen_vl.KINDS, VisionGraph(qwen_vl.merged, qwen_vl.patches)),
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vtr_export import models
 from vtr_export.inner_decoder import point_at_layers
 from vtr_export.reference import internvl_chat
 
@@ -20,6 +21,7 @@ def load_model(
     """
     from transformers import AutoConfig, InternVLForConditionalGeneration
 
+    models.register()
     options |= {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     settings = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=trusted)
     own = json.loads((weights / "config.json").read_text(encoding="utf-8"))

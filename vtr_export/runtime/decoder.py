@@ -1,12 +1,13 @@
 """The decoder and its cache: what it presents is what it is given next; it knows no cuts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from vtr_export.errors import ArtifactError
 from vtr_export.runtime.batch import Ints, positions
+from vtr_export.runtime.beside import NAMES, check_first, laid_beside
 from vtr_export.runtime.crossing import Crossed
 from vtr_export.runtime.positions import Places
 from vtr_export.runtime.session import Array, Session, Value
@@ -70,6 +71,7 @@ class Decoder:
             )
         kept = (name for name in session.outputs if name.startswith(_KEPT))
         self._kept = sorted(kept, key=lambda name: int(name.removeprefix(_KEPT)))
+        self.beside = [name for name in session.inputs if name in NAMES]
         self.planes = sum(name.startswith(_PLANE) for name in session.inputs)
 
     @property
@@ -88,13 +90,18 @@ class Decoder:
         That of vision keys is one, of zeros, which nobody sees who sees another.
         """
         values: dict[str, Value] = {}
-        for name in self._carried.values():
+        for name in (*self._carried.values(), *self.beside):
             port = self.session.inputs[name]
             tail = (_length(size) for size in port.shape[1:])
             dtype = "float32" if port.dtype == "bfloat16" else port.dtype
             values[name] = np.zeros((batch, *tail), dtype)
         ahead = np.full(batch, self._first, np.int64)
         return Cache(values, np.zeros((batch, 0), np.int64), ahead)
+
+    def with_images(self, cache: Cache, features: Array, mask: Ints) -> Cache:
+        """``cache`` before a first call, with what stays beside its tokens. InputError."""
+        check_first(cache.lengths)
+        return replace(cache, values={**cache.values, **laid_beside(features, mask)})
 
     def __call__(
         self,
@@ -135,6 +142,7 @@ class Decoder:
         asked = ["logits", *self._carried, *(self._kept if kept else ())]
         results = self.session.run(feeds, asked, resident=self._carried)
         values = {past: results[present] for present, past in self._carried.items()}
+        values |= {name: cache.values[name] for name in self.beside}
         logits = np.asarray(results["logits"], np.float32)[:, -1]
         reported = tuple(np.asarray(results[name]) for name in asked if name.startswith(_KEPT))
         return Step(logits, Cache(values, whole, ahead), reported)

@@ -60,6 +60,9 @@ class Model:
         """Feed prompts; ``features`` of the ``images`` are in reading order of the rows."""
         if self.sight is not None:
             return self._crossing(cache, batch, features, images)
+        if self.decoder.beside and features is not None:
+            cache = self.decoder.with_images(cache, features, batch.attention_mask)
+            features = None
         embeds = self._embed(batch, features)
         places = None
         if self.mrope and images:  # text alone counts on

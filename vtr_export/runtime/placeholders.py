@@ -177,6 +177,11 @@ def mllama(special: Special, config: Mapping[str, Any]) -> Placeholder:
     return replace(image, prompt=prompt, written=lambda _: image.token)
 
 
+def nothing(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """An image leaves no token in the prompt."""
+    return replace(plain(special, config), written=lambda _: "")
+
+
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     **dict.fromkeys(("Blip2Processor", "InstructBlipProcessor"), leading),
     "Gemma3Processor": gemma3,
@@ -189,6 +194,7 @@ PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     "MllamaProcessor": mllama,
     "PixtralProcessor": pixtral,
     "VideoLlavaProcessor": with_videos,
+    "VLoRAProcessor": nothing,
     "PaliGemmaProcessor": paligemma,
     "Qwen2VLProcessor": qwen_vl,
     "Qwen2_5_VLProcessor": qwen_vl,

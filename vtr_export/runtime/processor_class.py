@@ -26,6 +26,7 @@ OF_MODELS: Final[Mapping[str, str]] = {  # where no file names one, as transform
     "qwen3_vl": "Qwen3VLProcessor",
     "qwen3_vl_moe": "Qwen3VLProcessor",
     "smolvlm": "SmolVLMProcessor",
+    "vlora": "VLoRAProcessor",
 }
 
 

@@ -20,6 +20,7 @@ from vtr_export.verify.pictures import draw_picture
 from vtr_export.verify.questions import Asked, ask, question
 from vtr_export.verify.scope import layers_of
 from vtr_export.verify.sessions import Parts
+from vtr_export.verify.whole import WholeOracle
 
 CASES = {"single": ((0,), 16), "batch": ((0, 1), 4)}  # prompts side by side, decode steps
 
@@ -67,7 +68,8 @@ def check(job: Job) -> Findings:
             schedule = first_layers(schedule, count)
             parts = build_decoder(parts, checkpoint, manifest, schedule, folder)
             config = folder
-        oracle = Oracle(checkpoint.folder, config, schedule, job.dtype, trusted=job.trusted)
+        kind = Oracle if facts.features == "tokens" else WholeOracle
+        oracle = kind(checkpoint.folder, config, schedule, job.dtype, trusted=job.trusted)
         inputs = _inputs_gate(oracle, asked, questions, pad, facts.image_token_id)
         gates = [*asked.gates, inputs]
         cases = _answers(oracle, questions)

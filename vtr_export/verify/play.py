@@ -13,7 +13,7 @@ from vtr_export.runtime.decoder import Decoder, Step
 from vtr_export.runtime.model import encode as encode_images
 from vtr_export.runtime.model import put
 from vtr_export.runtime.session import Session
-from vtr_export.verify.case import Array, Case, Ints, Question
+from vtr_export.verify.case import Array, Case, Ints
 from vtr_export.verify.sessions import Forced, GraphError, Parts
 from vtr_export.verify.taps import ShowScores
 
@@ -53,12 +53,16 @@ def encode_case(session: Session, case: Case) -> Array:
 def embed(parts: Parts, cases: Sequence[Case], features: Sequence[Array]) -> list[Inputs]:
     """Every case as the decoder takes it."""
     session = parts.open(parts.embedding)
-    return [embed_case(session, *pair) for pair in zip(cases, features, strict=True)]
+    pairs = zip(cases, features, strict=True)
+    return [embed_case(session, *pair, beside=parts.beside) for pair in pairs]
 
 
-def embed_case(session: Session, case: Case, features: Array) -> Inputs:
-    """One case as the decoder takes it."""
+def embed_case(session: Session, case: Case, features: Array, *, beside: bool = False) -> Inputs:
+    """One case as the decoder takes it; ``beside``: features are no tokens."""
     question = case.question
+    if beside:
+        text = np.array(_only(session, question.input_ids))
+        return Inputs(case, features, text, text, _only(session, case.tokens))
     row, entry = np.nonzero(question.real_vision)
     places = row, question.vision_index[row, entry]
     ids = question.input_ids.copy()
@@ -140,6 +144,8 @@ def _scores(forced: Forced | None) -> tuple[Array, ...]:
 
 def _prefill(decoder: Decoder, inputs: Inputs, embeds: Array) -> Step:
     question, cache = inputs.case.question, decoder.empty(len(embeds))
+    if decoder.beside:
+        cache = decoder.with_images(cache, inputs.features, question.attention_mask)
     asked = question.attention_mask, question.vision_index, question.places, question.groups
     return decoder(cache, embeds, *asked, _crossed(inputs), kept=True)
 

@@ -162,6 +162,9 @@ def _rows(
         warnings.append(f"token ids were not checked: {error.message}")
         return _random_rows(facts, images.tokens), []
     rows = tuple(tuple(ids) for ids, *_ in ours)
+    if facts.features != "tokens":
+        warnings.append("token ids were not checked: transformers has no such processor")
+        return rows, []
     try:
         theirs = [_their_ids(processor, checkpoint, prompt, image) for prompt in prompts]
     except (ImportError, OSError, ValueError, TypeError) as error:

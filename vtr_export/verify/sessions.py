@@ -39,6 +39,7 @@ class Parts:
     keep: Ints | None  # what a tunable decoder is to be given
     cut_layers: tuple[int, ...] = ()  # the layer each cut stands before
     lowering: tuple[ir.passes.PassBase, ...] = ()  # of the target they are checked for
+    beside: bool = False  # image features are no tokens
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest) -> "Parts":
@@ -53,6 +54,7 @@ class Parts:
             shards=manifest.linked_shards(),
             keep=np.array(keeps, np.int64) if manifest.tunable else None,
             cut_layers=tuple(stage.first_layer for stage in manifest.model.stages[1:]),
+            beside=manifest.model.features != "tokens",
         )
 
     def with_decoder(self, decoder: Path, keep: Ints, cut_layers: tuple[int, ...]) -> "Parts":
