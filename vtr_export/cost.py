@@ -15,17 +15,36 @@ class Rows:
     """Tokens of one decoder layer: ``entering`` it, and ``leaving`` its attention (o_proj, MLP).
 
     They differ in the layer before a cut with ``drop_point: inside``. ``past`` tokens are in the
-    layer's cache already and are only attended to.
+    layer's cache already and are only attended to. ``keys`` of images are attended to in place of
+    the layer's own tokens, where it crosses.
     """
 
     entering: int
     leaving: int
     past: int = 0
+    keys: int | None = None
+
+    @property
+    def new_keys(self) -> int:
+        """Keys that are projected."""
+        return self.entering if self.keys is None else self.keys
+
+    def step(self, done: int) -> "Rows":
+        """A token decoded after ``done`` others."""
+        if self.keys is None:
+            return Rows(1, 1, past=self.entering + done)
+        return Rows(1, 1, past=self.keys, keys=0)
 
 
 def layer_rows(resolved: Resolved, vision_tokens: int, text_tokens: int) -> tuple[Rows, ...]:
     """Rows per decoder layer of one prompt."""
-    tokens = [v + text_tokens for v in resolved.keep_per_layer(vision_tokens)]
+    keeps = resolved.keep_per_layer(vision_tokens)
+    if resolved.crosses:
+        return tuple(
+            Rows(text_tokens, text_tokens, keys=keep if layer in resolved.crosses else None)
+            for layer, keep in enumerate(keeps)
+        )
+    tokens = [v + text_tokens for v in keeps]
     after = [*tokens[1:], tokens[-1]] if resolved.drop_point == "inside" else tokens
     return tuple(Rows(*pair) for pair in zip(tokens, after, strict=True))
 
@@ -39,8 +58,8 @@ def _macs(facts: ModelFacts, rows: Rows, mlp_matrices: int) -> int:
     """Multiply-adds of one layer: projections, attention of all rows to all keys, MLP."""
     n, a, d = rows.entering, rows.leaving, facts.hidden
     q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-    projections = n * d * (q + 2 * kv) + a * q * d
-    attention = 2 * n * (rows.past + n) * q
+    projections = n * d * q + rows.new_keys * d * 2 * kv + a * q * d
+    attention = 2 * n * (rows.past + rows.new_keys) * q
     return projections + attention + mlp_matrices * a * d * facts.intermediate
 
 
@@ -58,8 +77,8 @@ def _f_c(facts: ModelFacts, rows: Rows) -> int:
 
 def _f_d(facts: ModelFacts, rows: Rows) -> int:
     """Knows nothing of key-value heads or the MLP's width: m = 4d, 24nd² + 4n²d."""
-    n, a, d = rows.entering, rows.leaving, facts.hidden
-    return 6 * n * d * d + 18 * a * d * d + 4 * n * (rows.past + n) * d
+    n, a, k, d = rows.entering, rows.leaving, rows.new_keys, facts.hidden
+    return 2 * n * d * d + 4 * k * d * d + 18 * a * d * d + 4 * n * (rows.past + k) * d
 
 
 @dataclass(frozen=True)
@@ -129,9 +148,7 @@ def decode_cost(
     rule = get_convention(convention)
     total = 0
     for row in layer_rows(resolved, vision_tokens, text_tokens):
-        first, last = (
-            rule.layer(facts, Rows(1, 1, past=row.entering + done)) for done in (0, steps - 1)
-        )
+        first, last = (rule.layer(facts, row.step(done)) for done in (0, steps - 1))
         total += steps * (first + last) // 2  # each step costs as much more as the one before
     return total + (2 * facts.hidden * facts.vocab * steps if rule.name == "exact" else 0)
 
@@ -160,7 +177,7 @@ def cut_flops(
     q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     costs = []
     for before, after in pairwise(keeps):
-        cost = 2 * rows * (before + text_tokens) * q
+        cost = 2 * rows * (before + text_tokens * (not resolved.crosses)) * q
         if resolved.source == "next":
             cost += 2 * facts.hidden * (rows * q + (before - after) * kv)
         costs.append(cost if vision_tokens else 0)

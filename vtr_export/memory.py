@@ -132,7 +132,7 @@ def kv_bytes(
 ) -> int:
     """The cache after ``new_tokens`` steps; every stage has its own length."""
     rows = layer_rows(resolved, work.vision_tokens, work.text_tokens)
-    tokens = sum(row.entering + new_tokens for row in rows)
+    tokens = sum(row.new_keys + new_tokens * (row.keys is None) for row in rows)
     return work.batch * tokens * kv_row_bytes(facts, kind)
 
 
@@ -183,7 +183,7 @@ def peak_bytes(
 def _layer_activations(facts: ModelFacts, rows: Rows, kind: WeightType, fused: bool) -> int:
     """The larger of attention and MLP: residual, norm, and what is in flight beside them."""
     n, q = rows.entering, facts.heads * facts.head_dim
-    scores = n * n * (1 + (0 if fused else 4 * facts.heads))  # bool mask; fp32 scores
+    scores = n * rows.new_keys * (1 + (0 if fused else 4 * facts.heads))  # bool mask; fp32 scores
     attention = n * (2 * facts.hidden + 2 * q) * kind.other + scores
     mlp = rows.leaving * (2 * facts.hidden + 2 * facts.intermediate) * kind.other
     return max(attention, mlp)

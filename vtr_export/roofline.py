@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from vtr_export.cost import Rows, cut_flops, get_convention, layer_rows, vision_flops
+from vtr_export.cost import cut_flops, get_convention, layer_rows, vision_flops
 from vtr_export.devices import Device
 from vtr_export.families import ModelFacts
 from vtr_export.memory import (
@@ -32,7 +32,7 @@ def first_token_parts(
     rows = layer_rows(resolved, work.vision_tokens, work.text_tokens)
     weights, kv = layer_bytes(facts, kind), kv_row_bytes(facts, kind)
     parts: list[Part] = [
-        (work.batch * count(facts, row), weights + work.batch * row.entering * kv) for row in rows
+        (work.batch * count(facts, row), weights + work.batch * row.new_keys * kv) for row in rows
     ]
     cuts = cut_flops(facts, resolved, work.vision_tokens, work.text_tokens)
     parts += [(work.batch * flops, 0) for flops in cuts]
@@ -51,9 +51,9 @@ def next_token_parts(
     weights, kv = layer_bytes(facts, kind), kv_row_bytes(facts, kind)
     parts: list[Part] = []
     for row in rows:
-        past = row.entering + work.new_tokens // 2
-        flops = work.batch * count(facts, Rows(1, 1, past))
-        parts.append((flops, weights + work.batch * (past + 1) * kv))
+        step = row.step(work.new_tokens // 2)
+        flops = work.batch * count(facts, step)
+        parts.append((flops, weights + work.batch * (step.past + step.new_keys) * kv))
     return [*parts, _head(facts, work, kind)]
 
 
