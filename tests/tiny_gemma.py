@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_models
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma3Config,
@@ -34,26 +34,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant :\n{% endif %}"
 )
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
+TEXT = {**tiny_models.TEXT, "head_dim": 16, "eos_token_id": 1, "bos_token_id": 2}
 CAPPED = {"query_pre_attn_scalar": 9, "sliding_window": WINDOW}
 VISION = {
     "model_type": "siglip_vision_model",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
+    **tiny_models.VISION,
     "image_size": IMAGE,
     "patch_size": PATCH,
     "vision_use_head": False,
@@ -62,10 +47,7 @@ VISION = {
 
 def tokenizer(**named: str) -> PreTrainedTokenizerFast:
     """Whole words, and ends of lines."""
-    words = [*SPECIAL, *tiny_models.WORDS_LINE.split()]
-    words += [f"word{index}" for index in range(len(words), VOCAB)]
-    ids = {word: index for index, word in enumerate(words[:VOCAB])}
-    raw = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    raw = tiny_models.whole_words(SPECIAL, VOCAB)
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+|[^\s]+"), "removed", invert=True)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
@@ -126,8 +108,5 @@ def _paligemma(text: Any, folder: Path, seed: int) -> PreTrainedModel:
 
 
 def _saved(model: Any, processor: Any, folder: Path, seed: int) -> PreTrainedModel:
-    tiny_models.randomize(model, seed)
     model.generation_config.eos_token_id = 1
-    model.eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model
+    return tiny_models.save(model, processor, folder, seed)

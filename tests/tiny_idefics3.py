@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import tiny_models
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -35,44 +34,13 @@ NAMED = {
 }
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", *NAMED.values())
 IMAGES = {"size": {"longest_edge": 2 * TILE}, "max_image_size": {"longest_edge": TILE}}
-SIZES = {"vocab_size": 72, "hidden_size": 32, "intermediate_size": 64}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": TILE,
-    "patch_size": PATCH,
-}
-
-
-def text_config() -> LlamaConfig:
-    return LlamaConfig(
-        **SIZES,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+TEXT = {**tiny_models.TEXT, "vocab_size": 72, "intermediate_size": 64}
+VISION = {**tiny_models.VISION, "image_size": TILE, "patch_size": PATCH}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, ``<s>`` in front."""
-    words = [*SPECIAL, "\n", *tiny_models.WORDS_LINE.split()][: SIZES["vocab_size"]]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=NAMED,
-        padding_side="left",
-    )
+    raw = tiny_models.whole_words((*SPECIAL, "\n"), TEXT["vocab_size"])
+    return tiny_models.tokenizer_of(raw, extra_special_tokens=NAMED)
 
 
 def idefics3(folder: Path, seed: int = 0) -> PreTrainedModel:
@@ -105,13 +73,10 @@ def save(
     model: PreTrainedModel = kind(
         config(
             vision_config=vision,
-            text_config=text_config(),
+            text_config=LlamaConfig(**TEXT),
             scale_factor=MERGE,
             image_token_id=SPECIAL.index("<image>"),
             attn_implementation="eager",
         )
     )
-    tiny_models.randomize(model, seed)
-    model.eval().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model
+    return tiny_models.save(model, processor, folder, seed)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tiny_models
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GotOcr2ImageProcessorPil,
     InternVLConfig,
@@ -87,22 +86,9 @@ def tiny_internvl(
 
 
 def tiny_tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
-    """Whole words, nothing in front."""
-    words = [*SPECIAL, *tiny_models.WORDS_LINE.split()]
-    words += [f"word{index}" for index in range(len(words), vocab)]
-    raw = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words[:vocab])}, unk_token="<unk>")
-    )
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens=NAMED,
-        padding_side="left",
-    )
+    """Nothing in front."""
+    raw = tiny_models.whole_words(SPECIAL, vocab)
+    return tiny_models.tokenizer_of(raw, extra_special_tokens=NAMED)
 
 
 def tiny_processor(model: PreTrainedModel) -> InternVLProcessor:

@@ -1,11 +1,12 @@
 """Tiny random LLaVA models and the checkpoint folders that go with them."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -15,7 +16,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     MistralConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
@@ -35,6 +38,24 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant :{% endif %}"
 )
 TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+TEXT = {  # of a decoder
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+VISION = {  # of a tower, but for its image and patches
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
 SHARPNESS = 1.6  # scale of q and k: scores get a spread of about SHARPNESS^2
 
 
@@ -119,26 +140,47 @@ def randomize(model: nn.Module, seed: int) -> None:
             weight.copy_(noise * gain / math.sqrt(weight[0].numel()))
 
 
-def tiny_tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
-    """Whole words, ``<s>`` in front, left padding; unused ids are ``word45``, ``word46``, …"""
-    words = [*SPECIAL, *WORDS_LINE.split()]
+def whole_words(special: Sequence[str], vocab: int = 64, apart: Sequence[str] = ()) -> Tokenizer:
+    """The special ones first; unused ids are ``word45``, ``word46``, … ``apart`` need no spaces."""
+    words = [*special, *WORDS_LINE.split()]
     words += [f"word{index}" for index in range(len(words), vocab)]
     ids = {word: index for index, word in enumerate(words[:vocab])}
     raw = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
-    )
+    raw.add_special_tokens([AddedToken(token, special=True) for token in apart])
+    return raw
+
+
+def tokenizer_of(raw: Tokenizer, *, begins: bool = False, **named: Any) -> PreTrainedTokenizerFast:
+    """With LLaMA's special tokens and left padding; ``begins``: ``<s>`` in front of a text."""
+    if begins:
+        raw.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
-        model_max_length=1024,
+        **named,
     )
+
+
+def tiny_tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
+    """LLaVA's."""
+    named = {"image_token": "<image>"}
+    raw = whole_words(SPECIAL, vocab)
+    return tokenizer_of(raw, begins=True, extra_special_tokens=named, model_max_length=1024)
+
+
+def save(model: Any, processor: ProcessorMixin, folder: Path, seed: int) -> PreTrainedModel:
+    """A checkpoint folder with weights drawn anew."""
+    randomize(model, seed)
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return cast("PreTrainedModel", model)
 
 
 def tiny_processor(model: LlavaForConditionalGeneration) -> LlavaProcessor:

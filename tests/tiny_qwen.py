@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import tiny_models
 from safetensors.torch import load_file, save_file
-from tiny_models import WORDS_LINE, randomize
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -59,12 +58,7 @@ VISION_3 = {
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Whole words; nothing is put in front."""
-    words = [*SPECIAL, "<unk>", *WORDS_LINE.split()]
-    words += [f"word{index}" for index in range(len(words), VOCAB)]
-    ids = {word: index for index, word in enumerate(words)}
-    raw = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    raw = tiny_models.whole_words((*SPECIAL, "<unk>"), VOCAB, apart=SPECIAL)
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         pad_token="<|endoftext|>",
@@ -92,18 +86,17 @@ def text_config(**more: Any) -> dict[str, Any]:
     }
 
 
-def save(model: PreTrainedModel, processor: Any, folder: Path, patch: int = 4) -> PreTrainedModel:
+def save(
+    model: PreTrainedModel, processor: Any, folder: Path, seed: int, patch: int = 4
+) -> PreTrainedModel:
     """Small patches, so that a picture is a few hundred tokens at most."""
     images = Qwen2VLImageProcessorPil(
         patch_size=patch, size={"shortest_edge": 16 * patch**2, "longest_edge": 300 * patch**2}
     )
-    model.save_pretrained(folder)
-    without_videos(processor)(
-        image_processor=images,
-        tokenizer=tokenizer(),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
-    return model
+    made = without_videos(processor)(
+        image_processor=images, tokenizer=tokenizer(), chat_template=CHAT_TEMPLATE
+    )
+    return tiny_models.save(model, made, folder, seed)
 
 
 def qwen2_5_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
@@ -121,9 +114,8 @@ def qwen2_5_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
         },
         **IDS,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    randomize(model, seed)
-    return save(model, Qwen2_5_VLProcessor, folder)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    return save(model, Qwen2_5_VLProcessor, folder, seed)
 
 
 def qwen2_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
@@ -139,9 +131,8 @@ def qwen2_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
         },
         **IDS,
     )
-    model = Qwen2VLForConditionalGeneration(config).eval()
-    randomize(model, seed)
-    return save(model, Qwen2VLProcessor, folder)
+    model = Qwen2VLForConditionalGeneration(config)
+    return save(model, Qwen2VLProcessor, folder, seed)
 
 
 def text_3(**more: Any) -> dict[str, Any]:
@@ -151,17 +142,15 @@ def text_3(**more: Any) -> dict[str, Any]:
 
 def qwen3_vl(folder: Path, seed: int = 0) -> PreTrainedModel:
     config = Qwen3VLConfig(text_config=text_3(), vision_config=VISION_3, **IDS)
-    model = Qwen3VLForConditionalGeneration(config).eval()
-    randomize(model, seed)
-    return save(model, Qwen3VLProcessor, folder)
+    model = Qwen3VLForConditionalGeneration(config)
+    return save(model, Qwen3VLProcessor, folder, seed)
 
 
 def qwen3_vl_moe(folder: Path, seed: int = 0) -> PreTrainedModel:
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     config = Qwen3VLMoeConfig(text_config=text_3(**experts), vision_config=VISION_3, **IDS)
-    model = Qwen3VLMoeForConditionalGeneration(config).eval()
-    randomize(model, seed)
-    save(model, Qwen3VLProcessor, folder)
+    model = Qwen3VLMoeForConditionalGeneration(config)
+    save(model, Qwen3VLProcessor, folder, seed)
     turn_experts(folder / "model.safetensors")
     return model
 
