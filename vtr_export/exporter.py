@@ -145,9 +145,7 @@ def _check_target(
         check_fits_target(schedule, resolved, tokens, target, sandwiched=normed, plugin="off")
         return
     check_target(target, sms, options.dtype)
-    check_fits_target(
-        schedule, resolved, tokens, target, sms=sms, sandwiched=normed, plugin=plugin
-    )
+    check_fits_target(schedule, resolved, tokens, target, sms=sms, sandwiched=normed, plugin=plugin)
     check_builds(target, sms, options.dtype)
 
 

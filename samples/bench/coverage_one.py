@@ -26,6 +26,7 @@ from vtr_export.reference import (
     Head,
     Reference,
     embed,
+    embeddings,
     groups_for,
     image_features,
     load_model,
@@ -315,7 +316,7 @@ def _referred(model: Any, facts: ModelFacts, asked: Asked) -> tuple[Array, Any, 
     reference = Reference(model.get_decoder(), Head(model), resolved)
     embeds, index = embed(model, asked.ids, asked.mask, asked.given)
     said = reference.generate(
-        model.get_input_embeddings(),
+        embeddings(model),
         embeds,
         asked.mask,
         index,

@@ -33,7 +33,6 @@ BY_FIELD: Final[Mapping[str, str]] = {
     "index_topk": "each row chooses the keys it sees (a sparse indexer)",
     "index_topk_blocks": "each row chooses the blocks it sees (a sparse indexer)",
     "num_kv_shared_layers": "layers read the keys of other layers (KV sharing)",
-    "hidden_size_per_layer_input": "layers take embeddings of their own",
     "hc_mult": "several residual streams",
     "altup_num_inputs": "several residual streams",
     "conv_kernel_size": "layers convolve over tokens",
@@ -41,7 +40,10 @@ BY_FIELD: Final[Mapping[str, str]] = {
 }
 APART: Final = ("ernie4_5_vl_moe",)  # whose images' tokens have experts of their own
 PREFIXES: Final[Mapping[str, Attends]] = {"molmo2": "images"}
-WHOLE: Final = ("gemma4_unified",)  # tokens of an image see each other where a field says so
+WHOLE: Final = (
+    "gemma4",
+    "gemma4_unified",
+)  # tokens of an image see each other where a field says so
 
 
 def generic(config: Config, where: str) -> ModelFacts:

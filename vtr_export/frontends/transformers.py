@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from vtr_export.checkpoint import Checkpoint
 from vtr_export.errors import CheckpointError
 from vtr_export.families import ModelFacts
-from vtr_export.frontends import cross, generic
+from vtr_export.frontends import cross, generic, layered
 from vtr_export.frontends.beside import feeds_beside
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.experts import open_experts
@@ -78,14 +78,13 @@ class EmbedTokens(Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look the tokens up."""
-        embedded: Tensor = self.model.get_input_embeddings()(input_ids)
-        return embedded
+        return layered.embedded(self.model, input_ids)
 
 
 class Decoder(Module):
     """One call of the language model with a cache: the last position's logits, and the cache.
 
-    ``mask`` is a stand-in of shape [1,1,1,1]; the graph's real mask is attached by a pass.
+    ``masks`` are stand-ins of shape [1,1,1,1]; the graph's real ones are attached by a pass.
     ``groups`` below 0 are of tokens that have experts of their own.
     """
 
@@ -98,7 +97,7 @@ class Decoder(Module):
     def forward(
         self,
         inputs_embeds: Tensor,
-        mask: Tensor,
+        masks: list[Tensor],
         position_ids: Tensor,
         past: list[list[Tensor]],
         beside: Mapping[str, Tensor],
@@ -109,8 +108,8 @@ class Decoder(Module):
         cache = DynamicCache([(key, value) for key, value in past])
         with Concrete(), Shaped(), Heads(), Pairs():
             output = speaker(self.model)(
-                inputs_embeds=inputs_embeds,
-                attention_mask=mask,
+                **layered.spread(self.model, inputs_embeds),
+                attention_mask=layered.of_kinds(masks),
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
@@ -269,11 +268,12 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
     shapes = [[(batch, heads, past, width) for width in widths] for heads, *widths in kinds]
     names = [f"{n}.{part}" for n in range(layers) for part in ("key", "value")]
     marks = ["token_groups"] if facts.marked else []
+    masks = ["mask", *(["mask.causal"] if layered.has_two_masks(model, facts) else [])]
     decoder = trace(
         Decoder(model),
         (
-            torch.empty(batch, sequence, facts.hidden, dtype=dtype),
-            torch.ones(1, 1, 1, 1, dtype=torch.bool),
+            torch.empty(batch, sequence, facts.hidden + layered.beside(model), dtype=dtype),
+            [torch.ones(1, 1, 1, 1, dtype=torch.bool) for _ in masks],
             torch.zeros((*lead, batch, sequence), dtype=torch.long),
             [[torch.empty(shape, dtype=dtype) for shape in layer] for layer in shapes],
             {name: feed.example for name, feed in beside.items()},
@@ -281,7 +281,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
         ),
         (
             {0: dims[0], 1: dims[1]},
-            None,
+            [None for _ in masks],
             {len(lead): dims[0], len(lead) + 1: dims[1]},
             [[{0: dims[0], 2: dims[2]} for _ in range(2)] for _ in range(layers)],
             {name: feed.dynamic for name, feed in beside.items()},
@@ -289,7 +289,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
         ),
         inputs=[
             "inputs_embeds",
-            "mask",
+            *masks,
             "position_ids",
             *(f"past_key_values.{name}" for name in names),
             *beside,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.nn import Module, ModuleList
 from transformers import PreTrainedModel
 
+from vtr_export.frontends.layered import beside
 from vtr_export.passes.stamp_layers import TRACED
 
 OWN = {"layer_idx", "layer_index", "idx"}  # a layer's number is no difference
@@ -45,7 +46,7 @@ def truncated(model: PreTrainedModel) -> Iterator[Stacks]:
         config.vision_feature_layer = selected if selected < 0 else selected - depth - 1
         unused = -1 - config.vision_feature_layer
     vision = _stack(model, vision_name, unused, may=isinstance(selected, int))
-    text = _stack(model, text_name, 0)
+    text = _stack(model, text_name, 0, may=not beside(model))
     originals = {stack.name: _layers(model, stack.name) for stack in (vision, text)}
     for stack, extra in ((vision, unused), (text, 0)):
         if stack.is_truncated:
@@ -80,7 +81,7 @@ def _replace(model: PreTrainedModel, name: str, layers: ModuleList) -> None:
 
 
 def _stack(model: PreTrainedModel, name: str, unused: int, *, may: bool = True) -> Stack:
-    """``may``: whether it is known which layers are used."""
+    """``may``: whether it is known which layers are used, and none has embeddings of its own."""
     layers = list(_layers(model, name))
     used = len(layers) - unused
     return Stack(name, used, may and used > TRACED and is_uniform(layers))

@@ -21,6 +21,8 @@ class AttachMask(ir.passes.InPlacePass):
     With an input ``token_groups`` [B,S], tokens of one group see each other, too::
 
         mask = vtr.VtrGroupMask(attention_mask, token_groups, token_groups)
+
+    but for the layers that read the stand-in ``mask.causal``.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -29,22 +31,30 @@ class AttachMask(ir.passes.InPlacePass):
         inputs = {value.name: value for value in graph.inputs}
         if "mask" not in inputs:
             return ir.passes.PassResult(model, modified=False)
-        for node, index in inputs["mask"].uses():
-            if (node.domain, node.op_type, index) != ("", "Attention", 3):
-                raise AnalysisError(
-                    f"the mask is read by {node.name!r} ({node.op_type}), which is no attention",
-                    hint="report the model: its decoder cannot be exported yet",
-                )
         padding = ir.val("attention_mask", ir.DataType.INT64, ["batch", "total"])
         groups = inputs.get("token_groups")
-        kind = ops.CAUSAL if groups is None else ops.GROUPED
         rows = [inputs["inputs_embeds"]] if groups is None else [groups, groups]
-        mask = ir.Node(ops.DOMAIN, kind, [padding, *rows])
-        mask.outputs[0].name = "mask.0"
-        mask.outputs[0].shape = ir.Shape(["batch", 1, "sequence", "total"])
-        mask.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
-        ops.declare(model, kind)
-        inputs["mask"].replace_all_uses_with(mask.outputs[0])
+        _attach(model, inputs["mask"], [padding, *rows])
+        if causal := inputs.get("mask.causal"):
+            _attach(model, causal, [padding, inputs["inputs_embeds"]])
+            graph.inputs.remove(causal)
         graph.inputs[graph.inputs.index(inputs["mask"])] = padding
-        graph.insert_before(graph[0], mask)
         return ir.passes.PassResult(model, modified=True)
+
+
+def _attach(model: ir.Model, stand_in: ir.Value, told: list[ir.Value]) -> None:
+    """A mask of what is ``told`` in place of ``stand_in``."""
+    for node, index in stand_in.uses():
+        if (node.domain, node.op_type, index) != ("", "Attention", 3):
+            raise AnalysisError(
+                f"the mask is read by {node.name!r} ({node.op_type}), which is no attention",
+                hint="report the model: its decoder cannot be exported yet",
+            )
+    kind = ops.CAUSAL if len(told) == 2 else ops.GROUPED  # padding and rows, or groups, too
+    mask = ir.Node(ops.DOMAIN, kind, told)
+    mask.outputs[0].name = f"{stand_in.name}.0"
+    mask.outputs[0].shape = ir.Shape(["batch", 1, "sequence", "total"])
+    mask.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
+    ops.declare(model, kind)
+    stand_in.replace_all_uses_with(mask.outputs[0])
+    model.graph.insert_before(model.graph[0], mask)

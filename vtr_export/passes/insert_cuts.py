@@ -26,7 +26,6 @@ class Stage:
     padding: ir.Value
     current: ir.Value
     vision_index: ir.Value
-    mask: ir.Value
     groups: ir.Value | None
     streams: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
@@ -157,8 +156,9 @@ class _Surgeon:
         current = build.call("VtrTail", [padding, length], "current")
         self.count = build.call("VtrVisionCount", [padding, vision_index, hidden], "count")
         self.width = build.op("Shape", [vision_index], "width", start=1, end=2)
-        mask = sites[0].scored.mask
-        return Stage(hidden, padding, current, vision_index, mask, ops.groups_of(mask))
+        masks = [mask for site in sites for mask in (site.scored.mask, *site.masks)]
+        groups = next(filter(None, map(ops.groups_of, masks)), None)
+        return Stage(hidden, padding, current, vision_index, groups)
 
     def _cut(self, number: int, site: Site, stage: Stage) -> Stage:
         build = self.build
@@ -183,8 +183,7 @@ class _Surgeon:
             groups = build.call("VtrNarrow", [stage.groups, kept], "groups")
             if self.is_ragged and number:  # what stands in for a pad belongs to nobody
                 groups = build.call("VtrAlive", [groups, kept], "alive_groups")
-        made = self._mask(padding, hidden if groups is None else groups, groups, "mask")
-        new = Stage(hidden, padding, current, vision_index, made, groups)
+        new = Stage(hidden, padding, current, vision_index, groups)
         new.streams = self._narrow(site, stage, new, kept)
         if wide_key is not None:
             new.streams[site.scored.key] = build.narrow(wide_key, kept, axis=2, name="key")
@@ -216,7 +215,7 @@ class _Surgeon:
         """Query, keys and mask to rank by; and, scored by the next layer, its wide new keys."""
         layer = site.scored
         if self.schedule.source == "previous":
-            return layer.query, layer.keys, stage.mask, None
+            return layer.query, layer.keys, stage.streams.get(layer.mask, layer.mask), None
         build, hidden = self.build, stage.streams.get(site.entry, site.entry)
         rows = build.call("VtrRows", [stage.vision_index, hidden], "rows")
         one = build.constant([1], "one")
@@ -230,9 +229,9 @@ class _Surgeon:
         query = replay(build, layer.query, site.entry, {**wide, **tail}, "query")
         keys = build.op("Concat", [layer.past_key, key], "keys", axis=2)
         padding = build.op("Concat", [past, stage.current], "scored_padding", axis=1)
-        told = hidden if stage.groups is None else stage.groups
-        last = build.call("VtrTail", [told, some], "mask_tail")
-        mask = self._mask(padding, last, stage.groups, "scored_mask")
+        groups = stage.groups if ops.groups_of(layer.mask) else None
+        last = build.call("VtrTail", [groups or hidden, some], "mask_tail")
+        mask = self._mask(padding, last, groups, "scored_mask")
         return query, keys, mask, None if self.schedule.positions == "repacked" else key
 
     def _mask(
@@ -243,12 +242,21 @@ class _Surgeon:
             return self.build.call(ops.CAUSAL, [padding, rows], name)
         return self.build.call(ops.GROUPED, [padding, rows, groups], name)
 
+    def _masks(self, site: Site, new: Stage) -> dict[ir.Value, ir.Value]:
+        """The masks that cross the cut → the stage's own; layers of one kind share one."""
+        made: dict[bool, ir.Value] = {}
+        for mask in site.masks:
+            if (kind := ops.groups_of(mask) is not None) not in made:
+                groups = new.groups if kind else None
+                made[kind] = self._mask(new.padding, groups or new.hidden, groups, "mask")
+        return {mask: made[ops.groups_of(mask) is not None] for mask in site.masks}
+
     def _narrow(
         self, site: Site, stage: Stage, new: Stage, kept: ir.Value
     ) -> dict[ir.Value, ir.Value]:
         """The unpruned graph's values that cross the cut → their narrow versions."""
         build = self.build
-        streams = {site.entry: new.hidden, **dict.fromkeys(site.masks, new.mask)}
+        streams = {site.entry: new.hidden, **self._masks(site, new)}
         if self.schedule.positions == "repacked":
             packed = build.call("VtrPack", [new.padding, new.hidden], "positions")
             packed.type = self.positions.type

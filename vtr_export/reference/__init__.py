@@ -6,6 +6,7 @@ from vtr_export.reference.decoder import Cache, Generation, Held, Reference, Ste
 from vtr_export.reference.head import Head
 from vtr_export.reference.inputs import (
     embed,
+    embeddings,
     groups_for,
     image_features,
     pad_batch,
@@ -24,6 +25,7 @@ __all__ = [
     "Step",
     "crossing_for",
     "embed",
+    "embeddings",
     "groups_for",
     "image_features",
     "load_model",

@@ -26,6 +26,7 @@ class Streams:
     groups: Tensor  # [B, S] tokens of one number see each other; 0 is no group
     drafted: int = 0  # last columns that belong to the answer
     planes: tuple[Tensor, ...] = ()  # [B, S, D] each: added to what leaves layer 0, 1, …
+    layered: tuple[Tensor, ...] = ()  # [B, S, P] each: handed to layer 0, 1, … beside its rows
 
     def rows(self, at: Tensor) -> "Streams":
         """Some rows of the batch."""
@@ -41,9 +42,9 @@ class Streams:
         hidden, mask, vision, groups = map(
             change, (self.hidden, self.mask, self.vision, self.groups)
         )
-        planes = tuple(change(plane) for plane in self.planes)
+        planes, layered = (tuple(map(change, each)) for each in (self.planes, self.layered))
         positions = turn(self.positions)
-        return Streams(hidden, mask, positions, vision, groups, self.drafted, planes)
+        return Streams(hidden, mask, positions, vision, groups, self.drafted, planes, layered)
 
     @classmethod
     def join(cls, parts: Sequence["Streams"]) -> "Streams":
@@ -56,6 +57,7 @@ class Streams:
             torch.cat([part.groups for part in parts]),
             parts[0].drafted,
             tuple(map(torch.cat, zip(*(part.planes for part in parts), strict=True))),
+            tuple(map(torch.cat, zip(*(part.layered for part in parts), strict=True))),
         )
 
     def is_real(self) -> Tensor:
@@ -183,3 +185,17 @@ def margin_of(score: Tensor, is_kept: Tensor, images: int) -> Tensor:
 def positions_of(padding: Tensor) -> Tensor:
     """``[B, T]``: how many real tokens stand before each column; pads at the front are 0."""
     return (padding.cumsum(1) - 1).clamp(min=0)
+
+
+def visible_keys(past_mask: Tensor, streams: Streams, grouped: bool = True) -> Tensor:
+    """``[B, S, T]``: a row sees the real keys up to itself, itself always, its group if so."""
+    padding = torch.cat((past_mask, streams.mask), 1) != 0
+    past, total = past_mask.shape[1], padding.shape[1]
+    row = torch.arange(past, total, device=padding.device)[:, None]
+    key = torch.arange(total, device=padding.device)[None, :]
+    before = ((key <= row) & padding[:, None, :]) | (key == row)
+    if not grouped:
+        return before
+    own = streams.groups[:, :, None]
+    others = nn.functional.pad(streams.groups, (past, 0))[:, None, :]
+    return before | ((own == others) & (own > 0))

@@ -7,6 +7,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from vtr_export.reference import layered
+from vtr_export.reference.crossing import Crossing, Walk, run_crossed
 from vtr_export.reference.cut import (
     Budget,
     Streams,
@@ -19,9 +21,9 @@ from vtr_export.reference.cut import (
     rows_at,
     select,
     survivors,
+    visible_keys,
     vision_score,
 )
-from vtr_export.reference.crossing import Crossing, Walk, run_crossed
 from vtr_export.reference.layers import Attention, Handed, Layers
 from vtr_export.schedule import Cut, Resolved
 
@@ -151,6 +153,7 @@ class Reference:
         self.decoder = cast("Any", decoder)
         self.lm_head, self.schedule = lm_head, schedule
         self._layers = Layers(decoder, attention)
+        self._grouped = [layered.sees_groups(decoder, index) for index in range(len(self._layers))]
         if schedule.layers != (layers := len(self._layers)):
             raise ValueError(f"{schedule.layers=} but the decoder has {layers}")
         self.cuts = {cut.before_layer: cut for cut in schedule.cuts}
@@ -305,12 +308,15 @@ class Reference:
     ) -> Held:
         """A call before layer 0."""
         width = getattr(self.decoder.config, "hidden_size", embeds.shape[-1])
+        embeds, beside = layered.apart(self.decoder, embeds)
         own, *planes = torch.split(embeds, width, -1)
         groups = torch.zeros_like(mask) if groups is None else groups
         with self._layers.heard():
-            more = crossing.handed() if crossing is not None else None
-            hidden, _ = self._layers.hand(own, positions, groups, more)
-        streams = Streams(hidden, mask, positions, vision, groups, drafted, tuple(planes))
+            more = crossing.handed() if crossing is not None else {}
+            more = {**layered.given(self.decoder, own, beside), **more}
+            hidden, handed = self._layers.hand(own, positions, groups, more)
+        noted = layered.noted(handed) if beside is not None else ()
+        streams = Streams(hidden, mask, positions, vision, groups, drafted, tuple(planes), noted)
         return Held(0, streams, None, (vision.shape[1], streams.is_real().sum(1).tolist()))
 
     def _run(self, held: Held, last: int, call: _Call) -> Held:
@@ -320,7 +326,7 @@ class Reference:
 
     def _run_heard(self, held: Held, last: int, call: _Call) -> Held:
         if call.walk is not None:
-            causal = _visible(call.past.padding[0], held.streams)
+            causal = visible_keys(call.past.padding[0], held.streams)
             streams, states = run_crossed(self._layers, held.streams, causal, call.walk)
             call.keys, call.values = (list(part) for part in zip(*states, strict=True))
             return replace(held, layer=last, streams=streams)
@@ -332,7 +338,7 @@ class Reference:
                 kept = self._choose(self.cuts[index], score, streams, call)
                 streams = self._narrow(streams, kept, call)
                 handed = self._hand(streams)
-            visible = _visible(call.past.padding[call.stage], streams)
+            visible = visible_keys(call.past.padding[call.stage], streams, self._grouped[index])
             past = call.past.of(index)
             ran = self._layers.run(index, streams.hidden, handed, past, visible)
             hidden, attention, (keys, values) = ran
@@ -349,7 +355,9 @@ class Reference:
         return replace(held, layer=last, streams=streams, score=score)
 
     def _hand(self, streams: Streams) -> Handed:
-        return self._layers.hand(streams.hidden, streams.positions, streams.groups)[1]
+        handed = self._layers.hand(streams.hidden, streams.positions, streams.groups)[1]
+        again: Handed = layered.again(handed, streams.layered)
+        return again
 
     def _score(self, attention: Attention, streams: Streams) -> Tensor:
         return vision_score(attention, streams, self.schedule.query, self.schedule.heads)
@@ -357,7 +365,7 @@ class Reference:
     def _own_score(self, index: int, streams: Streams, handed: Handed, call: _Call) -> Tensor:
         """With from: next, layer ``index``'s score of the tokens that a cut before it meets."""
         stage = call.stage + (index in self.cuts)
-        visible = _visible(call.past.padding[stage], streams)
+        visible = visible_keys(call.past.padding[stage], streams, self._grouped[index])
         asked = self._layers.ask(index, streams.hidden, handed, call.past.of(index), visible)
         return self._score(asked, streams)
 
@@ -387,17 +395,6 @@ class Reference:
         call.padding.append(padding)
         call.kept_vision.append(vision)
         planes = tuple(rows_at(plane, kept) for plane in streams.planes)
+        beside = tuple(rows_at(each, kept) for each in streams.layered)
         hidden, groups = rows_at(streams.hidden, kept), streams.groups.gather(1, kept)
-        return Streams(hidden, mask, positions, vision, groups, streams.drafted, planes)
-
-
-def _visible(past_mask: Tensor, streams: Streams) -> Tensor:
-    """``[B, S, T]``: a row sees the real keys up to itself, always itself, and all its group."""
-    padding = torch.cat((past_mask, streams.mask), 1) != 0
-    past, total = past_mask.shape[1], padding.shape[1]
-    row = torch.arange(past, total, device=padding.device)[:, None]
-    key = torch.arange(total, device=padding.device)[None, :]
-    before = ((key <= row) & padding[:, None, :]) | (key == row)
-    own = streams.groups[:, :, None]
-    others = nn.functional.pad(streams.groups, (past, 0))[:, None, :]
-    return before | ((own == others) & (own > 0))
+        return Streams(hidden, mask, positions, vision, groups, streams.drafted, planes, beside)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 
-class _Passed(MoeModelOutputWithPast):
+class _Passed(MoeModelOutputWithPast):  # type: ignore[misc]  # transformers has no types
     """What a decoder that was passed over would have given."""
 
     shared_kv_states = None  # Gemma 4's
@@ -24,6 +24,7 @@ class Head(nn.Module):
         """The decoder is passed over: ``hidden`` is what it would have given, without a router."""
         (model,) = self._model
         decoder = model.get_decoder()
+        per_layer = getattr(decoder.config, "hidden_size_per_layer_input", None)
         if hasattr(model, "qformer"):  # around the decoder there is but its language model
             model = model.language_model
         own = decoder.forward
@@ -34,6 +35,7 @@ class Head(nn.Module):
                 attention_mask=hidden.new_ones((1, 1, 1, 1), dtype=torch.bool),
                 position_ids=torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device),
                 use_cache=False,
+                **({"per_layer_inputs": hidden} if per_layer else {}),  # of no use to a head
             )
         finally:
             decoder.forward = own

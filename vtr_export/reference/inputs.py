@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vtr_export.reference.cut import positions_of
+from vtr_export.reference.layered import Embeddings
 
 Given: TypeAlias = Tensor | Mapping[str, Tensor | NDArray[Any]]
 
@@ -98,6 +99,8 @@ def groups_for(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         _groups_of(mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0, real)
         for mask in (made.values() if isinstance(made, Mapping) else [made])
     ]
+    if model.config.model_type == "gemma4":  # only layers with a window see images whole
+        found = [groups for groups in found if groups.any()] or found
     if any(not torch.equal(found[0], other) for other in found[1:]):
         raise ValueError("layers of unlike kinds see unlike tokens")
     return found[0]
@@ -207,6 +210,16 @@ def _one_row(found: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.cat([part.flatten(0, -2) for part in parts])
 
 
+def embeddings(model: Any) -> nn.Module:
+    """Token ids to what the decoder takes of words.
+
+    Gemma 4 has embeddings of a token for each layer, which stand behind: ``[B, S, D + L P]``.
+    """
+    table: nn.Module = model.get_input_embeddings()
+    per_layer = getattr(model.get_decoder(), "embed_tokens_per_layer", None)
+    return table if per_layer is None else Embeddings(model, table, per_layer)
+
+
 @torch.no_grad()
 def embed(
     model: Any, input_ids: Tensor, attention_mask: Tensor, given: Given | None
@@ -219,9 +232,9 @@ def embed(
     ``attention_mask`` may begin with the past.
     """
     is_vision = input_ids == model.config.image_token_id
-    embeds: Tensor = model.get_input_embeddings()(input_ids)
+    embeds: Tensor = embeddings(model)(input_ids)
     if given is not None and len(given):
         features = _behind_each_layer(model, image_features(model, given).to(embeds.dtype))
-        embeds = functional.pad(embeds, (0, features.shape[1] - embeds.shape[2]))
-        embeds[is_vision] = features
+        embeds = functional.pad(embeds, (0, max(features.shape[1] - embeds.shape[2], 0)))
+        embeds[..., : features.shape[1]][is_vision] = features
     return embeds, vision_index_of(is_vision, attention_mask[:, -input_ids.shape[1] :])

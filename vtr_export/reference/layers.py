@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from vtr_export.reference import layered
+
 NAME = "vtr_reference"  # of our attention among transformers'
 Mix: TypeAlias = Callable[["Attention"], Tensor]
 Handed: TypeAlias = Sequence[Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
@@ -185,7 +187,7 @@ class Layers:
                     past_key_values=_Past(None, None),
                     use_cache=True,
                     **marks,
-                    **(more or {}),
+                    **{**layered.given(self.decoder, hidden), **(more or {})},
                 )
         finally:
             self.decoder.layers = layers

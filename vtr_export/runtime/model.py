@@ -139,12 +139,13 @@ def _image_by_image(
 def put(embeds: Array, places: Any, features: Array) -> Array:
     """``[B, S, D]`` with ``features`` at ``places``.
 
-    Features of ``(1 + n) D`` values bring planes with them, which are zeros elsewhere.
+    Features of ``(1 + n) D`` values bring planes with them, which are zeros elsewhere. What stands
+    beside narrower ones (Gemma 4's embeddings for its layers) stays as it is.
     """
     rows = features.reshape(-1, features.shape[-1])
-    beyond = rows.shape[1] - embeds.shape[2]
+    beyond = max(rows.shape[1] - embeds.shape[2], 0)
     filled = np.pad(embeds, ((0, 0), (0, 0), (0, beyond)))
-    filled[places] = rows.astype(embeds.dtype)
+    filled[..., : rows.shape[1]][places] = rows.astype(embeds.dtype)
     return filled
 
 
