@@ -38,7 +38,7 @@ class StreamFound:
     """A value with a token axis that crosses from layer to layer, before those in ``layers``.
 
     ``axis`` is None where tokens went in and cannot be followed. ``kind`` is residual (one after
-    the other), tokens, keys, or lost.
+    the other), tokens, keys, vision keys (of cross-attention), or lost.
     """
 
     name: str

@@ -31,6 +31,7 @@ from vtr_export.passes.infer_shapes import InferShapes
 from vtr_export.schedule import Cut, Keep, Resolved
 
 PRUNE, NARROW = "VtrTopKPrune", "VtrNarrow"
+WORDS = {"token": "tokens", "key": "keys", "vision": "vision keys", "vision_key": "all vision keys"}
 MAX_TRAIL = 12
 OTHER_FORM = "; vtr export --onnx brings decoders of other exporters into the form that is cut"
 
@@ -79,7 +80,7 @@ def _facts(file: Path, model: ir.Model, layer: int | None) -> GraphFacts:
         nodes=len(graph),
         inputs=tuple(_tensor(value, labels) for value in graph.inputs),
         outputs=tuple(_tensor(value, labels) for value in graph.outputs),
-        layers=tuple(_each_layer(graph, attentions, boundaries)),
+        layers=tuple(_each_layer(graph, attentions, boundaries, labels)),
         streams=tuple(_streams(boundaries, labels)),
         stages=tuple(_stages(len(attentions), cuts)),
         masks=tuple(_masks(attentions)),
@@ -138,16 +139,20 @@ def _layers(graph: ir.Graph, labels: Mapping[ir.Value, Axes]) -> tuple[list[Laye
 
 
 def _each_layer(
-    graph: ir.Graph, attentions: Sequence[Attention], boundaries: Sequence[Boundary]
+    graph: ir.Graph,
+    attentions: Sequence[Attention],
+    boundaries: Sequence[Boundary],
+    labels: Mapping[ir.Value, Axes],
 ) -> Iterator[LayerFound]:
     """All that is said of each attention."""
     inputs = {value.name: value for value in graph.inputs}
     first = inputs.get("inputs_embeds", inputs.get("input_ids"))
     entries = [first, *(boundary.entry for boundary in boundaries)]
     for index, (found, entry) in enumerate(zip(attentions, entries, strict=False)):
+        keys = labels.get(found.key, NONE) if found.key is not None else NONE
         yield LayerFound(
             index=index,
-            attention=found.kind,
+            attention=found.kind if keys.vision_key is None else "cross",
             heads=found.heads,
             kv_heads=found.kv_heads,
             entry=_name(entry) or None,
@@ -171,7 +176,10 @@ def _streams(
             crossed.setdefault(value, []).append(boundary.layer)
     for value in sorted(crossed, key=_name):
         axes, layers = labels.get(value, NONE), tuple(crossed[value])
-        if axes.key is not None:
+        vision = axes.vision if axes.vision_key is None else axes.vision_key
+        if vision is not None:
+            yield StreamFound(_name(value), vision, "vision keys", layers)
+        elif axes.key is not None:
             yield StreamFound(_name(value), axes.key, "keys", layers)
         elif axes.token is not None:
             yield StreamFound(_name(value), axes.token, "tokens", layers)
@@ -276,6 +284,8 @@ def _crossing(
 ) -> Crossing:
     if any(node.op_type == PRUNE for node in graph):
         why = "the graph has cuts already"
+    if any(each.crosses for each in layers):
+        why = why or "images are keys of its cross-attention, and no tokens cross"
     if why:
         raise AnalysisError(f"no cut can be made: {why}", hint="vtr inspect without --layer")
     if not 0 < layer < len(layers):
@@ -301,11 +311,7 @@ def _shape(value: ir.Value) -> str:
 
 def _axes(axes: Axes) -> str:
     """``tokens on axis 1``."""
-    said = [
-        f"{what} on axis {axis}"
-        for what, axis in (("tokens", axes.token), ("keys", axes.key))
-        if axis is not None
-    ]
+    said = [f"{WORDS[what]} on axis {axis}" for what, axis in axes.named.items()]
     return ", ".join(said) or axes.state or "no tokens"
 
 

@@ -382,6 +382,7 @@ OURS: dict[str, Callable[[list[Axes]], list[Axes]]] = {
     "VtrAlive": lambda inputs: [inputs[0]],
     "VtrBudget": lambda inputs: [NONE],
     "VtrCausalMask": lambda inputs: [Axes(token=2, key=3)],
+    "VtrColumns": lambda inputs: [inputs[0]],
     "VtrCrossMask": lambda inputs: [Axes(token=2, vision_key=3)],
     "VtrCrossRows": lambda inputs: [Axes(token=1)],
     "VtrGroupMask": lambda inputs: [Axes(token=2, key=3)],
@@ -390,6 +391,6 @@ OURS: dict[str, Callable[[list[Axes]], list[Axes]]] = {
     "VtrRowsLast": lambda inputs: [NONE],
     "VtrRowsText": lambda inputs: [NONE],
     "VtrTail": lambda inputs: [NONE],
-    "VtrTopKPrune": lambda inputs: [Axes(token=1), NONE, NONE],
+    "VtrTopKPrune": lambda inputs: [inputs[-1], NONE, NONE],
     "VtrVisionCount": lambda inputs: [NONE],
 }

@@ -158,3 +158,11 @@ def _path(value: ir.Value, source: ir.Value, known: Collection[ir.Value]) -> lis
         stack.append((node, True))
         stack.extend((p, False) for v, p in before if v not in known)
     return path
+
+
+def renamed(shape: ir.Shape | None, stage: int, lengths: Sequence[str]) -> ir.Shape | None:
+    """``shape`` with this stage's own names for ``lengths``."""
+    if shape is None or stage == 0:
+        return shape
+    own = {name: f"{name}_{stage}" for name in lengths}
+    return ir.Shape([own.get(str(dim), dim) for dim in shape])

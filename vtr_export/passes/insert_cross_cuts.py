@@ -10,8 +10,10 @@ from vtr_export.analysis import find_layers, label_axes, token_seeds
 from vtr_export.analysis.axes import CROSS_STATES, NONE, Axes, Labels
 from vtr_export.analysis.layers import Layer, ancestors, descendants
 from vtr_export.errors import AnalysisError
-from vtr_export.passes.build import Build, replay
+from vtr_export.passes.build import Build, renamed, replay
 from vtr_export.schedule import Cut, Resolved
+
+LENGTHS = ("vision", "cross_past", "cross_total")
 
 
 @dataclass
@@ -126,19 +128,13 @@ class _Surgeon:
         build, seen = self.build, self.inputs["cross_mask"]
         build.prefix = "cut"
         index = build.call("VtrColumns", [self.states], "index")
-        current = self._last_row(seen)
+        concat = self.outputs["present_mask.cross"].producer()
+        current = concat.inputs[1] if concat is not None else None
+        assert current is not None, "AttachCross made it"
         self.count = build.call("VtrVisionCount", [current, index, self.states], "count")
         self.width = build.op("Shape", [self.states], "width", start=1, end=2)
         mask = next(iter(self.layers.values())).mask
         return Stage(self.states, seen, current, index, mask)
-
-    def _last_row(self, seen: ir.Value) -> ir.Value:
-        """``[B,V]`` int64: what later calls may see."""
-        last = self.build.constant([-1], "last")
-        row = self.build.op("Gather", [seen, last], "row", axis=1)
-        one = self.build.constant([1], "one")
-        flat = self.build.op("Squeeze", [row, one], "flat")
-        return self.build.op("Cast", [flat], "current", to=int(ir.DataType.INT64))
 
     def _cut(self, number: int, cut: Cut, stage: Stage, after: Set[ir.Node]) -> Stage:
         build = self.build
@@ -208,41 +204,21 @@ class _Surgeon:
             axes: Axes = self.labels.get(value, NONE)
             if self.rows is not None and value.producer() in self.counted:
                 streams[value] = replay(build, value, self.rows, streams, value.name or "rows")
-            elif axes.vision_key is not None or (
-                axes.vision is not None and axes.token is not None
-            ):
-                raise _stray(value)
             elif axes.vision is not None:
+                if axes.token is not None:
+                    raise _stray(value)
                 wide = stage.streams.get(value, value)
                 name = value.name or "stream"
                 streams[value] = build.narrow(wide, kept, axis=axes.vision, name=name)
         return streams
 
     def _name_lengths(self, afters: Sequence[Set[ir.Node]]) -> None:
-        """Say in the signature that each stage has vision keys of its own number."""
-        for number, layer in self.layers.items():
-            stage = sum(cut.before_layer <= number for cut in self.cuts)
-            if not stage:
-                continue
-            for value in (*layer.attention.inputs[1:3],):
-                concat = value.producer() if value is not None else None
-                assert concat is not None
-                for each in (concat.inputs[0], concat.outputs[0]):
-                    if each is not None and each.shape is not None:
-                        each.shape = ir.Shape(
-                            [
-                                f"{dim}_{stage}" if str(dim).startswith("cross_") else dim
-                                for dim in each.shape
-                            ]
-                        )
+        """Say in the graph that each stage has vision keys of its own number."""
         for node in set().union(*afters):
-            for value in node.outputs:
-                axes = self.labels.get(value, NONE)
-                place = axes.vision
-                if place is not None and value.shape is not None:
-                    value.shape = ir.Shape(
-                        [None if i == place else dim for i, dim in enumerate(value.shape)]
-                    )
+            stage = sum(node in after for after in afters)
+            pasts = [value for value in node.inputs if value is not None and value.is_graph_input()]
+            for value in (*node.outputs, *pasts):
+                value.shape = renamed(value.shape, stage, LENGTHS)
 
 
 def _stray(value: ir.Value) -> AnalysisError:

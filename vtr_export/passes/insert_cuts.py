@@ -10,7 +10,7 @@ from vtr_export.analysis import Site, find_layers, find_sites, label_axes, token
 from vtr_export.analysis.axes import symbol
 from vtr_export.analysis.layers import descendants
 from vtr_export.errors import AnalysisError
-from vtr_export.passes.build import Build, replay
+from vtr_export.passes.build import Build, renamed, replay
 from vtr_export.schedule import Resolved
 
 
@@ -141,7 +141,7 @@ class _Surgeon:
                 if value in stages[number].streams:
                     node.replace_input_with(index, stages[number].streams[value])
             for value in node.outputs:
-                value.shape = _renamed(value.shape, number, (self.tokens, self.past, self.total))
+                value.shape = renamed(value.shape, number, (self.tokens, self.past, self.total))
         self._name_pasts(sites)
 
     def _first(self, sites: list[Site]) -> Stage:
@@ -173,7 +173,7 @@ class _Surgeon:
             [query, keys, mask, stage.vision_index, keep, budget, entry], site.scored.scale
         )
         hidden.type = site.entry.type
-        hidden.shape = _renamed(site.entry.shape, number + 1, (self.tokens,))
+        hidden.shape = renamed(site.entry.shape, number + 1, (self.tokens,))
         current = build.call("VtrNarrow", [stage.current, kept], "current")
         if self.is_ragged and number:
             current = build.call("VtrAlive", [current, kept], "alive")
@@ -282,12 +282,4 @@ class _Surgeon:
         """Say in the signature that each stage has a past of its own length."""
         for value in self.graph.inputs:
             stages = [sum(use.node in site.after for site in sites) for use in value.uses()]
-            value.shape = _renamed(value.shape, max(stages, default=0), (self.past,))
-
-
-def _renamed(shape: ir.Shape | None, stage: int, lengths: Sequence[str]) -> ir.Shape | None:
-    """``shape`` with this stage's own names for ``lengths``."""
-    if shape is None or stage == 0:
-        return shape
-    own = {name: f"{name}_{stage}" for name in lengths}
-    return ir.Shape([own.get(str(dim), dim) for dim in shape])
+            value.shape = renamed(value.shape, max(stages, default=0), (self.past,))

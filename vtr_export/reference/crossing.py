@@ -1,4 +1,4 @@
-"""Images as keys of cross-attention: what a call reads of them, and a cut of them, by definition."""
+"""Images as keys of cross-attention: what a call reads of them, and a cut of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
