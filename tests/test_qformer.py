@@ -25,6 +25,8 @@ from vtr_export.runtime.artifact import Request
 from vtr_export.runtime.conversation import Conversation
 from vtr_export.runtime.processor import Processor
 from vtr_export.runtime.sampling import Options
+from vtr_export.search.evaluators.torch_model import TorchModel
+from vtr_export.search.questions.calibration import Question
 
 SHORT, LONG = "how many ?", "what colour is the digit on the left , red or green ?"
 MODELS = {
@@ -124,6 +126,21 @@ def test_features_depend_on_the_question_alone_and_not_on_its_neighbour(reading:
     together, short = features(SHORT, LONG), features(SHORT)
     assert np.abs(together[0] - short[0]).max() < 1e-5
     assert np.abs(together[1] - short[0]).max() > 5e-4  # weights are random, and hardly read
+
+
+def test_a_search_encodes_an_image_anew_for_each_question(reading: Path, tmp_path: Path) -> None:
+    picture().save(tmp_path / "image.png")
+    texts, images = (SHORT, LONG), (tmp_path / "image.png",)
+    model = TorchModel(reading / "checkpoint", "cpu", "fp32")
+    batch = model.batch([Question(images, text, (), "here", text) for text in texts])
+    theirs = InstructBlipProcessor.from_pretrained(reading / "checkpoint", backend="pil")
+    for row, text in enumerate(texts):
+        said = theirs(images=picture(), text=text, return_tensors="pt")
+        wanted = ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
+        with torch.no_grad():
+            own = model.model.get_image_features(**{name: said[name] for name in wanted})
+        found = batch.embeds[row, batch.vision[row]]
+        assert torch.allclose(found, own.pooler_output[0], atol=1e-5)
 
 
 def test_too_long_a_question_is_refused(reading: Path) -> None:
