@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from transformers import SiglipVisionConfig
+from transformers.masking_utils import create_bidirectional_mask
 
 from vtr_export.errors import CheckpointError
 from vtr_export.families import read_facts
+from vtr_export.frontends.skeleton import _fill_buffers
 from vtr_export.frontends.trace import attention
 
 
@@ -37,3 +40,25 @@ def test_facts_of_a_config_that_names_its_type_alone() -> None:
     assert facts.estimated
     assert "estimates" in facts.remarks[0]
     assert not read_facts({"model_type": "llava"}, "config.json").remarks
+
+
+def test_masks_of_encoders_are_made() -> None:
+    """Transformers makes none for an attention that it does not know."""
+    config = SiglipVisionConfig(attn_implementation="vtr")
+    states, real = torch.zeros(1, 4, 8), torch.tensor([[1, 1, 1, 0]])
+    made = create_bidirectional_mask(config, inputs_embeds=states, attention_mask=real)
+    assert made.expand(1, 1, 4, 4)[0, 0].tolist() == [[True, True, True, False]] * 4
+
+
+def test_buffers_of_timms_kind_are_computed_when_a_model_is_built() -> None:
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("bands", torch.empty(3, device="meta"), persistent=False)
+
+        def init_non_persistent_buffers(self) -> None:
+            self.bands.copy_(torch.arange(3.0))
+
+    rotary = Rotary()
+    _fill_buffers(rotary)
+    assert rotary.bands.tolist() == [0, 1, 2]

@@ -26,7 +26,6 @@ BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "pi0": "its decoder is an expert that makes actions, not text",
     "kosmos-2": "places of images are told by a mask of their own, not by a token",
     "kosmos-2.5": "places of images are told by a mask of their own, not by a token",
-    "deepseek_ocr2": "its vision encoder gives other features when it is traced",
     "unlimited_ocr": "its cache drops decoded tokens (a window over what it said)",
 }
 BY_FIELD: Final[Mapping[str, str]] = {

@@ -105,8 +105,9 @@ def _vision(config: Any) -> Any:
 
 
 def _side(vision: Any) -> int:
-    for name in ("image_size", "resolution"):
-        found = getattr(vision, name, None)
+    own = getattr(vision, "model_args", None) or {}  # timm's
+    for name in ("image_size", "resolution", "img_size"):
+        found = getattr(vision, name, own.get(name))
         if isinstance(found, (list, tuple)):
             found = found[0]
         if isinstance(found, int):

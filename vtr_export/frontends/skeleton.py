@@ -65,6 +65,8 @@ def build_skeleton(
             )
     except _REFUSALS as error:
         raise _refusal("build a model of", error, config.name_or_path) from error
+    for module in model.modules():
+        _fill_buffers(module)
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
             raise CheckpointError(
@@ -105,6 +107,16 @@ def _spare_temperature(module: Module) -> None:
     """Within the context, queries are not scaled by how far they stand."""
     if getattr(module, "attn_temperature_tuning", False):
         vars(module)["attn_temperature_tuning"] = False
+
+
+def _fill_buffers(module: Module) -> None:
+    """Of timm's modules, which compute them in a call of its own, into memory that they have."""
+    compute = getattr(module, "init_non_persistent_buffers", None)
+    empty = {n: each for n, each in module.named_buffers(recurse=False) if each.is_meta}
+    if compute is not None and empty:
+        for name, buffer in empty.items():
+            module.register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+        compute()
 
 
 def _fake_parameters(module: Module, mode: FakeTensorMode) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from vtr_export.errors import CheckpointError
 
@@ -73,6 +74,7 @@ def _narrow(
 
 
 AttentionInterface.register("vtr", attention)
+AttentionMaskInterface.register("vtr", sdpa_mask)  # of encoders; the decoder's is given
 
 
 def _refuse(module: Module, mask: Tensor | None, others: Mapping[str, object]) -> None:
