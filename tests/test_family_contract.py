@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_families import TINY
+from tiny_families import TINY, stages
 from transformers import AutoModelForImageTextToText
 
 from vtr_export import Artifact, Schedule, export
@@ -78,7 +78,8 @@ def family(
     TINY[request.param](folder / "checkpoint", 0)
     folders = (folder / name for name in ("checkpoint", "pruned", "unpruned"))
     made = Family(*folders, MOST.get(request.param, 2))
-    export(Schedule.from_data(STAGES), made.checkpoint, made.pruned, verify="all", tunable=True)
+    schedule = Schedule.from_data(stages(made.checkpoint))
+    export(schedule, made.checkpoint, made.pruned, verify="all", tunable=True)
     export(Schedule.unpruned(), made.checkpoint, made.unpruned, verify="none")
     return made
 
@@ -98,7 +99,8 @@ def test_every_gate_is_measured_and_passes(family: Family) -> None:
 @pytest.mark.parametrize("name", [name for name in TINY if name not in WHOLLY])
 def test_every_gate_of_the_others_too(name: str, checked_here: None, tmp_path: Path) -> None:
     TINY[name](tmp_path / "checkpoint", 0)
-    export(Schedule.from_data(STAGES), tmp_path / "checkpoint", tmp_path / "out", verify="all")
+    schedule = Schedule.from_data(stages(tmp_path / "checkpoint"))
+    export(schedule, tmp_path / "checkpoint", tmp_path / "out", verify="all")
     check_gates(tmp_path / "out")
 
 
@@ -220,7 +222,10 @@ def test_the_facts_count_its_parameters(family: Family) -> None:
     held = parameters(facts)
     decoder = sum(p.numel() for p in model.get_decoder().parameters())
     assert (
-        held.embedding + held.final_norm + held.layers * (held.layer_linear + held.layer_other)
+        held.embedding
+        + held.final_norm
+        + held.crosses
+        + held.layers * (held.layer_linear + held.layer_other)
         == decoder
     )
     assert held.total <= sum(p.numel() for p in model.parameters())  # a tower's last layers may go

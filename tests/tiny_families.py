@@ -1,7 +1,9 @@
 """A tiny random checkpoint folder of every family, with its own processor: name → how to save it."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tiny_aya
 import tiny_deepseek
@@ -11,10 +13,13 @@ import tiny_idefics3
 import tiny_internvl
 import tiny_llavas
 import tiny_mistral
+import tiny_mllama
 import tiny_models
 import tiny_qformers
 import tiny_qwen
 from transformers import PreTrainedModel
+
+from vtr_export.families import read_facts
 
 Save = Callable[[Path, int], PreTrainedModel]  # folder, seed → the model that was saved there
 
@@ -39,6 +44,7 @@ TINY: Mapping[str, Save] = {
     "janus": tiny_deepseek.janus,
     "lighton_ocr": tiny_mistral.lighton_ocr,
     "mistral3": tiny_mistral.mistral3,
+    "mllama": tiny_mllama.mllama,
     "llava_next": tiny_llavas.llava_next,
     "llava_onevision": tiny_llavas.llava_onevision,
     "paligemma": tiny_gemma.paligemma,
@@ -51,3 +57,23 @@ TINY: Mapping[str, Save] = {
     "vipllava": tiny_llavas.vipllava,
     "smolvlm": tiny_idefics3.smolvlm,
 }
+
+
+def stages(folder: Path) -> dict[str, Any]:
+    """A schedule of three cuts for a checkpoint: before layers 1, 2 and 3, or behind cross layers.
+
+    All text asks, or the last row where images are keys of cross-attention.
+    """
+    facts = read_facts(json.loads((folder / "config.json").read_text()), "config.json")
+    firsts = [layer + 1 for layer in facts.crosses[:3]] or [1, 2, 3]
+    query = "last" if facts.crosses else "text"
+    return {
+        "version": 1,
+        "prefill": {
+            "score": {"from": "previous", "query": query, "heads": "mean"},
+            "stages": [
+                {"before_layer": layer, "keep": keep}
+                for layer, keep in zip(firsts, ("75%", "50%", "25%"), strict=True)
+            ],
+        },
+    }

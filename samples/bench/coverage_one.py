@@ -116,11 +116,12 @@ def _own(name: str) -> Any:
 
 def _family(save: Any, folder: Path) -> dict[str, Any]:
     """Every gate of its export; unpruned, its answers are transformers' own."""
+    from tiny_families import stages
+
     save(folder / "checkpoint", 0)
+    schedule = Schedule.from_data(stages(folder / "checkpoint"))
     try:
-        report = export(
-            Schedule.from_data(STAGES), folder / "checkpoint", folder / "out", verify="all"
-        )
+        report = export(schedule, folder / "checkpoint", folder / "out", verify="all")
     except GateError as error:
         return _said(WRONG, "family", error.message)
     return _said(VERIFIED, "family", f"{len(report.gates)} gates")
