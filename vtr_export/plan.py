@@ -25,6 +25,7 @@ from vtr_export.memory import (
     peak_bytes,
     weight_bytes,
 )
+from vtr_export.process import size
 from vtr_export.roofline import first_token_parts, next_token_parts, seconds
 from vtr_export.schedule import Resolved, Schedule
 from vtr_export.targets import (
@@ -105,12 +106,12 @@ class PlanReport:
         lines = [
             ("vision tokens, over layers", f"{whole:,}", f"{sum(self.vision_tokens_per_layer):,}"),
             *self._cost_rows(),
-            ("weights", _size(self.weight_bytes), _size(self.weight_bytes)),
-            ("KV cache", _size(self.kv_bytes_unpruned), _size(self.kv_bytes)),
-            ("peak memory", _size(self.peak_bytes_unpruned), _size(self.peak_bytes)),
+            ("weights", size(self.weight_bytes), size(self.weight_bytes)),
+            ("KV cache", size(self.kv_bytes_unpruned), size(self.kv_bytes)),
+            ("peak memory", size(self.peak_bytes_unpruned), size(self.peak_bytes)),
         ]
         if self.memory_bytes is not None:
-            label = f"fits {_size(self.memory_bytes)}"
+            label = f"fits {size(self.memory_bytes)}"
             lines.append((label, _yes(self.fits_unpruned), _yes(self.fits)))
         if self.device is not None:
             times = f"{self.ttft_ms_unpruned:.1f} ms", f"{self.ttft_ms:.1f} ms"
@@ -374,15 +375,6 @@ def _times(
         for r in both
     ]
     return {"device": device, **dict(zip(names, times, strict=True))}
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.4g} {unit}"
 
 
 def _yes(value: bool | None) -> str:

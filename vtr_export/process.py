@@ -1,4 +1,4 @@
-"""What this process took of its machine."""
+"""What this process took of its machine, and how that is said."""
 
 import resource
 import sys
@@ -42,3 +42,13 @@ def peak_rss_bytes() -> int:
     except (OSError, ValueError, IndexError):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.4g} {unit}"

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vtr_export.cli.output import Json, Plugin, Sms, Verbose, columns, progress, report, size, warn
+from vtr_export.cli.output import Json, Plugin, Sms, Verbose, columns, progress, report, warn
+from vtr_export.process import size
 
 
 def build(

@@ -19,7 +19,6 @@ from vtr_export.cli.output import (
     progress,
     report,
     runs,
-    size,
     warn,
 )
 from vtr_export.cli.retrofit import (
@@ -33,6 +32,7 @@ from vtr_export.cli.retrofit import (
 )
 from vtr_export.cli.verify import gate_lines
 from vtr_export.errors import InputError
+from vtr_export.process import size
 
 if TYPE_CHECKING:
     from vtr_export.exporter import Report

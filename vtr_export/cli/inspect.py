@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from vtr_export.cli.inspect_lines import graph_lines
-from vtr_export.cli.output import Json, columns, report, runs, size
+from vtr_export.cli.output import Json, columns, report, runs
 from vtr_export.errors import InputError
+from vtr_export.process import size
 
 if TYPE_CHECKING:
     from vtr_export.engine_manifest import Engine, EngineManifest

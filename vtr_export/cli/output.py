@@ -72,16 +72,6 @@ def runs(numbers: Sequence[int]) -> str:
     return ", ".join(f"{number} x{count}" for number, count in counted)
 
 
-def size(count: int) -> str:
-    """Bytes as people read them."""
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.4g} {unit}"
-
-
 class Progress:
     """Announces each step on stderr, a line each."""
 

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vtr_export.cli.output import columns, progress, report, runs, size
+from vtr_export.cli.output import columns, progress, report, runs
 from vtr_export.cli.verify import gate_lines
 from vtr_export.errors import InputError
+from vtr_export.process import size
 
 if TYPE_CHECKING:
     from vtr_export.retrofit.cut import Request

@@ -6,7 +6,7 @@ from itertools import pairwise
 from vtr_export.families.decoders import DecoderFacts, read_decoder
 from vtr_export.families.facts import ModelFacts, VisionFacts
 from vtr_export.families.section import Config, filled, image_token, section_of
-from vtr_export.families.towers import read_tower
+from vtr_export.families.towers import read_tower, vit
 
 
 def deepseek_vl(config: Config, where: str) -> ModelFacts:
@@ -22,30 +22,17 @@ def janus(config: Config, where: str) -> ModelFacts:
     """What understands images; what draws them (a VQ-VAE and its head) is not exported."""
     config, decoder = filled(config), read_decoder(config, "llama", where)
     _, vision = section_of(config, "vision_config", "janus_vision_model", where)
-    hidden, layers = vision.size("hidden_size"), vision.size("num_hidden_layers")
-    image, patch = vision.side("image_size"), vision.side("patch_size")
-    channels, inner = vision.size("num_channels"), int(hidden * vision.values["mlp_ratio"])
-    tokens = (image // patch) ** 2
-    biases = 4 if vision.flag("attention_bias", True) else 1
-    norms = 8 if vision.flag("use_qk_norm", False) else 4
-    layer = (4 * hidden + biases + norms) * hidden + 2 * hidden * inner + inner + hidden
-    tower = VisionFacts(
-        layers=layers,
-        layers_run=layers,
-        hidden=hidden,
-        heads=vision.size("num_attention_heads"),
-        intermediate=inner,
-        tokens=tokens,
-        image_size=image,
-        patch_size=patch,
-        channels=channels,
-        has_cls=False,
-        parameters=hidden * (channels * patch**2 + tokens + 3) + layers * layer,
+    tower = vit(
+        vision,
+        rest=3,
+        inner=int(vision.size("hidden_size") * vision.values["mlp_ratio"]),
+        biases=4 if vision.flag("attention_bias", True) else 1,
+        norms=8 if vision.flag("use_qk_norm", False) else 4,
     )
     width = vision.size("projection_dim")
     if width != decoder.hidden:
         raise vision.error(f"projection_dim {width} is not the decoder's width {decoder.hidden}")
-    return _facts(config, where, decoder, tower, [hidden, *[width] * vision.size("depth")])
+    return _facts(config, where, decoder, tower, [tower.hidden, *[width] * vision.size("depth")])
 
 
 def _facts(

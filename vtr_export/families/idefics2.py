@@ -1,8 +1,11 @@
 """Idefics2: images keep their shape; a Perceiver makes a few latents of each or its quarters."""
 
+from dataclasses import replace
+
 from vtr_export.families.decoders import DecoderFacts, read_decoder
-from vtr_export.families.facts import ModelFacts, VisionFacts
+from vtr_export.families.facts import ModelFacts
 from vtr_export.families.section import Config, Section, filled, image_token, section_of
+from vtr_export.families.towers import vit
 
 WIDER = 4  # times its width: a resampler layer's MLP
 
@@ -14,7 +17,7 @@ def idefics2(config: Config, where: str) -> ModelFacts:
     _, vision = section_of(config, "vision_config", "idefics2_vision", where)
     _, resampler = section_of(config, "perceiver_config", "idefics2_perceiver", where)
     latents = resampler.number("resampler_n_latents") or 64
-    tower = _tower(vision, latents)
+    tower = replace(vit(vision, rest=3), latents=latents)  # SigLIP with a last norm
     assert tower.tokens is not None, "of the largest image"
     patch, latent, fixed = _projector(tower.hidden, decoder, resampler)
     return ModelFacts(
@@ -25,30 +28,6 @@ def idefics2(config: Config, where: str) -> ModelFacts:
         vision=tower,
         projector_parameters=patch + latent + fixed + (latents + 1) * decoder.hidden,
         projector_macs=latent + patch * tower.tokens // latents,
-    )
-
-
-def _tower(vision: Section, latents: int) -> VisionFacts:
-    """SigLIP with a last norm; learned positions of a square that images of any size share."""
-    hidden, intermediate = vision.size("hidden_size"), vision.size("intermediate_size")
-    layers, patch = vision.size("num_hidden_layers"), vision.side("patch_size")
-    image, channels = vision.side("image_size"), vision.size("num_channels")
-    tokens = (image // patch) ** 2
-    layer = 4 * (hidden + 1) * hidden + 2 * hidden * intermediate + intermediate + 5 * hidden
-    embedding = hidden * (channels * patch**2 + 1 + tokens)
-    return VisionFacts(
-        layers=layers,
-        layers_run=layers,
-        hidden=hidden,
-        heads=vision.size("num_attention_heads"),
-        intermediate=intermediate,
-        tokens=tokens,
-        image_size=image,
-        patch_size=patch,
-        channels=channels,
-        has_cls=False,
-        parameters=embedding + layers * layer + 2 * hidden,
-        latents=latents,
     )
 
 

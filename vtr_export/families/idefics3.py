@@ -1,8 +1,11 @@
 """Idefics3 and SmolVLM: an image is cut into tiles; a shuffle makes one token of several."""
 
+from dataclasses import replace
+
 from vtr_export.families.decoders import read_decoder
 from vtr_export.families.facts import ModelFacts, VisionFacts
 from vtr_export.families.section import Config, Section, filled, image_token, section_of
+from vtr_export.families.towers import vit
 
 
 def idefics3(config: Config, where: str) -> ModelFacts:
@@ -29,24 +32,10 @@ def idefics3(config: Config, where: str) -> ModelFacts:
 def _tower(config: Config, kind: str, merge: int, where: str) -> VisionFacts:
     """SigLIP's layers, learned positions, and a norm behind the last layer."""
     _, vision = section_of(config, "vision_config", kind, where)
-    width, inner = vision.size("hidden_size"), vision.size("intermediate_size")
-    image, patch = vision.side("image_size"), vision.side("patch_size")
-    layers, channels = vision.size("num_hidden_layers"), vision.size("num_channels")
-    side = image // patch
-    if side % merge:
-        raise vision.error(f"image_size {image} has {side} patches a side, no multiple of {merge}")
-    layer = 4 * (width + 1) * width + 2 * width * inner + inner + 5 * width
-    return VisionFacts(
-        layers=layers,
-        layers_run=layers,
-        hidden=width,
-        heads=vision.size("num_attention_heads"),
-        intermediate=inner,
-        tokens=side**2,
-        image_size=image,
-        patch_size=patch,
-        channels=channels,
-        has_cls=False,
-        parameters=width * (channels * patch**2 + 1 + side**2) + layers * layer + 2 * width,
-        merge=merge,
-    )
+    tower = vit(vision, rest=3)
+    assert tower.image_size is not None, "of one size"
+    if (side := tower.image_size // tower.patch_size) % merge:
+        raise vision.error(
+            f"image_size {tower.image_size} has {side} patches a side, no multiple of {merge}"
+        )
+    return replace(tower, merge=merge)

@@ -7,6 +7,7 @@ from vtr_export.families.decoders import ENCODER_DECODERS, DecoderFacts, read_de
 from vtr_export.families.facts import ModelFacts, VisionFacts
 from vtr_export.families.opt import read_opt
 from vtr_export.families.section import Config, Section, defaults, filled, section_of
+from vtr_export.families.towers import vit
 
 
 @dataclass(frozen=True)
@@ -77,25 +78,7 @@ def _tower(config: Config, where: str) -> VisionFacts:
     """EVA's ViT: a class embedding, learned positions, fused QKV, a last norm."""
     kind = defaults()[config["model_type"]]["sub_configs"]["vision_config"]
     _, vision = section_of(config, "vision_config", kind, where)
-    hidden, intermediate = vision.size("hidden_size"), vision.size("intermediate_size")
-    layers, patch = vision.size("num_hidden_layers"), vision.side("patch_size")
-    image = vision.side("image_size")
-    tokens = (image // patch) ** 2 + 1
-    biases = 3 * hidden if vision.flag("qkv_bias", True) else 0
-    layer = 4 * hidden**2 + hidden + biases + 2 * hidden * intermediate + intermediate + 5 * hidden
-    return VisionFacts(
-        layers=layers,
-        layers_run=layers,
-        hidden=hidden,
-        heads=vision.size("num_attention_heads"),
-        intermediate=intermediate,
-        tokens=tokens,
-        image_size=image,
-        patch_size=patch,
-        channels=3,
-        has_cls=True,
-        parameters=hidden * (3 * patch**2 + 1 + 1 + tokens) + layers * layer + 2 * hidden,
-    )
+    return vit(vision, rest=4, has_cls=True, biases=4 if vision.flag("qkv_bias", True) else 1)
 
 
 def _qformer(config: Config, where: str) -> Section:

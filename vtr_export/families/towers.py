@@ -26,7 +26,7 @@ def read_tower(
             hint=f"supported: {', '.join(TOWERS)}",
         )
     features = _feature_layers(config, vision.size("num_hidden_layers"), where)
-    build = _tower if kind in ONE_SIZE else _pixtral
+    build = _one_size if kind in ONE_SIZE else _pixtral
     return replace(build(vision, kind, max(features)), merge=merge, kind=kind), len(features)
 
 
@@ -56,28 +56,46 @@ def _feature_layers(config: Config, layers: int, where: str) -> tuple[int, ...]:
     return tuple(i if i >= 0 else layers + 1 + i for i in wanted)
 
 
-def _tower(vision: Section, kind: str, layers_run: int) -> VisionFacts:
-    """CLIP (CLS token, norm before the layers) or SigLIP (biased patch embedding)."""
-    has_cls = kind == TOWERS[0]
-    hidden, intermediate = vision.size("hidden_size"), vision.size("intermediate_size")
+def vit(
+    vision: Section,
+    *,
+    rest: int,
+    has_cls: bool = False,
+    inner: int | None = None,
+    biases: int = 4,
+    norms: int = 4,
+    layers_run: int | None = None,
+) -> VisionFacts:
+    """A square of learned positions; attention and MLP, a norm before each.
+
+    In vectors of its width: ``biases`` of a layer's attention, ``norms`` of a layer, and ``rest``
+    beside patches, positions and layers. ``inner`` None: the MLP is ``intermediate_size`` wide.
+    """
+    hidden, inner = vision.size("hidden_size"), inner or vision.size("intermediate_size")
+    layers, heads = vision.size("num_hidden_layers"), vision.size("num_attention_heads")
     image, patch = vision.side("image_size"), vision.side("patch_size")
-    channels = vision.size("num_channels")
-    tokens = (image // patch) ** 2 + has_cls
-    extras = hidden + 2 * hidden if has_cls else hidden  # class embedding and norm, or patch bias
-    layer = 4 * (hidden + 1) * hidden + 2 * hidden * intermediate + intermediate + 5 * hidden
+    channels = vision.number("num_channels") or 3
+    run, tokens = layers if layers_run is None else layers_run, (image // patch) ** 2 + has_cls
+    layer = (4 * hidden + biases + norms + 1) * hidden + 2 * hidden * inner + inner
     return VisionFacts(
-        layers=vision.size("num_hidden_layers"),
-        layers_run=layers_run,
+        layers=layers,
+        layers_run=run,
         hidden=hidden,
-        heads=vision.size("num_attention_heads"),
-        intermediate=intermediate,
+        heads=heads,
+        intermediate=inner,
         tokens=tokens,
         image_size=image,
         patch_size=patch,
         channels=channels,
         has_cls=has_cls,
-        parameters=hidden * (channels * patch**2 + tokens) + extras + layers_run * layer,
+        parameters=hidden * (channels * patch**2 + tokens + rest) + run * layer,
     )
+
+
+def _one_size(vision: Section, kind: str, layers_run: int) -> VisionFacts:
+    """CLIP (CLS token, norm before the layers) or SigLIP (biased patch embedding)."""
+    is_clip = kind == TOWERS[0]
+    return vit(vision, rest=3 if is_clip else 1, has_cls=is_clip, layers_run=layers_run)
 
 
 def _pixtral(vision: Section, _: str, layers_run: int) -> VisionFacts:
