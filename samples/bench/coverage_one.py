@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,9 @@ STAGES: dict[str, Any] = {
 }
 SAVED_AS = {"shieldgemma2": "ShieldGemma2ForImageClassification"}  # which holds the mapping's class
 WIDE = {"sliding_window": 512, "attention_chunk_size": 512}  # no prompt of ours is longer
+TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+MARKS = (*TYPES, "image_embeds_position_mask")  # 1 where an image's features go
+ALONE = ("kosmos-2",)  # transformers counts pads as places when it decodes
 NEVER = np.finfo(np.float32).min / 2
 Array = NDArray[Any]
 
@@ -243,14 +247,27 @@ def _distance(mine: Array, theirs: Array) -> float:
 @torch.no_grad()
 def _generated(model: Any, asked: Asked) -> Any:
     """Transformers' own: prefill and decode steps of both prompts."""
+    if model.config.model_type not in ALONE:
+        return _said_by(model, asked)
+    both = []
+    for row, mask in enumerate(asked.mask):
+        given = {name: values[row : row + 1] for name, values in asked.given.items()}
+        ids = asked.ids[row, mask != 0][None]
+        both.append(_said_by(model, Asked(ids, torch.ones_like(ids), given, ())))
+    each = zip(*(said.logits for said in both), strict=True)
+    last = [said.sequences[:, -1 - STEPS :] for said in both]
+    return SimpleNamespace(logits=[torch.cat(step) for step in each], sequences=torch.cat(last))
+
+
+def _said_by(model: Any, asked: Asked) -> Any:
     more = {}
     is_image = (asked.ids == image_id(model.config)).long()
     taken = inputs(model).keys()
-    for name in ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"):
+    for name in MARKS:
         if name in taken:
             more[name] = is_image
     return model.generate(
-        input_ids=asked.ids,
+        input_ids=asked.ids.clamp(max=model.get_input_embeddings().num_embeddings - 1),
         attention_mask=asked.mask,
         **asked.given,
         **more,

@@ -24,8 +24,7 @@ BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "git": "features stand before the prompt and have no tokens in it",
     "diffusion_gemma": "it fills blocks of tokens in many steps (block diffusion)",
     "pi0": "its decoder is an expert that makes actions, not text",
-    "kosmos-2": "places of images are told by a mask of their own, not by a token",
-    "kosmos-2.5": "places of images are told by a mask of their own, not by a token",
+    "kosmos-2.5": "words beside an image are in its segment, which no token tells",
     "unlimited_ocr": "its cache drops decoded tokens (a window over what it said)",
 }
 BY_FIELD: Final[Mapping[str, str]] = {
@@ -43,6 +42,10 @@ WHOLE: Final = (
     "gemma4",
     "gemma4_unified",
 )  # tokens of an image see each other where a field says so
+
+
+MASKED: Final = ("kosmos-2",)  # no token stands for an image; positions count from the pad's id
+TABLES: Final = ("opt", "kosmos_2_text_model")  # of positions, added before layer 0
 
 
 def generic(config: Config, where: str) -> ModelFacts:
@@ -83,7 +86,7 @@ def described(config: Config, text: Section, where: str, **known: Any) -> ModelF
         vocab=text.size("vocab_size"),
         context=min(positions, window or positions),
         dtype=dtype if isinstance(dtype, str) else None,
-        image_token_id=_image_token(kind, config, where),
+        image_token_id=_place(kind, config, text, where),
         projector_parameters=0,
         projector_macs=0,
         mrope="mrope_section" in str(rope),
@@ -92,7 +95,8 @@ def described(config: Config, text: Section, where: str, **known: Any) -> ModelF
         marked=_marked(kind, config, where),
         window=window if window is not None and window < positions else None,
         attends=_attends(kind, text),
-        learned_positions=positions + OFFSET if text.values.get("model_type") == "opt" else 0,
+        learned_positions=positions + OFFSET if text.values.get("model_type") in TABLES else 0,
+        first_position=text.values.get("pad_token_id", 1) + 1 if kind in MASKED else 0,
         estimated=True,
         **facts,
     )
@@ -127,6 +131,8 @@ def _derived(given: Config, kind: str) -> Config:
         if alias in given:
             found.setdefault(name, given[alias])
             found[name] = given.get(name, given[alias])
+        elif name in found:
+            found[alias] = found[name]
     for name, rule in own.get("derived", {}).items():
         if found.get(name) is None or found[name] == rule:
             found[name] = _follows(rule, found)
@@ -191,6 +197,11 @@ def _intermediate(text: Section) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return 4 * text.size("hidden_size")
+
+
+def _place(kind: str, config: Config, text: Section, where: str) -> int:
+    """The id of an image's places; the first behind the words where a mask tells them."""
+    return text.size("vocab_size") if kind in MASKED else _image_token(kind, config, where)
 
 
 def _image_token(kind: str, config: Config, where: str) -> int:

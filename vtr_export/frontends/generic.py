@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from transformers import Kosmos2Model
 
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.families import qformer
@@ -43,6 +44,8 @@ def accessor(model: Any) -> Callable[..., Any]:
     """``get_image_features`` of the model or of the one inside it; or what stands for it here."""
     if (stands_for := OWN.get(model.config.model_type)) is not None:
         return partial(stands_for, model)
+    if model.config.model_type == "kosmos-2":
+        return partial(Kosmos2Model.get_image_features, model)
     own = getattr(model, "get_image_features", None)
     found: Callable[..., Any] = own or model.model.get_image_features
     return found

@@ -21,6 +21,7 @@ from vtr_export.frontends import cross, generic, layered
 from vtr_export.frontends.beside import feeds_beside
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.experts import open_experts
+from vtr_export.frontends.families import kosmos
 from vtr_export.frontends.feeds import Feed, VisionGraph
 from vtr_export.frontends.flat import keep_rows
 from vtr_export.frontends.heads import Heads
@@ -123,6 +124,8 @@ class Decoder(Module):
 
 def speaker(model: PreTrainedModel) -> PreTrainedModel:
     """The model; the language model inside where its own forward never goes without an image."""
+    if model.config.model_type == "kosmos-2":
+        return model.text_model
     pixels = signature(type(model).forward).parameters.get("pixel_values")
     needs = pixels is not None and pixels.default is Parameter.empty
     return model.language_model if needs else model
@@ -135,6 +138,7 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode, trusted=trusted)
     tensors = name_tensors(model, checkpoint)
     open_experts(model, tensors, mode)
+    kosmos.follow(model)
     keep_rows(model)
     hold_pairs(model)
     expand_early(model)

@@ -11,6 +11,7 @@ class _Passed(MoeModelOutputWithPast):  # type: ignore[misc]  # transformers has
     """What a decoder that was passed over would have given."""
 
     shared_kv_states = None  # Gemma 4's
+    cross_attentions = None  # Kosmos-2's
 
 
 class Head(nn.Module):
@@ -27,6 +28,8 @@ class Head(nn.Module):
         per_layer = getattr(decoder.config, "hidden_size_per_layer_input", None)
         if hasattr(model, "qformer"):  # around the decoder there is but its language model
             model = model.language_model
+        if model.config.model_type == "kosmos-2":
+            model = model.text_model
         own = decoder.forward
         decoder.forward = lambda *_, **__: _Passed(last_hidden_state=hidden)
         try:

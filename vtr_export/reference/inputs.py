@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from inspect import signature
 from typing import Any, TypeAlias
 
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import Kosmos2Model
 
 from vtr_export.reference.cut import positions_of
 from vtr_export.reference.layered import Embeddings
@@ -52,6 +54,8 @@ def positions_for(
     Where transformers' model has its own rule for places of images, that rule.
     """
     rule = getattr(getattr(model, "model", model), "get_rope_index", None)
+    if rule is None and model.config.model_type == "kosmos-2":
+        return _tabled(model.get_decoder().embed_positions, attention_mask)
     if rule is None:
         return _counted(model, input_ids, attention_mask)
     is_image = (input_ids == model.config.image_token_id).int()
@@ -61,6 +65,14 @@ def positions_for(
     known = {name: asked[name] for name in asked.keys() & signature(rule).parameters.keys()}
     ids, ahead = rule(input_ids, attention_mask=attention_mask, **known)
     return ids, ahead[:, 0]
+
+
+def _tabled(table: Any, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """By the rule of a table of positions, which tells pads by their id."""
+    pad = table.padding_idx
+    words = torch.where(attention_mask == 0, pad, pad + 1)
+    ids = table.create_position_ids_from_input_ids(words, pad)
+    return ids, (ids - positions_of(attention_mask))[:, -1]
 
 
 def _counted(model: Any, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,6 +181,8 @@ def image_features(model: Any, given: Given, device: str | torch.device = "cpu")
         seen = model.model.vision_model(**inputs).last_hidden_state
         return _one_row(model.model.multi_modal_projector(seen))
     own = getattr(model, "get_image_features", None) or getattr(model, "get_video_features", None)
+    if model.config.model_type == "kosmos-2":
+        own = partial(Kosmos2Model.get_image_features, model)
     said = (own or model.model.get_image_features)(**inputs)
     if (over := _over_layers(said)) is not None:
         first = over.pop(0, torch.zeros_like(next(iter(over.values()))))
@@ -232,7 +246,8 @@ def embed(
     ``attention_mask`` may begin with the past.
     """
     is_vision = input_ids == model.config.image_token_id
-    embeds: Tensor = embeddings(model)(input_ids)
+    last = model.get_input_embeddings().num_embeddings - 1  # an image's id may lie behind it
+    embeds: Tensor = embeddings(model)(input_ids.clamp(max=last))
     if given is not None and len(given):
         features = _behind_each_layer(model, image_features(model, given).to(embeds.dtype))
         embeds = functional.pad(embeds, (0, max(features.shape[1] - embeds.shape[2], 0)))

@@ -58,9 +58,20 @@ def _with_norm(model: Any) -> Any:
     """The decoder's last norm, and the token of its images, under the names that most have."""
     point_at_layers(model)
     decoder = model.get_decoder()
-    for name in ("final_layernorm", "final_layer_norm"):
+    for name in ("final_layernorm", "final_layer_norm", "layer_norm"):
         if not hasattr(decoder, "norm") and hasattr(decoder, name):
             decoder.norm = getattr(decoder, name)
     if not hasattr(model.config, "image_token_id") and hasattr(model.config, "video_token_id"):
         model.config.image_token_id = model.config.video_token_id
+    if model.config.model_type == "kosmos-2":
+        _follow(model, decoder)
     return model
+
+
+def _follow(model: Any, decoder: Any) -> None:
+    """A decoder that takes a whole mask as it is; the first id behind the words is an image's."""
+    own = decoder._prepare_decoder_attention_mask
+    decoder._prepare_decoder_attention_mask = lambda mask, *sizes: (
+        mask if mask is not None and mask.ndim == 4 else own(mask, *sizes)
+    )
+    model.config.image_token_id = model.config.text_config.vocab_size
