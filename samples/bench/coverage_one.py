@@ -196,7 +196,8 @@ def _together(both: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     found = {name: torch.cat(values) for name, values in both.items()}
     if (pooling := both.get("image_token_pooling")) is not None:
         patches = both["pixel_values"][0].shape[1]
-        found["image_token_pooling"] = torch.cat([pooling[0], pooling[1] + patches])
+        second = torch.where(pooling[1] < 0, -1, pooling[1] + patches)
+        found["image_token_pooling"] = torch.cat([pooling[0], second])
     return found
 
 
