@@ -77,6 +77,16 @@ def test_images_are_as_many_as_the_batch_may_hold() -> None:
     assert shapes.most[1:] == (3, 336, 336)
 
 
+def test_what_an_encoder_reads_is_as_long_as_the_text() -> None:
+    ports: dict[str, list[int | str | None]] = {
+        "pixel_values": ["images", 3, 224, 224],
+        "qformer_input_ids": ["images", "question"],
+    }
+    found = vision_profile(ports, ranges(max_batch=2, max_text_tokens=300), 576)
+    asked = found.inputs["qformer_input_ids"]
+    assert (asked.least, asked.most) == ((1, 1), (2, 300))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
