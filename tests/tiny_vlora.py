@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny_models
-from tiny_llavas import CLIP_SIZES, text_sizes, vision_sizes
+from tiny_llavas import CLIP_SIZES, TEXT, vision_sizes
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from vtr_export.models import VLoRAConfig, VLoRAForConditionalGeneration
@@ -15,7 +15,7 @@ GENERATOR = {"vlora_dim": 16, "vlora_depth": 2, "vlora_heads": 2, "vlora_rank": 
 def tiny_vlora(seed: int = 0, **changes: Any) -> VLoRAForConditionalGeneration:
     """Two of four layers are changed."""
     config = VLoRAConfig(
-        text_config=LlamaConfig(**text_sizes()),
+        text_config=LlamaConfig(**TEXT),
         vision_config=CLIPVisionConfig(projection_dim=16, **vision_sizes()),
         **{**GENERATOR, "skip_layers": 2, **changes},
     )

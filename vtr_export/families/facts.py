@@ -156,6 +156,8 @@ class ModelFacts:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a plan made of these facts must say."""
+        if self.features == "keys":
+            return ("what hyper layers do with an image's keys is not counted",)
         if not self.estimated:
             return ()
         return (

@@ -18,6 +18,7 @@ from vtr_export.families.llava_next import llava_next
 from vtr_export.families.llava_onevision import llava_onevision
 from vtr_export.families.mistral3 import lighton_ocr, mistral3
 from vtr_export.families.mllama import mllama
+from vtr_export.families.mplug_owl3 import mplug_owl3
 from vtr_export.families.qformer import blip_2, instructblip
 from vtr_export.families.qwen_vl import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vtr_export.families.section import FRESH, Config, architectures
@@ -41,6 +42,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "lighton_ocr": lighton_ocr,
     "mistral3": mistral3,
     "mllama": mllama,
+    "mplug_owl3": mplug_owl3,
     "paligemma": paligemma,
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,

@@ -305,6 +305,7 @@ def _traced_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtyp
             "sequence": ("inputs_embeds", 1),
             "past": ("past_key_values.0.key", 2),
             "total": ("present.0.key", 2),
+            **{axis: (n, at) for n, f in beside.items() for at, axis in enumerate(f.axes) if axis},
         },
     )
     if facts.attends != "causal":

@@ -1,9 +1,13 @@
 """Give every attention node of a decoder its mask: causal and blind to padding, but for groups."""
 
+from typing import Final
+
 import onnx_ir as ir
 
 from vtr_export import ops
 from vtr_export.errors import AnalysisError
+
+READERS: Final = (("", "Attention", 3), ("", "Expand", 0))  # the second, to stand beside another
 
 
 class AttachMask(ir.passes.InPlacePass):
@@ -45,7 +49,7 @@ class AttachMask(ir.passes.InPlacePass):
 def _attach(model: ir.Model, stand_in: ir.Value, told: list[ir.Value]) -> None:
     """A mask of what is ``told`` in place of ``stand_in``."""
     for node, index in stand_in.uses():
-        if (node.domain, node.op_type, index) != ("", "Attention", 3):
+        if (node.domain, node.op_type, index) not in READERS:
             raise AnalysisError(
                 f"the mask is read by {node.name!r} ({node.op_type}), which is no attention",
                 hint="report the model: its decoder cannot be exported yet",

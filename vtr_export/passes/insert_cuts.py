@@ -49,9 +49,10 @@ class InsertCuts(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Find every cut first, then edit: a graph that cannot be cut stays as it was."""
-        if self.schedule.cuts:
-            _check(model.graph)
-        if self.schedule.cuts and self.schedule.positions == "repacked":
+        if not self.schedule.cuts:
+            return ir.passes.PassResult(model, modified=False)
+        _check(model.graph)
+        if self.schedule.positions == "repacked":
             _check_positions(model.graph)
         labels = label_axes(model.graph, token_seeds(model.graph))
         sites = find_sites(find_layers(model.graph, labels), labels, self.schedule)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from vtr_export.errors import ArtifactError
+from vtr_export.runtime import beside
 from vtr_export.runtime.batch import Ints, positions
-from vtr_export.runtime.beside import NAMES, check_first, laid_beside
 from vtr_export.runtime.crossing import Crossed
 from vtr_export.runtime.positions import Places
 from vtr_export.runtime.session import Array, Session, Value
@@ -71,7 +71,7 @@ class Decoder:
             )
         kept = (name for name in session.outputs if name.startswith(_KEPT))
         self._kept = sorted(kept, key=lambda name: int(name.removeprefix(_KEPT)))
-        self.beside = [name for name in session.inputs if name in NAMES]
+        self.beside = [name for name in session.inputs if name in beside.NAMES]
         self.planes = sum(name.startswith(_PLANE) for name in session.inputs)
 
     @property
@@ -98,10 +98,17 @@ class Decoder:
         ahead = np.full(batch, self._first, np.int64)
         return Cache(values, np.zeros((batch, 0), np.int64), ahead)
 
-    def with_images(self, cache: Cache, features: Array, mask: Ints) -> Cache:
-        """``cache`` before a first call, with what stays beside its tokens. InputError."""
-        check_first(cache.lengths)
-        return replace(cache, values={**cache.values, **laid_beside(features, mask)})
+    def with_images(self, cache: Cache, features: Array, mask: Ints, index: Ints) -> Cache:
+        """``cache`` before a first call, with what stays beside its tokens. InputError.
+
+        ``index`` ``[B, n]`` are the columns of the tokens that stand for images.
+        """
+        beside.check_first(cache.lengths)
+        if beside.WEIGHTS in self.beside:
+            laid = beside.weights(features, mask)
+        else:
+            laid = beside.keys(features, mask, index)
+        return replace(cache, values={**cache.values, **laid})
 
     def __call__(
         self,

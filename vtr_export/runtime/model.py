@@ -60,9 +60,8 @@ class Model:
         """Feed prompts; ``features`` of the ``images`` are in reading order of the rows."""
         if self.sight is not None:
             return self._crossing(cache, batch, features, images)
-        if self.decoder.beside and features is not None:
-            cache = self.decoder.with_images(cache, features, batch.attention_mask)
-            features = None
+        if self.decoder.beside:
+            return self._beside(cache, batch, features)
         embeds = self._embed(batch, features)
         places = None
         if self.mrope and images:  # text alone counts on
@@ -70,6 +69,13 @@ class Model:
         mask, index = batch.attention_mask, batch.vision_index
         groups = token_groups(batch, self.image_token_id, self.attends, self.marked)
         return self.decoder(cache, embeds, mask, index, places, groups, kept=True)
+
+    def _beside(self, cache: Cache, batch: Batch, features: Array | None) -> Step:
+        """A prefill whose images are given beside its tokens."""
+        mask, index = batch.attention_mask, batch.vision_index
+        if features is not None:
+            cache = self.decoder.with_images(cache, features, mask, index)
+        return self.decoder(cache, _only(self.embedding, batch.input_ids), mask, index, kept=True)
 
     def _crossing(
         self, cache: Cache, batch: Batch, features: Array | None, images: Sequence[Seen]

@@ -182,6 +182,12 @@ def nothing(special: Special, config: Mapping[str, Any]) -> Placeholder:
     return replace(plain(special, config), written=lambda _: "")
 
 
+def one_place(special: Special, config: Mapping[str, Any]) -> Placeholder:
+    """One token for an image, whatever it becomes."""
+    image = plain(special, config)
+    return replace(image, written=lambda _: image.token)
+
+
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     **dict.fromkeys(("Blip2Processor", "InstructBlipProcessor"), leading),
     "Gemma3Processor": gemma3,
@@ -195,6 +201,7 @@ PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     "PixtralProcessor": pixtral,
     "VideoLlavaProcessor": with_videos,
     "VLoRAProcessor": nothing,
+    "mPLUGOwl3Processor": one_place,
     "PaliGemmaProcessor": paligemma,
     "Qwen2VLProcessor": qwen_vl,
     "Qwen2_5_VLProcessor": qwen_vl,

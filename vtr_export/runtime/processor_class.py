@@ -27,6 +27,7 @@ OF_MODELS: Final[Mapping[str, str]] = {  # where no file names one, as transform
     "qwen3_vl_moe": "Qwen3VLProcessor",
     "smolvlm": "SmolVLMProcessor",
     "vlora": "VLoRAProcessor",
+    "mplug_owl3": "mPLUGOwl3Processor",
 }
 
 

@@ -60,14 +60,11 @@ def embed(parts: Parts, cases: Sequence[Case], features: Sequence[Array]) -> lis
 def embed_case(session: Session, case: Case, features: Array, *, beside: bool = False) -> Inputs:
     """One case as the decoder takes it; ``beside``: features are no tokens."""
     question = case.question
-    if beside:
-        text = np.array(_only(session, question.input_ids))
-        return Inputs(case, features, text, text, _only(session, case.tokens))
     row, entry = np.nonzero(question.real_vision)
     places = row, question.vision_index[row, entry]
     ids = question.input_ids.copy()
     steps = _only(session, case.tokens)
-    if question.crossing:
+    if beside or question.crossing:
         text = np.array(_only(session, ids))
         return Inputs(case, features, text, text, steps)
     ids[places] = 0  # an image's place may have no embedding
@@ -145,7 +142,8 @@ def _scores(forced: Forced | None) -> tuple[Array, ...]:
 def _prefill(decoder: Decoder, inputs: Inputs, embeds: Array) -> Step:
     question, cache = inputs.case.question, decoder.empty(len(embeds))
     if decoder.beside:
-        cache = decoder.with_images(cache, inputs.features, question.attention_mask)
+        columns = question.attention_mask, question.vision_index
+        cache = decoder.with_images(cache, inputs.features, *columns)
     asked = question.attention_mask, question.vision_index, question.places, question.groups
     return decoder(cache, embeds, *asked, _crossed(inputs), kept=True)
 
