@@ -117,19 +117,8 @@ def export(
     if onnx is not None:
         from vtr_export.retrofit.cut import Request
 
-        request = Request(
-            onnx,
-            schedule,
-            out,
-            image_tokens,
-            image_token_id,
-            tunable,
-            not no_verify,
-            force,
-            vision_mask,
-            embedding,
-        )
-        cut_foreign(request, as_json, verbose)
+        given = onnx, schedule, out, image_tokens, image_token_id, tunable, not no_verify, force
+        cut_foreign(Request(*given, vision_mask, embedding), as_json, verbose)
         return
     if no_verify and verify != "auto":
         raise InputError("--verify and --no-verify exclude each other", hint="give one of them")
