@@ -30,6 +30,8 @@ OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type o
     "VtrBudget": [(INT64, 1)],
     "VtrCausalMask": [(BOOL, 4)],
     "VtrColumns": [(INT64, 2)],
+    "VtrCrossMask": [(BOOL, 4)],
+    "VtrCrossRows": [(BOOL, 3)],
     "VtrGroupMask": [(BOOL, 4)],
     "VtrHeadsMax": [(FLOAT, 3)],
     "VtrHeadsMean": [(FLOAT, 3)],
@@ -206,6 +208,24 @@ def test_tokens_of_a_group_see_each_other_too(call: Call, data: st.DataObject) -
     expected = visible(call.padding, rows, groups)
     assert (mask == expected).all()
     assert (run("VtrSeen", mask=mask)[0] == call.padding).all()
+
+
+@pytest.mark.parametrize(("past", "new"), [(1, 0), (1, 3), (4, 0), (3, 2)])
+def test_a_row_without_a_vision_key_sees_nobodys_and_does_not_count(past: int, new: int) -> None:
+    rng = np.random.default_rng(past + new)
+    old = rng.integers(0, 2, (3, past)) * [[0], [1], [1]]
+    old[:, 0] = 0  # of nobody
+    seen = rng.integers(0, 2, (3, 5, new)).astype(bool) & ~np.eye(3, dtype=bool)[:, :1, None]
+    asked = rng.integers(0, 2, (3, 5))
+    keys = np.concatenate((np.repeat(old[:, None] != 0, 5, axis=1), seen), axis=2)
+    (mask,) = run("VtrCrossMask", past=old, seen=seen)
+    (counted,) = run("VtrCrossRows", past=old, seen=seen, rows=asked)
+    sees = keys.any(-1)
+    assert mask.shape == (3, 1, 5, past + new)
+    assert (mask[:, 0, :, 1:] == keys[:, :, 1:]).all()
+    assert (mask[:, 0, :, 0] == ~sees).all()
+    assert (counted[..., 0] == (sees & (asked != 0))).all()
+    assert not sees[0].any()
 
 
 def test_a_softcap_bends_what_is_large_and_nothing_else() -> None:

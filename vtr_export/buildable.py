@@ -47,6 +47,7 @@ class Buildable:
         """
         manifest = Manifest.load(folder)
         _check_verified(manifest, folder, unverified)
+        _check_tokens(manifest, folder)
         library, chosen = check_builds(target, sms, manifest.dtype)
         request = Request(
             sms=sms,
@@ -105,6 +106,16 @@ def _check_verified(manifest: Manifest, folder: Path, unverified: bool) -> None:
         where=str(folder),
         hint="export it without --no-verify, or build it as it is with --unverified",
     )
+
+
+def _check_tokens(manifest: Manifest, folder: Path) -> None:
+    if manifest.model.crosses:
+        raise EngineError(
+            "this model attends to images as keys of cross-attention, for whose number an engine "
+            "has no ranges yet",
+            where=str(folder),
+            hint="run the artifact in ONNX Runtime: vtr run ARTIFACT --device cuda",
+        )
 
 
 def _choose_sms(library: Library, asked: tuple[int, ...]) -> tuple[int, ...]:

@@ -35,6 +35,8 @@ class Stage:
 class InsertCrossCuts(ir.passes.InPlacePass):
     """Keep only the best vision keys from each scheduled cross layer on.
 
+    Those that the last row does not see go with the first cut that drops any.
+
     Before::
 
         keys = Concat(past, project(cross_states)); Attention(query, keys, values, mask)
@@ -143,7 +145,7 @@ class _Surgeon:
             f"past_mask.{number}", ["batch", f"cross_past_{number + 1}"], ir.DataType.INT64
         )
         scored = self.layers[max(layer for layer in self.layers if layer < cut.before_layer)]
-        width, budget = self._budgets(number, cut)
+        width, budget, drops_none = self._budgets(number, cut)
         inputs = [scored.query, scored.keys, stage.mask, stage.index, width, budget, stage.states]
         states, kept, index = build.prune(inputs, scored.scale)
         states.type = self.states.type
@@ -151,7 +153,8 @@ class _Surgeon:
         seen = build.narrow(stage.seen, kept, axis=2, name="seen")
         if number:  # what stands in for a key is none
             current = build.call("VtrAlive", [current, kept], "alive")
-            seen = self._alive(seen, kept)
+        current.shape = ir.Shape(["batch", f"vision_{number + 1}"])
+        seen = self._left(seen, current, drops_none)
         padding = build.op("Concat", [past, current], "padding", axis=1)
         mask = build.call(ops.CROSS, [past, seen], "mask")
         new = Stage(states, seen, current, index, mask)
@@ -163,20 +166,18 @@ class _Surgeon:
             build.graph_output(value, f"{name}.{number}", ["batch", f"{length}_{number + 1}"])
         return new
 
-    def _alive(self, seen: ir.Value, kept: ir.Value) -> ir.Value:
-        """``seen`` [B,S,V] without stand-ins."""
+    def _left(self, seen: ir.Value, current: ir.Value, drops_none: ir.Value) -> ir.Value:
+        """``seen`` [B,S,V] of keys that were ranked, or of all where a cut drops none."""
         build = self.build
-        one = build.constant([1], "one")
-        ones = build.op("Equal", [kept, kept], "all")
-        all_of_them = build.op("Cast", [ones], "all.ones", to=int(ir.DataType.INT64))
-        alive = build.call("VtrAlive", [all_of_them, kept], "standing")
-        flags = build.op("Cast", [alive], "standing.flags", to=int(ir.DataType.BOOL))
-        found = build.op("And", [seen, build.op("Unsqueeze", [flags, one], "wide")], "seen.alive")
-        found.type, found.shape = seen.type, seen.shape
-        return found
+        ranked = build.op("Cast", [current], "ranked", to=int(ir.DataType.BOOL))
+        stays = build.op("Or", [ranked, drops_none], "stays")
+        wide = build.op("Unsqueeze", [stays, build.constant([1], "rows.axis")], "stays.wide")
+        left = build.op("And", [seen, wide], "seen.left")
+        left.type, left.shape = seen.type, seen.shape
+        return left
 
-    def _budgets(self, number: int, cut: Cut) -> tuple[ir.Value, ir.Value]:
-        """The width [1] that TopK keeps, and each row's own budget [B]."""
+    def _budgets(self, number: int, cut: Cut) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The width [1] that TopK keeps, each row's own budget [B], and whether that is all [1]."""
         build, keep = self.build, cut.keep
         per = build.constant([keep.denominator], "per")
         if self.keep is None:
@@ -186,7 +187,10 @@ class _Surgeon:
             numerator = build.op("Gather", [self.keep, at], "keep", axis=0)
         up = int(keep.rounding == "ceil")
         width = build.call("VtrBudget", [self.width, numerator, per], "width", ceil=up)
-        return width, build.call("VtrBudget", [self.count, numerator, per], "budget", ceil=up)
+        budget = build.call("VtrBudget", [self.count, numerator, per], "budget", ceil=up)
+        drops_none = build.op("GreaterOrEqual", [numerator, per], "drops_none")
+        drops_none.shape = ir.Shape([1])
+        return width, budget, drops_none
 
     def _narrow(
         self, stage: Stage, new: Stage, past: ir.Value, kept: ir.Value, after: Set[ir.Node]

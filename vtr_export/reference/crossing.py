@@ -61,21 +61,28 @@ class Crossing:
 
 
 def crossing_for(model: Any, ids: Tensor, mask: Tensor, given: Mapping[str, Any]) -> Crossing:
-    """Of a first call, by transformers' own rules for who sees which image."""
+    """Of a first call, by transformers' own rules for who sees which image.
+
+    Keys that no row sees are left out.
+    """
     from vtr_export.reference.inputs import image_features
 
-    features = image_features(model, given).unflatten(0, (len(ids), -1))
+    features = image_features(model, given)
+    each, real = len(features) // len(ids), mask != 0
     seen, rows = _mllama_sight(model, ids, given)
-    real = mask != 0
     seen = seen & real[:, :, None]
-    order = seen[:, -1].int().sort(dim=1, stable=True).indices
-    first = torch.arange(len(ids))[:, None] * features.shape[1]
-    return Crossing(
-        rows_at(features, order),
-        torch.stack([row[:, at] for row, at in zip(seen, order, strict=True)]),
-        rows & real,
-        first + order,
-    )
+    found = []
+    for row in seen:
+        order = row[-1].int().sort(stable=True).indices
+        found.append(order[row[:, order].any(0)])
+    width = max(map(len, found))
+    places = torch.full((len(ids), width), -1)
+    sight = torch.zeros((*ids.shape, width), dtype=torch.bool)
+    for row, order in enumerate(found):
+        places[row, width - len(order) :] = row * each + order
+        sight[row, :, width - len(order) :] = seen[row][:, order]
+    states = torch.where((places >= 0)[..., None], features[places], 0)
+    return Crossing(states, sight, rows & real, places)
 
 
 def _mllama_sight(model: Any, ids: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -166,6 +173,8 @@ class Walk:
         self.decided.append((kept, margin_of(score, is_among(columns, kept), 1), score))
         self.kept_vision.append(torch.arange(kept.shape[1]).expand_as(kept))
         self.now = self.now.at(kept)
+        if cut.keep.numerator < cut.keep.denominator:  # what nobody ranked is dropped
+            self.now = replace(self.now, seen=self.now.seen & self._real()[:, None])
         self._pad()
 
     def _real(self) -> Tensor:

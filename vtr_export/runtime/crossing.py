@@ -19,7 +19,7 @@ class Keys:
     """Columns of vision keys of a call, without what is in them.
 
     A row's keys that its last token does not see come first, in reading order, then those it
-    does; a row with fewer begins with pads.
+    does; a row with fewer begins with pads. Keys that no token sees are left out.
     """
 
     features: Ints  # [B, V] which of the call's features stands there; -1: a pad
@@ -82,6 +82,7 @@ def _row(
     if sight == "onward":
         seen[real & ~counts] = True
     order = np.argsort(seen[-1], kind="stable")
+    order = order[seen[:, order].any(axis=0)]
     numbers = np.where(used, np.cumsum(used) - 1, -1)
     return Keys(
         (start + order)[None],

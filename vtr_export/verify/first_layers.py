@@ -22,8 +22,10 @@ DECODER = "decoder_model_merged"
 
 def first_layers(schedule: Resolved, count: int) -> Resolved:
     """What ``schedule`` says of the first ``count`` layers."""
-    cuts = tuple(cut for cut in schedule.cuts if cut.before_layer < count)
-    return replace(schedule, layers=count, cuts=cuts)
+    crosses = tuple(layer for layer in schedule.crosses if layer < count)
+    last = crosses[-1] if crosses else count - 1  # behind which a cut would drop nothing
+    cuts = tuple(cut for cut in schedule.cuts if cut.before_layer <= last)
+    return replace(schedule, layers=count, cuts=cuts, crosses=crosses)
 
 
 def truncate(checkpoint: Checkpoint, count: int, folder: Path) -> Checkpoint:

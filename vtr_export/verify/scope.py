@@ -17,7 +17,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 def choose_scope(
     facts: ModelFacts, available_bytes: int | None = None, *, dtype: str = "fp32"
 ) -> str:
-    """``all``, or ``layers:K`` for the most layers that fit (one at least)."""
+    """``all``, or ``layers:K`` for the most layers that fit (one at least that sees an image)."""
     free = available_memory() if available_bytes is None else available_bytes
     count = parameters(facts)
     each = SESSION_BYTES + REFERENCE_BYTES[dtype]
@@ -26,7 +26,8 @@ def choose_scope(
     budget = min(SHARE * free, free - FLOOR_BYTES)
     if rest + facts.layers * layer <= budget:
         return "all"
-    return f"layers:{max(1, min(facts.layers - 1, int((budget - rest) // layer)))}"
+    least = facts.crosses[0] + 1 if facts.crosses else 1  # one that sees an image
+    return f"layers:{max(least, min(facts.layers - 1, int((budget - rest) // layer)))}"
 
 
 def check_scope(scope: str, layers: int) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtr_export.errors import InputError
 from vtr_export.families import read_facts
 from vtr_export.reference import (
     Head,
@@ -63,6 +64,12 @@ class TorchModel:
         self.folder, self.device = folder, device
         self.model: Any = load_model(folder, folder, DTYPES[dtype]).to(device)
         self.facts = read_facts(self.model.config.to_dict(), str(folder / "config.json"))
+        if self.facts.crosses:
+            raise InputError(
+                "a search ranks tokens, and images are keys of cross-attention in this model",
+                where=str(folder),
+                hint="write the schedule yourself: stages behind its cross layers",
+            )
         self.prompts = Prompts(folder)
         self.ends = _end_tokens(self.model)
         self.head = Head(self.model)
