@@ -12,7 +12,7 @@ REPEATS: Final = (torch.repeat_interleave, Tensor.repeat_interleave)
 
 
 class Shaped(TorchFunctionMode):
-    """``stack``, ``repeat_interleave`` by one number, and a convolution over single patches."""
+    """``stack``, ``repeat_interleave`` by one number, sums of rows, convolutions of patches."""
 
     def __torch_function__(
         self,
@@ -28,7 +28,16 @@ class Shaped(TorchFunctionMode):
             return _repeated(*args, **kwargs)
         if func is functional.conv3d and _is_patch(*args[:2]):
             return _patch_product(*args[:3])
+        if func is functional.embedding_bag and _is_weighted(args, kwargs):
+            return (args[1][args[0]] * kwargs["per_sample_weights"][..., None]).sum(1)
         return func(*args, **kwargs)
+
+
+def _is_weighted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether equally many rows of a table, each with its weight, are summed."""
+    others = {kwargs.get(name) for name in ("offsets", "max_norm", "padding_idx")}
+    is_sum = kwargs.get("mode") == "sum" and kwargs.get("per_sample_weights") is not None
+    return len(args) == 2 and args[0].ndim == 2 and is_sum and others == {None}
 
 
 def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -331,18 +331,21 @@ def _bind_weights(
     tensors: Mapping[str, Stored],
     dtype: ir.DataType,
 ) -> None:
-    """Give each used initializer its checkpoint tensor, or the buffer's values."""
+    """Give each used initializer its checkpoint tensor, or the buffer's values.
+
+    Each as it was traced: some models keep a router's weights in fp32.
+    """
     for name, value in list(graph.graph.initializers.items()):
         if not value.uses():
             graph.graph.initializers.pop(name)
             continue
         key = name.removeprefix("model.")
         if isinstance(ref := tensors.get(key), Parts):
-            ref.build(graph.graph, value, dtype)
+            ref.build(graph.graph, value, value.dtype or dtype)
         elif key in buffers and ref is not None:  # a buffer that was saved
             value.const_value = CheckpointTensor(ref, name=name, dtype=value.dtype or dtype)
         elif key in buffers:
             value.const_value = ir.tensor(buffers[key].numpy(), name=name)
         elif value.const_value is None:
             assert ref is not None, f"{key} is no buffer"
-            value.const_value = CheckpointTensor(ref, name=name, dtype=dtype)
+            value.const_value = CheckpointTensor(ref, name=name, dtype=value.dtype or dtype)
