@@ -51,3 +51,15 @@ def test_the_package_imports_without_heavy_wheels() -> None:
     probe = f"import sys, vtr_export; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_list_of_rooms_has_each_with_its_first_line() -> None:
+    package = Path(vtr_export.__path__[0])
+    lines = (package / "README.md").read_text(encoding="utf-8").splitlines()
+    listed = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+    rooms = {}
+    for init in package.glob("*/__init__.py"):
+        words = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8")))
+        assert words is not None
+        rooms[init.parent.name] = words.splitlines()[0]
+    assert {name.lstrip("[").partition("]")[0]: words for name, words in listed} == rooms

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import in_child
 from test_manifest import GRAPHS, manifest
 
 from vtr_export import publish as module
@@ -64,19 +65,6 @@ def refused(act: Callable[[], Any], *words: str) -> None:
         act()
     text = str(caught.value)
     assert all(word in text for word in ("VTR201", "help:", *words)), text
-
-
-def in_child(act: Callable[[], Any]) -> int:
-    """Run ``act`` in a fork that runs nothing else; its wait status."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-            os._exit(1)
-    return os.waitpid(pid, 0)[1]
 
 
 def kill_before(number: int) -> Callable[[], int]:

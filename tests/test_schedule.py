@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cost import FITPRUNE
 
 import vtr_export
 from vtr_export.errors import ScheduleError
@@ -22,40 +23,6 @@ from vtr_export.schedule_document import MAX_PART, json_schema, plain, read_keep
 from vtr_export.schedule_yaml import MAX_BYTES
 
 SAMPLES = sorted((Path(__file__).parents[1] / "samples" / "schedules").glob("*.yaml"))
-FITPRUNE_60 = [
-    14,
-    33,
-    89,
-    36,
-    36,
-    20,
-    55,
-    21,
-    18,
-    4,
-    7,
-    5,
-    2,
-    5,
-    7,
-    4,
-    26,
-    5,
-    11,
-    24,
-    4,
-    18,
-    2,
-    1,
-    0,
-    0,
-    1,
-    0,
-    1,
-    0,
-    0,
-    0,
-]
 
 
 @dataclass(frozen=True)
@@ -311,7 +278,7 @@ def test_vtw_drops_everything() -> None:
 
 
 def test_fitprune_deletes_inside_the_layer() -> None:
-    resolved = Schedule.from_deletions(FITPRUNE_60).resolve(Model(32, 576))
+    resolved = Schedule.from_deletions(FITPRUNE[60]).resolve(Model(32, 576))
     assert resolved.keep_per_layer(576)[:4] == (576, 562, 529, 440)
     assert resolved.keep_per_layer(576)[-1] == 127
     assert (resolved.drop_point, resolved.query, resolved.heads) == ("inside", "text", "max")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import synthetic_search
+from forks import fork
 from synthetic_search import SCORE, SPACE, Synthetic, blocks_of, quick_folder, search_on, whole
 
 from vtr_export.search.ledger.ledger import Ledger, key_of
@@ -40,19 +41,6 @@ class Counter:
 
 def evaluator(heard: Callable[..., None] = lambda task: None, delay_s: float = 0) -> Synthetic:
     return Synthetic(BLOCKS, noise=0.1, delay_s=delay_s, heard=heard)
-
-
-def fork(act: Callable[[], Any]) -> int:
-    """Begin ``act`` in a child that runs nothing else."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            act()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-            os._exit(1)
-    return pid
 
 
 def was_killed(pid: int) -> bool:
