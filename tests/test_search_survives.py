@@ -304,7 +304,7 @@ def test_a_killed_program_goes_on(undisturbed: Undisturbed, tmp_path: Path) -> N
 def test_two_programs_do_not_share_a_ledger(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     made = Counter()
-    pid = fork(lambda: search_on(path, evaluator(made.up, 0.01)))
+    pid = fork(lambda: search_on(path, evaluator(made.up, 0.2)))
     wait_for(pid, made, 1)
     done = subprocess.run(
         [sys.executable, synthetic_search.__file__, str(path)], capture_output=True, text=True
