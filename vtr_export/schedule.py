@@ -323,16 +323,17 @@ class Schedule:
     ) -> None:
         """Cuts of vision keys that cross layers attend to, which are no tokens."""
         prefill = self.prefill
-        for key, said, wanted in (
+        asked: tuple[tuple[tuple[str, ...], str, str], ...] = (
             (("score", "from"), prefill.score.source, "previous"),
             (("score", "query"), prefill.score.query, "last"),
             (("positions",), prefill.positions, "original"),
             (("drop_point",), prefill.drop_point, "between"),
-        ):
+        )
+        for place, said, wanted in asked:
             if firsts and said != wanted:
                 raise self._error(
-                    ("prefill", *key),
-                    f"{'.'.join(key)} is {said}, but images are keys of cross-attention here",
+                    ("prefill", *place),
+                    f"{'.'.join(place)} is {said}, but images are keys of cross-attention here",
                     f"{wanted}: the last row of the cross layer before a cut ranks them",
                 )
         layers = ", ".join(map(str, crosses))

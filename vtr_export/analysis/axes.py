@@ -1,7 +1,8 @@
 """Label, by dataflow, which axis of every value counts this call's tokens, or its vision keys."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 
@@ -30,7 +31,7 @@ class Axes:
         return self != NONE
 
     @property
-    def named(self) -> dict[str, int]:
+    def named(self) -> dict[str, Any]:
         """The axes there are, by what they count."""
         axes = {name: getattr(self, name) for name in COUNTED}
         return {name: axis for name, axis in axes.items() if axis is not None}
@@ -42,7 +43,8 @@ class Axes:
 
     def moved(self, move: Callable[[int], int | None]) -> "Axes":
         """All axes after ``move`` (None: gone)."""
-        return Axes(state=self.state, **{name: move(axis) for name, axis in self.named.items()})
+        moved: dict[str, Any] = {name: move(axis) for name, axis in self.named.items()}
+        return replace(self, **moved)
 
 
 COUNTED = ("token", "key", "vision", "vision_key")
@@ -161,7 +163,8 @@ def _broadcast(node: ir.Node, inputs: list[Axes]) -> Axes:
         if axes and own is not None:
             aligned.append(_shifted(axes, widest - own))
     pairs = {pair for axes in aligned for pair in axes.named.items()}
-    found = Axes(**dict(pairs))
+    named: dict[str, Any] = dict(pairs)
+    found = replace(NONE, **named)
     if len(pairs) > len(found.named) or len(set(found.places)) < len(pairs):
         return LOST
     others = [v for v, axes in zip(node.inputs, inputs, strict=True) if not axes]
@@ -281,7 +284,8 @@ def _concat(node: ir.Node, inputs: list[Axes]) -> Axes:
     labelled = [axes for axes in inputs if axes]
     for name, grown in PAST.items():
         if any(getattr(axes, name) == axis for axes in labelled):
-            return Axes(**{grown: axis}) if len(labelled) == 1 else LOST
+            made: dict[str, Any] = {grown: axis}
+            return replace(NONE, **made) if len(labelled) == 1 else LOST
     return labelled[0] if len(set(labelled)) == 1 else LOST
 
 

@@ -28,8 +28,8 @@ class VisionFacts:
     tower's own model type, where several may stand in its place.
     ``parameters`` counts what the exported encoder holds (embeddings and ``layers_run``
     layers). Where some layers attend in windows, those are ``window`` by ``window`` vision tokens.
-    A patch spans ``frames`` frames. An image is cut into up to ``tiles`` that see each other. Learned positions lie ``grid`` by ``grid``, and images take
-    what lies between.
+    A patch spans ``frames`` frames. An image is cut into up to ``tiles`` that see each other.
+    Learned positions lie ``grid`` by ``grid``, and images take what lies between.
     """
 
     layers: int

@@ -153,7 +153,7 @@ class _Surgeon:
         seen = build.narrow(stage.seen, kept, axis=2, name="seen")
         if number:  # what stands in for a key is none
             current = build.call("VtrAlive", [current, kept], "alive")
-        current.shape = ir.Shape(["batch", f"vision_{number + 1}"])
+        _declare(current, ir.DataType.INT64, ["batch", f"vision_{number + 1}"])
         seen = self._left(seen, current, drops_none)
         padding = build.op("Concat", [past, current], "padding", axis=1)
         mask = build.call(ops.CROSS, [past, seen], "mask")
@@ -171,7 +171,10 @@ class _Surgeon:
         build = self.build
         ranked = build.op("Cast", [current], "ranked", to=int(ir.DataType.BOOL))
         stays = build.op("Or", [ranked, drops_none], "stays")
+        stays.type, stays.shape = ir.TensorType(ir.DataType.BOOL), current.shape
         wide = build.op("Unsqueeze", [stays, build.constant([1], "rows.axis")], "stays.wide")
+        batch, keys = current.shape or (None, None)
+        wide.type, wide.shape = stays.type, ir.Shape([batch, 1, keys])
         left = build.op("And", [seen, wide], "seen.left")
         left.type, left.shape = seen.type, seen.shape
         return left
@@ -189,7 +192,7 @@ class _Surgeon:
         width = build.call("VtrBudget", [self.width, numerator, per], "width", ceil=up)
         budget = build.call("VtrBudget", [self.count, numerator, per], "budget", ceil=up)
         drops_none = build.op("GreaterOrEqual", [numerator, per], "drops_none")
-        drops_none.shape = ir.Shape([1])
+        _declare(drops_none, ir.DataType.BOOL, [1])
         return width, budget, drops_none
 
     def _narrow(
@@ -223,6 +226,11 @@ class _Surgeon:
             pasts = [value for value in node.inputs if value is not None and value.is_graph_input()]
             for value in (*node.outputs, *pasts):
                 value.shape = renamed(value.shape, stage, LENGTHS)
+
+
+def _declare(value: ir.Value, dtype: ir.DataType, dims: Sequence[int | str]) -> None:
+    """What the analysis of the graph is to know of ``value``."""
+    value.type, value.shape = ir.TensorType(dtype), ir.Shape(dims)
 
 
 def _stray(value: ir.Value) -> AnalysisError:

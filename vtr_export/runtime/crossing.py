@@ -99,7 +99,7 @@ def sees(is_place: Bools, sight: Sight) -> Bools:
     by side are seen together. latest: the last one before it.
     """
     places, columns = np.flatnonzero(is_place), np.arange(len(is_place))
-    ends, end = np.full(len(places), len(is_place)), len(is_place)
+    ends = np.full(len(places), len(is_place))
     for number in range(len(places) - 2, -1, -1):
         beside = places[number + 1] == places[number] + 1
         ends[number] = ends[number + 1] if beside and sight == "onward" else places[number + 1]

@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,8 +76,9 @@ def _unpack(name: str, arrays: dict[str, Array]) -> Case:
         tuple(arrays[f"{each}.{cut}"] for cut in range(count)) for each in _CUTS
     )
     images, given, crossing = (_below(arrays, part) for part in _IMAGES)
+    asked: dict[str, Any] = {each: arrays[each] for each in _ASKED}
     return Case(
-        question=Question(name, images, given, *(arrays[each] for each in _ASKED), crossing),
+        question=Question(name, images, given, **asked, crossing=crossing),
         tokens=arrays["tokens"],
         logits=arrays["logits"],
         logit_ids=arrays["logit_ids"],

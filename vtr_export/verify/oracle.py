@@ -64,8 +64,9 @@ class Oracle:
                 crossing=crossing,
             )
         nothing = torch.full_like(embeds, torch.nan)
-        told = {"groups": groups, "crossing": crossing}
-        silent = self._reference(nothing, mask, positions[0], index, **told)
+        silent = self._reference(
+            nothing, mask, positions[0], index, groups=groups, crossing=crossing
+        )
         logits, logit_ids = noted(_numpy(said.logits))
         prefill = said.prefill
         return Case(
@@ -91,19 +92,19 @@ class Oracle:
         positions, ahead = positions_for(self._model, ids, mask, question.given)
         following = mask.sum(1) + ahead
         index, groups = vision_index_of(ids == image, mask), groups_for(self._model, ids, mask)
-        theirs = (ids, mask, positions, following, index, groups)
-        ours = (
+        theirs = [ids, mask, positions, following, index, groups]
+        ours: list[Array] = [
             question.input_ids,
             question.attention_mask,
             question.position_ids,
             question.following,
             question.vision_index,
             question.groups,
-        )
+        ]
         if self._crosses:
             crossing = crossing_for(self._model, ids, mask, question.given)
-            theirs += crossing.features, crossing.seen, crossing.rows.long()
-            ours += tuple(question.crossing.values())
+            theirs += [crossing.features, crossing.seen, crossing.rows.long()]
+            ours += question.crossing.values()
         return int(
             sum(differing(mine, other.numpy()) for mine, other in zip(ours, theirs, strict=True))
         )
