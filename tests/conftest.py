@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from inspect import isfunction
 from pathlib import Path
@@ -136,31 +137,44 @@ def traced_once() -> "Loader":
     return get
 
 
-@pytest.fixture
-def shared_traces(traced_once: "Loader", monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports of this process take their graphs from ``traced_once``."""
+@contextmanager
+def traced_by(loader: "Loader") -> Iterator[None]:
+    """Exports take their graphs from it."""
     from vtr_export.frontends import transformers
 
-    monkeypatch.setattr(transformers, "load", traced_once)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers, "load", loader)
+        yield
+
+
+@pytest.fixture
+def shared_traces(traced_once: "Loader") -> Iterator[None]:
+    """Exports of this process take their graphs from ``traced_once``."""
+    with traced_by(traced_once):
+        yield
 
 
 @pytest.fixture(scope="module")
 def one_trace(traced_once: "Loader") -> Iterator[None]:
     """As ``shared_traces``, for what a module's fixtures export."""
-    from vtr_export.frontends import transformers
+    with traced_by(traced_once):
+        yield
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """Exports are verified in it: a child imports for longer than its gates take."""
+    from vtr_export.verify import child, export
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers, "load", traced_once)
+        patch.setattr(export, "_run", lambda folder: child.main(Path(folder)))
         yield
 
 
 @pytest.fixture(scope="module")
 def checked_here() -> Iterator[None]:
-    """Exports are verified in this process: a child imports for longer than its gates take."""
-    from vtr_export.verify import child, export
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "_run", lambda folder: child.main(Path(folder)))
+    """What a module exports is verified without a process of its own."""
+    with in_this_process():
         yield
 
 
@@ -170,12 +184,10 @@ def exported(
 ) -> tuple[Path, "Report"]:
     """That model's artifact (FastV, half from layer 1 on), unverified, and its export's report."""
     from vtr_export.exporter import export
-    from vtr_export.frontends import transformers
     from vtr_export.schedule import Schedule
 
     out = tmp_path_factory.mktemp("exported") / "artifact"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers, "load", traced_once)
+    with traced_by(traced_once):
         return out, export(Schedule.fastv(1, "50%"), checkpoint, out, verify="none")
 
 
@@ -195,13 +207,11 @@ def artifact_fp16(
 ) -> Path:
     """That model's verified fp16 artifact of two cuts, with golden vectors; tests leave it be."""
     from vtr_export.exporter import export
-    from vtr_export.frontends import transformers
     from vtr_export.schedule import Schedule
 
     out = tmp_path_factory.mktemp("fp16") / "artifact"
     schedule = Schedule.parse("version: 1\nprefill: {keep: [16, 8, 3]}\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers, "load", traced_once)
+    with traced_by(traced_once), in_this_process():
         export(schedule, checkpoint_fp16, out, dtype="fp16", verify="all")
     return out
 
