@@ -10,7 +10,7 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 PAGE = Path(__file__).parents[1] / "samples" / "bench" / "coverage.md"
-AGAIN = ("blip", "fuyu", "ovis2")
+AGAIN = ("blip", "ovis2")
 
 
 @pytest.fixture(scope="module")
