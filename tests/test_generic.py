@@ -42,6 +42,14 @@ def test_facts_of_a_config_that_names_its_type_alone() -> None:
     assert not read_facts({"model_type": "llava"}, "config.json").remarks
 
 
+def test_where_no_token_stands_for_an_image_the_first_id_behind_the_words_does() -> None:
+    config = {"model_type": "kosmos-2", "text_config": {"vocab_size": 90, "attention_heads": 4}}
+    facts = read_facts(config, "config.json")
+    assert (facts.image_token_id, facts.vocab, facts.heads) == (90, 90, 4)
+    assert facts.first_position == 2  # behind the pad's id
+    assert facts.learned_positions
+
+
 def test_masks_of_encoders_are_made() -> None:
     """Transformers makes none for an attention that it does not know."""
     config = SiglipVisionConfig(attn_implementation="vtr")

@@ -45,7 +45,6 @@ WHOLE: Final = (
 
 
 MASKED: Final = ("kosmos-2",)  # no token stands for an image; positions count from the pad's id
-TABLES: Final = ("opt", "kosmos_2_text_model")  # of positions, added before layer 0
 
 
 def generic(config: Config, where: str) -> ModelFacts:
@@ -72,6 +71,7 @@ def described(config: Config, text: Section, where: str, **known: Any) -> ModelF
     positions, window = text.size("max_position_embeddings"), _window(text)
     rope = text.values.get("rope_parameters")
     dtype = config.get("dtype", config.get("torch_dtype", text.values.get("dtype")))
+    is_tabled = kind in MASKED or text.values.get("model_type") == "opt"
     facts: dict[str, Any] = {"tokens_per_image": None, "vision": None, **known}
     return ModelFacts(
         model_type=kind,
@@ -95,8 +95,8 @@ def described(config: Config, text: Section, where: str, **known: Any) -> ModelF
         marked=_marked(kind, config, where),
         window=window if window is not None and window < positions else None,
         attends=_attends(kind, text),
-        learned_positions=positions + OFFSET if text.values.get("model_type") in TABLES else 0,
-        first_position=text.values.get("pad_token_id", 1) + 1 if kind in MASKED else 0,
+        learned_positions=positions + OFFSET if is_tabled else 0,
+        first_position=_behind_pad(text) if kind in MASKED else 0,
         estimated=True,
         **facts,
     )
@@ -197,6 +197,12 @@ def _intermediate(text: Section) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return 4 * text.size("hidden_size")
+
+
+def _behind_pad(text: Section) -> int:
+    """The first position, where a table of them has the pad's id for a pad's."""
+    pad = text.values.get("pad_token_id")
+    return 1 + (pad if isinstance(pad, int) else 1)
 
 
 def _place(kind: str, config: Config, text: Section, where: str) -> int:
