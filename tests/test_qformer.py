@@ -79,6 +79,7 @@ def test_counts_equal_those_of_a_real_tiny_model(kind: Any, text: dict, every: i
     [
         ({"text_config": {"model_type": "t5"}, "image_token_index": 4}, "encoder-decoder"),
         ({"text_config": {"model_type": "opt"}}, "no token for an image's places"),
+        ({"text_config": 3, "image_token_index": 4}, "text_config is "),
     ],
 )
 def test_refused_by_the_config(kind: str, config: dict, reason: str) -> None:

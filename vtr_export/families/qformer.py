@@ -1,5 +1,6 @@
 """BLIP-2 and what came of it: a Q-Former makes a few tokens of an image, whatever its size."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from vtr_export.errors import CheckpointError
@@ -53,7 +54,8 @@ def _facts(config: Config, where: str, *, reads: bool) -> ModelFacts:
 def _decoder(config: Config, where: str) -> DecoderFacts:
     """OPT or LLaMA; T5 is refused, for its layers read the image through cross-attention."""
     fallback = defaults()[config["model_type"]]["sub_configs"]["text_config"]
-    kind = (config.get("text_config") or {}).get("model_type", fallback)
+    given = config.get("text_config")
+    kind = given.get("model_type", fallback) if isinstance(given, Mapping) else fallback
     if kind in ENCODER_DECODERS:
         raise CheckpointError(
             f"{config['model_type']} with {kind} cannot be pruned: it is an encoder-decoder",

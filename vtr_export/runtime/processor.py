@@ -167,9 +167,7 @@ class Processor:
         spread = self.placeholder.joined(spread)
         if form == "continued":
             return self.tokenizer.encode_continued(spread)
-        bos = self.tokenizer.special.get("bos_token")
-        has_bos = form == "chat" and bos is not None and text.startswith(bos)
-        return self.tokenizer.encode(spread, special=not has_bos and whole is None)
+        return self.tokenizer.encode(spread, special=whole is None and not self._begins(text, form))
 
     def _led(self, text: str, images: Sequence[Seen], form: Form) -> list[int]:
         """The one image's tokens, then all that the tokenizer makes of the text."""
@@ -184,9 +182,12 @@ class Processor:
         before = self.tokenizer.encode(written, special=False)
         if form == "continued":
             return self.tokenizer.encode_continued(text)
+        return before + self.tokenizer.encode(text, special=not self._begins(text, form))
+
+    def _begins(self, text: str, form: Form) -> bool:
+        """Whether a template wrote the token that begins a text."""
         bos = self.tokenizer.special.get("bos_token")
-        has_bos = form == "chat" and bos is not None and text.startswith(bos)
-        return before + self.tokenizer.encode(text, special=not has_bos)
+        return form == "chat" and bos is not None and text.startswith(bos)
 
     def with_places(self, text: str, images: int) -> str:
         """A text that is taken as it is; images come before it where it places none."""
