@@ -8,6 +8,7 @@ from typing import Any
 import tiny_aya
 import tiny_deepseek
 import tiny_gemma
+import tiny_got
 import tiny_idefics2
 import tiny_idefics3
 import tiny_internvl
@@ -36,6 +37,7 @@ TINY: Mapping[str, Save] = {
     "idefics3": tiny_idefics3.idefics3,
     "idefics2": tiny_idefics2.idefics2,
     "instructblip": tiny_qformers.instructblip,
+    "got_ocr2": tiny_got.got_ocr2,
     "internvl": tiny_internvl.internvl,
     "llava": llava,
     "llava/pixtral": tiny_mistral.pixtral,

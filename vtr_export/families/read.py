@@ -10,6 +10,7 @@ from vtr_export.families.facts import ModelFacts
 from vtr_export.families.foreign import RAN, foreign, refuse_own_code
 from vtr_export.families.gemma import gemma3, paligemma
 from vtr_export.families.generic import generic
+from vtr_export.families.got_ocr2 import got_ocr2
 from vtr_export.families.idefics2 import idefics2
 from vtr_export.families.idefics3 import idefics3
 from vtr_export.families.internvl import internvl
@@ -33,6 +34,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "aya_vision": aya_vision,
     "deepseek_vl": deepseek_vl,
     "janus": janus,
+    "got_ocr2": got_ocr2,
     "idefics2": idefics2,
     "instructblip": instructblip,
     "internvl": internvl,

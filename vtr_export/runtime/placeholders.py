@@ -53,6 +53,11 @@ def qwen_vl(special: Special, config: Mapping[str, Any]) -> Placeholder:
     return plain({"image_token": "<|image_pad|>", **special}, config)
 
 
+def got_ocr2(_: Special, config: Mapping[str, Any]) -> Placeholder:
+    """A token of its class, so many times for each tile."""
+    return plain({}, {**config, "image_token": "<imgpad>"})
+
+
 def internvl(special: Special, config: Mapping[str, Any]) -> Placeholder:
     """The context token, so many times, between start and end."""
     token = special.get("context_image_token", "<IMG_CONTEXT>")
@@ -191,6 +196,7 @@ def one_place(special: Special, config: Mapping[str, Any]) -> Placeholder:
 PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     **dict.fromkeys(("Blip2Processor", "InstructBlipProcessor"), leading),
     "Gemma3Processor": gemma3,
+    "GotOcr2Processor": got_ocr2,
     "Idefics2Processor": idefics2,
     "Idefics3Processor": idefics3,
     "InternVLProcessor": internvl,

@@ -13,6 +13,7 @@ OF_MODELS: Final[Mapping[str, str]] = {  # where no file names one, as transform
     "idefics3": "Idefics3Processor",
     "aya_vision": "AyaVisionProcessor",
     "deepseek_vl": "DeepseekVLProcessor",
+    "got_ocr2": "GotOcr2Processor",
     "idefics2": "Idefics2Processor",
     "mllama": "MllamaProcessor",
     "instructblip": "InstructBlipProcessor",

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -102,7 +103,10 @@ def _as_asked(images: Any, checkpoint: Path) -> Callable[..., Any]:
     if type(whole)._process_images is ProcessorMixin._process_images:
         return partial(images, **{name: v for name, v in asked.items() if name != "return_tensors"})
 
+    is_listed = "multi_page" in signature(whole._process_images).parameters  # GOT-OCR 2 counts them
+
     def prepare(images: Any, return_tensors: str) -> Any:
+        images = [images] if is_listed else images
         return whole._process_images(images, **{**asked, "return_tensors": return_tensors})[0]
 
     return prepare
