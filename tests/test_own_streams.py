@@ -125,6 +125,7 @@ def test_four_sections_are_put_together_by_transformers_rule() -> None:
         ("kimi_k25", {"kv_heads": 128, "head_dim": 192, "value_dim": 128}),
         ("llama4", {"context": 8191, "window": 8191}),  # where queries begin to be scaled
         ("granite4_vision", {"planes": (11, 14, 17, 20)}),  # laid over layers 12, 15, 18, 21
+        ("unlimited_ocr", {"answer": 128, "window": None, "context": 32768}),
         ("ernie4_5_vl_moe", {"marked": (100295, 101304, 101305), "sections": 3}),
     ],
 )

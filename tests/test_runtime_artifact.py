@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,15 @@ def test_answers_stop_at_the_context(artifact: Artifact) -> None:
     long = "digit " * (1023 - 30)
     answer = artifact.generate([], long, max_new_tokens=500)
     assert answer.prompt_tokens + len(answer.token_ids) <= 1024
+
+
+def test_a_model_that_forgets_what_it_said_ends_there(artifact: Artifact) -> None:
+    facts = artifact.manifest.model.model_copy(update={"answer": 3, "eos_token_ids": ()})
+    forgets = replace(artifact, manifest=artifact.manifest.model_copy(update={"model": facts}))
+    turns = Conversation(forgets)
+    assert len(turns.ask(QUESTION, picture(1)).token_ids) == 3
+    with pytest.raises(InputError, match="no second turn"):
+        turns.ask("again?")
 
 
 def test_bf16_artifacts_are_refused_on_the_cpu(folder: Path, tmp_path: Path) -> None:

@@ -104,12 +104,18 @@ def missing_assets(folder: Path) -> list[str]:
 
 def limits(facts: ModelFacts) -> list[str]:
     """A warning for each thing that the model does and its artifact does not."""
-    if facts.window is None:
-        return []
-    return [
-        f"some layers see only {facts.window} tokens back, the graph's see all: "
-        f"prompt and answer are refused beyond {facts.context} tokens, where that would differ"
-    ]
+    found = []
+    if facts.window is not None:
+        found.append(
+            f"some layers see only {facts.window} tokens back, the graph's see all: "
+            f"prompt and answer are refused beyond {facts.context} tokens, where that would differ"
+        )
+    if facts.answer is not None:
+        found.append(
+            f"layers forget what was said more than {facts.answer} tokens ago, the graph's do not: "
+            "answers end there, and there is no second turn"
+        )
+    return found
 
 
 def save_graphs(models: Mapping[str, ir.Model], folder: Path) -> None:
@@ -224,6 +230,7 @@ def decoder_facts(checkpoint: Checkpoint, facts: ModelFacts, resolved: Resolved)
         mrope=facts.mrope,
         attends=facts.attends,
         first_position=facts.first_position,
+        answer=facts.answer,
         marked=facts.marked,
         crosses=facts.crosses,
         sight=facts.sight,

@@ -101,6 +101,7 @@ class DecoderFacts(Part):
     attends: Attends = "causal"
     features: Features = "tokens"
     first_position: NonNegativeInt = 0
+    answer: PositiveInt | None = None  # tokens that may follow the first call
     marked: tuple[int, ...] = ()  # tokens that have the experts of images
     crosses: tuple[NonNegativeInt, ...] = ()  # layers that attend to images as keys
     sight: Sight = "onward"

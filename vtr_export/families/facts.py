@@ -90,6 +90,7 @@ class ModelFacts:
     the weights of its norms beyond two and of a router; experts make ``intermediate`` wide.
     ``mrope``: a position is ``sections`` numbers, such as time, row and column.
     ``planes``: features that are added to vision tokens behind these layers, a plane a layer.
+    ``answer``: tokens behind a prompt up to which later ones see them all.
     ``marked``: tokens that experts of their own take beside those of images.
     ``value_dim``: values are as wide, where they are not as wide as keys.
     ``context`` ends at ``window`` where some layers see no further back than that. Positions are
@@ -131,6 +132,7 @@ class ModelFacts:
     planes: tuple[int, ...] = ()
     value_dim: int | None = None
     marked: tuple[int, ...] = ()
+    answer: int | None = None
     anyres: Anyres | None = None
     window: int | None = None
     attends: Attends = "causal"

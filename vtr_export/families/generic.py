@@ -13,7 +13,8 @@ from vtr_export.families.facts import Attends, ModelFacts
 from vtr_export.families.opt import OFFSET
 from vtr_export.families.section import FRESH, Config, Section, defaults, filled, is_tied
 
-SEEN: Final = ("full_attention", "sliding_attention", "chunked_attention")  # by every later row
+REFERRING: Final = "reference_sliding_attention"  # to all of the prompt, and a window behind it
+SEEN: Final = ("full_attention", "sliding_attention", "chunked_attention", REFERRING)  # by all
 CROSSING: Final = "image features enter through cross-attention, not as tokens of the prompt"
 NO_IMAGE: Final = "it takes no image"
 BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
@@ -25,7 +26,6 @@ BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "diffusion_gemma": "it fills blocks of tokens in many steps (block diffusion)",
     "pi0": "its decoder is an expert that makes actions, not text",
     "kosmos-2.5": "words beside an image are in its segment, which no token tells",
-    "unlimited_ocr": "its cache drops decoded tokens (a window over what it said)",
 }
 BY_FIELD: Final[Mapping[str, str]] = {
     "index_topk": "each row chooses the keys it sees (a sparse indexer)",
@@ -93,6 +93,7 @@ def described(config: Config, text: Section, where: str, **known: Any) -> ModelF
         sections=_sections(rope),
         planes=_planes(config),
         marked=_marked(kind, config, where),
+        answer=text.size("sliding_window") if REFERRING in str(_types(text)) else None,
         window=window if window is not None and window < positions else None,
         attends=_attends(kind, text),
         learned_positions=positions + OFFSET if is_tabled else 0,
@@ -170,16 +171,20 @@ def _attends(kind: str, text: Section) -> Attends:
     return "images" if kind in WHOLE and mutual else PREFIXES.get(kind, "causal")
 
 
+def _types(text: Section) -> object:
+    return text.values.get("layer_types")
+
+
 def _window(text: Section) -> int | None:
     """Tokens up to which every layer sees all that came before, and sees it alike."""
-    types = text.values.get("layer_types")
+    types = _types(text)
     kinds = (
         str(types)
         if types
         else str(["sliding_attention"] * bool(text.values.get("use_sliding_window", True)))
     )
     sizes = []
-    if "sliding_attention" in kinds:
+    if "'sliding_attention'" in kinds:
         sizes.append(text.number("sliding_window"))
     if "chunked_attention" in kinds:
         sizes.append(text.number("attention_chunk_size"))

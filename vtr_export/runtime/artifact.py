@@ -15,7 +15,7 @@ from vtr_export.manifest import Manifest
 from vtr_export.published import kind_of
 from vtr_export.runtime.batch import Ints
 from vtr_export.runtime.decoder import Cache, Decoder
-from vtr_export.runtime.generation import Finish, Generated, generate
+from vtr_export.runtime.generation import Finish, Generated, generate, left_to_say
 from vtr_export.runtime.images import ImageInputs, Picture, Seen, Video
 from vtr_export.runtime.model import Model
 from vtr_export.runtime.processor import Form, Processor
@@ -307,7 +307,8 @@ class Artifact:
                 hint="ask less, or build for more: vtr build ARTIFACT with a larger "
                 "--max-text-tokens or --max-new-tokens",
             )
-        return min(context, self.holds or context) - longest
+        answer = left_to_say(self.manifest.model.answer, past) or context
+        return min(min(context, self.holds or context) - longest, answer)
 
     def _answer(
         self, row: Row, generated: Generated, number: int, timings: Timings, seen: Sequence[Seen]

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from vtr_export.errors import InputError
 from vtr_export.runtime.batch import Batch, Ints
 from vtr_export.runtime.decoder import Cache
 from vtr_export.runtime.images import Seen
@@ -28,6 +29,19 @@ class Generated:
     prefill_seconds: float
     decode_seconds: float
     steps: int  # decoder calls after the prefill
+
+
+def left_to_say(answer: int | None, past: Ints) -> int | None:
+    """How long an answer may be, where the model forgets what it said that long ago.
+
+    InputError behind a first call, whose answer it would have to remember.
+    """
+    if answer is not None and past.any():
+        raise InputError(
+            "this model's layers forget what was said: it takes no second turn",
+            hint="ask anew, in a prompt of its own",
+        )
+    return answer
 
 
 def generate(
