@@ -48,6 +48,7 @@ class Buildable:
         manifest = Manifest.load(folder)
         _check_verified(manifest, folder, unverified)
         _check_tokens(manifest, folder)
+        _check_beside(manifest, folder)
         library, chosen = check_builds(target, sms, manifest.dtype)
         request = Request(
             sms=sms,
@@ -113,6 +114,16 @@ def _check_tokens(manifest: Manifest, folder: Path) -> None:
         raise EngineError(
             "this model attends to images as keys of cross-attention, for whose number an engine "
             "has no ranges yet",
+            where=str(folder),
+            hint="run the artifact in ONNX Runtime: vtr run ARTIFACT --device cuda",
+        )
+
+
+def _check_beside(manifest: Manifest, folder: Path) -> None:
+    if manifest.model.features != "tokens":
+        raise EngineError(
+            "this model's images stand beside its tokens (weights or keys), which an engine is not "
+            "given yet",
             where=str(folder),
             hint="run the artifact in ONNX Runtime: vtr run ARTIFACT --device cuda",
         )

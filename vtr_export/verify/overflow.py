@@ -176,7 +176,7 @@ def beyond_in_embeddings(parts: Parts, inputs: Sequence[Inputs]) -> str:
         session = Watched(parts, parts.embedding)
         for each in inputs:
             with _during(lambda case: f"the embeddings of {case.question.name}", each.case):
-                embed_case(session, each.case, each.features)
+                embed_case(session, each.case, each.features, beside=parts.beside)
 
     return _spoken(look)
 
