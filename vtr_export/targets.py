@@ -54,7 +54,10 @@ FIRST_SM: Final[Mapping[str, int]] = {
     "fp8": 89,
     "fp4": 100,
 }
-SANDWICHED: Final = "TensorRT-RTX does not compile a cut ahead of layers that norm what attention and MLP give"  # seen with 1.7.1, any SM, at any size: Myelin's is_const(); with our plugin it does
+# seen with 1.7.1, any SM, at any size: Myelin's is_const(); with our plugin it does
+SANDWICHED: Final = (
+    "TensorRT-RTX does not compile a cut ahead of layers that norm what attention and MLP give"
+)
 FUSED_HEAD_DIMS: Final = range(16, 257, 8)  # seen with TensorRT-RTX 1.7.1, fp16 and bf16, any SM
 _FUSED_ATTENTION: Final = ("tensorrt", "tensorrt-rtx")  # with no kernel for fp32
 
