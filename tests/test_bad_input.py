@@ -119,7 +119,7 @@ CHECKPOINTS = [
     Case("not a model folder", lambda p: p.only(), "VTR002", "model", "no config.json"),
     Case("config is no JSON", lambda p: p.write("model/config.json", "{"), "VTR002", "config.json", "JSON"),
     Case("unsupported model_type", lambda p: p.config(model_type="mamba"), "VTR002", "config.json", "supported: "),
-    Case("unsupported decoder", lambda p: p.config("text_config", model_type="mamba"), "VTR002", "config.json", "llama, mistral, qwen2"),
+    Case("unsupported decoder", lambda p: p.config("text_config", model_type="mamba"), "VTR002", "config.json", "llama, mistral, mllama"),
     Case("no sense in the config", lambda p: p.config("text_config", hidden_size=-1), "VTR002", "config.json", "hidden_size is -1"),
     Case("no image token", lambda p: p.config(image_token_index="x"), "VTR002", "config.json", "image_token_index"),
     Case("quantised", lambda p: p.config(quantization_config={"quant_method": "awq"}), "VTR002", "config.json", "quantised (awq)"),
