@@ -20,20 +20,16 @@ from measure import HERE, MIB, export_verified, head, machine, python, say, tabl
 RECORD = HERE / "families.json"
 TESTS = HERE.parents[1] / "tests"
 SUPPORT = HERE.parent / "support" / "table.py"
-STAGES = ", ".join(
-    f"{{before_layer: {layer}, keep: {keep}%}}" for layer, keep in ((1, 75), (2, 50), (3, 25))
-)
-SCHEDULE = f"version: 1\nprefill:\n  score: {{query: text}}\n  stages: [{STAGES}]\n"
 
 
 def main(names: list[str]) -> None:
     if names[:1] == ["save"]:
         sys.path.insert(0, str(TESTS))
-        from tiny_families import TINY
+        from tiny_families import TINY, stages
 
         folder = Path(names[2])
         model = TINY[names[1]](folder, 0)
-        print(json.dumps({"class": type(model).__name__}))
+        print(json.dumps({"class": type(model).__name__, "schedule": stages(folder)}))
         return
     chosen = names or every()
     with work(None) as folder:
@@ -64,7 +60,7 @@ def measured(name: str, folder: Path) -> dict:
     folder.mkdir()
     saved = python("families.py", "save", name, folder / "model").report
     schedule = folder / "schedule.yaml"
-    schedule.write_text(SCHEDULE)
+    schedule.write_text(json.dumps(saved["schedule"]))
     report = export_verified(folder / "model", folder / "out", schedule).report
     config = json.loads((folder / "model" / "config.json").read_text())
     return {
