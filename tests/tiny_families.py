@@ -9,6 +9,7 @@ import tiny_aya
 import tiny_deepseek
 import tiny_gemma
 import tiny_got
+import tiny_idefics
 import tiny_idefics2
 import tiny_idefics3
 import tiny_internvl
@@ -35,6 +36,7 @@ TINY: Mapping[str, Save] = {
     "blip-2": tiny_qformers.blip_2,
     "gemma3": tiny_gemma.gemma3,
     "idefics3": tiny_idefics3.idefics3,
+    "idefics": tiny_idefics.idefics,
     "idefics2": tiny_idefics2.idefics2,
     "instructblip": tiny_qformers.instructblip,
     "got_ocr2": tiny_got.got_ocr2,

@@ -100,7 +100,8 @@ class ModelFacts:
     of the prompt that the vision encoder may read; 0: an image's features are its own.
     ``crosses``: the layers that attend to image features as keys, which are no tokens of the
     prompt; see ``frontends/cross.py``. Empty where features stand among the tokens.
-    ``cross_parameters`` is what all of those hold beyond a layer like the others.
+    ``cross_parameters`` is what all of those hold beyond a layer like the others; what they
+    attend to is ``cross_width`` wide, where that is not as wide as tokens.
     ``more_embeddings`` are rows of the embedding table behind the vocabulary.
     ``sandwiched``: what attention and MLP give is normed before it joins the residual stream.
     ``features``: what those of an image are to the decoder, and the shape they have for one image
@@ -145,6 +146,7 @@ class ModelFacts:
     crosses: tuple[int, ...] = ()
     sight: Sight = "onward"
     cross_parameters: int = 0
+    cross_width: int | None = None
     more_embeddings: int = 0
     sandwiched: bool = False
     features: Features = "tokens"

@@ -19,7 +19,6 @@ CROSSING: Final = "image features enter through cross-attention, not as tokens o
 NO_IMAGE: Final = "it takes no image"
 BY_TYPE: Final[Mapping[str, str]] = {  # what no field says
     "blip": CROSSING,
-    "idefics": "cross-attention stands between its layers, in blocks that have no cache",
     "evolla": NO_IMAGE,
     "mistral4": NO_IMAGE,
     "git": "features stand before the prompt and have no tokens in it",

@@ -11,6 +11,7 @@ from vtr_export.families.foreign import RAN, foreign, refuse_own_code
 from vtr_export.families.gemma import gemma3, paligemma
 from vtr_export.families.generic import generic
 from vtr_export.families.got_ocr2 import got_ocr2
+from vtr_export.families.idefics import idefics
 from vtr_export.families.idefics2 import idefics2
 from vtr_export.families.idefics3 import idefics3
 from vtr_export.families.internvl import internvl
@@ -35,6 +36,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config, str], ModelFacts]]] = {
     "deepseek_vl": deepseek_vl,
     "janus": janus,
     "got_ocr2": got_ocr2,
+    "idefics": idefics,
     "idefics2": idefics2,
     "instructblip": instructblip,
     "internvl": internvl,

@@ -38,7 +38,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from vtr_export.families import ModelFacts
 from vtr_export.frontends.concrete import Concrete
-from vtr_export.frontends.families import mllama
+from vtr_export.frontends.families import idefics, mllama
 from vtr_export.frontends.shaped import Shaped
 from vtr_export.frontends.trace import trace
 from vtr_export.passes.attach_cross import AttachCross
@@ -59,7 +59,10 @@ class Crossing:
 
 
 Forward: TypeAlias = Callable[[Any, Mapping[str, Any], Crossing], Tensor]
-FORWARDS: Final[Mapping[str, Forward]] = {"mllama": mllama.decoded}
+FORWARDS: Final[Mapping[str, Forward]] = {
+    "idefics": idefics.decoded,
+    "mllama": mllama.decoded,
+}
 """By model type: (model, what a text decoder is called with, crossing) → logits [B,1,vocab]."""
 
 
@@ -103,14 +106,14 @@ def trace_decoder(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype)
     pasts = [cross_past if number in facts.crosses else past for number in numbers]
     shapes = [(sizes[batch], facts.kv_heads, sizes[each], facts.head_dim) for each in pasts]
     names = [f"{number}.{part}" for number in numbers for part in ("key", "value")]
-    rows = sizes[batch], sizes[sequence]
+    rows, width = (sizes[batch], sizes[sequence]), facts.cross_width or facts.hidden
     decoder = trace(
         CrossDecoder(model, FORWARDS[facts.model_type]),
         (
             torch.empty(*rows, facts.hidden, dtype=dtype),
             torch.ones(1, 1, 1, 1, dtype=torch.bool),
             torch.zeros(rows, dtype=torch.long),
-            torch.empty(sizes[batch], sizes[vision], facts.hidden, dtype=dtype),
+            torch.empty(sizes[batch], sizes[vision], width, dtype=dtype),
             torch.ones(1, 1, 1, 1, dtype=torch.bool),
             torch.ones(*rows, 1, dtype=dtype),
             [[torch.empty(shape, dtype=dtype) for _ in range(2)] for shape in shapes],

@@ -21,7 +21,7 @@ from vtr_export.frontends import cross, generic, layered
 from vtr_export.frontends.beside import feeds_beside
 from vtr_export.frontends.concrete import Concrete
 from vtr_export.frontends.experts import open_experts
-from vtr_export.frontends.families import kosmos
+from vtr_export.frontends.families import idefics, kosmos
 from vtr_export.frontends.feeds import Feed, VisionGraph
 from vtr_export.frontends.flat import keep_rows
 from vtr_export.frontends.heads import Heads
@@ -139,6 +139,7 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     tensors = name_tensors(model, checkpoint)
     open_experts(model, tensors, mode)
     kosmos.follow(model)
+    idefics.look_up(model)
     keep_rows(model)
     hold_pairs(model)
     expand_early(model)

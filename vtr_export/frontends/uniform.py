@@ -39,8 +39,8 @@ def truncated(model: PreTrainedModel) -> Iterator[Stacks]:
     config, unused = model.config, 0
     selected = getattr(config, "vision_feature_layer", None)
     vision_name = _name(model, "vision_tower")
-    text_name = next(n for n, module in model.named_modules() if module is model.get_decoder())
-    text_name = f"{text_name}.layers"
+    modules = model.named_modules()
+    text_name = next((f"{n}.layers" for n, m in modules if m is model.get_decoder()), "")
     if isinstance(selected, int) and vision_name:
         depth = len(_layers(model, vision_name))
         config.vision_feature_layer = selected if selected < 0 else selected - depth - 1

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from vtr_export.families import ModelFacts
 from vtr_export.frontends.families import (
+    idefics,
     idefics2,
     idefics3,
     internvl,
@@ -56,6 +57,7 @@ def whole_images(model: Any, pixel_values: Tensor) -> Tensor:
 
 GRAPHS: Final[Mapping[str, VisionGraph]] = {
     **dict.fromkeys(("idefics3", "smolvlm"), VisionGraph(idefics3.features, one_size)),
+    "idefics": VisionGraph(idefics.keys, one_size),
     "instructblip": VisionGraph(qformer.asked, qformer.image_and_question),
     "internvl": VisionGraph(internvl.features, one_size),
     "idefics2": VisionGraph(idefics2.resampled, idefics2.patches),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -34,9 +35,10 @@ class Crossing:
     features: Tensor  # [B, V] which of all features that is; -1: a pad
 
     @classmethod
-    def nothing(cls, like: Tensor) -> "Crossing":
-        """No image, for rows ``[B, S, D]``."""
+    def nothing(cls, like: Tensor, decoder: Any) -> "Crossing":
+        """No image, for rows ``[B, S, D]`` of a decoder."""
         batch, length, width = like.shape
+        width = getattr(decoder, "cross_width", width)  # where features are not as wide
         return cls(
             like.new_zeros((batch, 0, width)),
             torch.zeros((batch, length, 0), dtype=torch.bool, device=like.device),
@@ -69,7 +71,8 @@ def crossing_for(model: Any, ids: Tensor, mask: Tensor, given: Mapping[str, Any]
 
     features = image_features(model, given)
     each, real = len(features) // len(ids), mask != 0
-    seen, rows = _mllama_sight(model, ids, given)
+    sight_of = _mllama_sight if model.config.model_type == "mllama" else _idefics_sight
+    seen, rows = sight_of(model, ids, given)
     seen = seen & real[:, :, None]
     found = []
     for row in seen:
@@ -102,6 +105,22 @@ def _mllama_sight(model: Any, ids: Tensor, given: Mapping[str, Any]) -> tuple[Te
         torch.as_tensor(dense), model.model.vision_model.num_patches, torch.float32
     )
     return added[:, 0] == 0, rows[:, 0, :, 0] != 0
+
+
+def _idefics_sight(model: Any, ids: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The same of Idefics; rows of the batch have equally many images."""
+    from transformers.models.idefics import processing_idefics as processing
+
+    config, images = model.config, len(given["pixel_values"]) // len(ids)
+    words = SimpleNamespace(
+        convert_tokens_to_ids=lambda _: config.image_token_id, eos_token_id=config.eos_token_id
+    )
+    counted, _ = processing.image_attention_mask_for_packed_input_ids(ids, words, "pt")
+    sees = processing.incremental_to_binary_attention_mask(counted, "pt", num_classes=images)
+    vision, perceiver = config.vision_config, config.perceiver_config
+    each = (vision.image_size // vision.patch_size) ** 2 + 1
+    each = perceiver.resampler_n_latents if config.use_resampler else each
+    return sees.repeat_interleave(each, 2) != 0, sees.any(2)
 
 
 class Past(Protocol):

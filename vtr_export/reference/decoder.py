@@ -184,7 +184,7 @@ class Reference:
         cache = replace(cache, padding=(attention_mask[:, :past], *cache.padding[1:]))
         mask = attention_mask[:, past:]
         if self.schedule.crosses:
-            crossing = crossing or Crossing.nothing(inputs_embeds)
+            crossing = crossing or Crossing.nothing(inputs_embeds, self.decoder)
         asked = inputs_embeds, mask, position_ids, vision_index, groups
         held = self._begin(*asked, crossing=crossing)
         call = _Call(cache, held.budget, forced, padding=[attention_mask])

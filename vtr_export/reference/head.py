@@ -25,6 +25,8 @@ class Head(nn.Module):
         """The decoder is passed over: ``hidden`` is what it would have given, without a router."""
         (model,) = self._model
         decoder = model.get_decoder()
+        if model.config.model_type == "idefics":  # nothing stands between
+            return cast("Tensor", model.lm_head(hidden))
         per_layer = getattr(decoder.config, "hidden_size_per_layer_input", None)
         if hasattr(model, "qformer"):  # around the decoder there is but its language model
             model = model.language_model

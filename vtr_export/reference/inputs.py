@@ -180,6 +180,10 @@ def image_features(model: Any, given: Given, device: str | torch.device = "cpu")
     if model.config.model_type == "mllama":  # which has no accessor
         seen = model.model.vision_model(**inputs).last_hidden_state
         return _one_row(model.model.multi_modal_projector(seen))
+    if model.config.model_type == "idefics":
+        seen = model.model.vision_model(**inputs).last_hidden_state
+        resample = getattr(model.model, "perceiver_resampler", None)
+        return _one_row(seen if resample is None else resample(seen))
     own = getattr(model, "get_image_features", None) or getattr(model, "get_video_features", None)
     if model.config.model_type == "kosmos-2":
         own = partial(Kosmos2Model.get_image_features, model)
@@ -246,8 +250,10 @@ def embed(
     ``attention_mask`` may begin with the past.
     """
     is_vision = input_ids == model.config.image_token_id
-    last = model.get_input_embeddings().num_embeddings - 1  # an image's id may lie behind it
-    embeds: Tensor = embeddings(model)(input_ids.clamp(max=last))
+    table = model.get_input_embeddings()
+    words = table.num_embeddings + getattr(table, "num_additional_embeddings", 0)
+    known = input_ids.clamp(max=words - 1)  # an image's id may lie behind them
+    embeds: Tensor = embeddings(model)(known)
     if given is not None and len(given):
         features = _behind_each_layer(model, image_features(model, given).to(embeds.dtype))
         embeds = functional.pad(embeds, (0, max(features.shape[1] - embeds.shape[2], 0)))

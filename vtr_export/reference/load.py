@@ -63,6 +63,9 @@ def _with_norm(model: Any) -> Any:
             decoder.norm = getattr(decoder, name)
     if not hasattr(model.config, "image_token_id") and hasattr(model.config, "video_token_id"):
         model.config.image_token_id = model.config.video_token_id
+    if model.config.model_type == "idefics" and not hasattr(model.config, "image_token_id"):
+        words = model.config.vocab_size + model.config.additional_vocab_size
+        model.config.image_token_id = words - 1
     if model.config.model_type == "kosmos-2":
         _follow(model, decoder)
     return model

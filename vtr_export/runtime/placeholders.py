@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
-from vtr_export.errors import ArtifactError
+from vtr_export.errors import ArtifactError, InputError
 from vtr_export.runtime.images import Seen
 
 
@@ -64,6 +64,31 @@ def internvl(special: Special, config: Mapping[str, Any]) -> Placeholder:
     start = special.get("start_image_token", "<img>")
     end = special.get("end_image_token", "</img>")
     return Placeholder(token, token, lambda image: start + token * image.tokens + end)
+
+
+def idefics(special: Special, _: Mapping[str, Any]) -> Placeholder:
+    """One token for an image, between fake tokens that neighbours share and no space touches.
+
+    InputError for an end of text behind an image: what follows it would not see the image.
+    """
+    token, fake = "<image>", "<fake_token_around_image>"
+    bos, end = special.get("bos_token", ""), special.get("eos_token")
+
+    def joined(text: str) -> str:
+        if end and end in text.partition(token)[2]:
+            raise InputError(
+                f"the prompt has {end} behind an image",
+                hint="leave it out: what stands behind it would not see the image",
+            )
+        if bos and text.startswith(bos):  # all of a prompt
+            text = bos + text.removeprefix(bos).strip(" ")
+        return re.sub(rf" *{re.escape(fake)} *", fake, text).replace(fake + fake, fake)
+
+    def prompt(text: str, _: int) -> str:
+        return bos + text.removeprefix(bos)
+
+    written = fake + token + fake
+    return Placeholder(token, token, lambda _: written, joined=joined, prompt=prompt)
 
 
 def idefics2(special: Special, config: Mapping[str, Any]) -> Placeholder:
@@ -197,6 +222,7 @@ PLACEHOLDERS: Final[Mapping[str, Read]] = {  # by processor class
     **dict.fromkeys(("Blip2Processor", "InstructBlipProcessor"), leading),
     "Gemma3Processor": gemma3,
     "GotOcr2Processor": got_ocr2,
+    "IdeficsProcessor": idefics,
     "Idefics2Processor": idefics2,
     "Idefics3Processor": idefics3,
     "InternVLProcessor": internvl,

@@ -14,6 +14,7 @@ OF_MODELS: Final[Mapping[str, str]] = {  # where no file names one, as transform
     "aya_vision": "AyaVisionProcessor",
     "deepseek_vl": "DeepseekVLProcessor",
     "got_ocr2": "GotOcr2Processor",
+    "idefics": "IdeficsProcessor",
     "idefics2": "Idefics2Processor",
     "mllama": "MllamaProcessor",
     "instructblip": "InstructBlipProcessor",

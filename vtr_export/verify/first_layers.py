@@ -11,6 +11,7 @@ import numpy as np
 from vtr_export.assemble import save_graphs
 from vtr_export.checkpoint import Checkpoint, read_json
 from vtr_export.compile import lower
+from vtr_export.errors import InputError
 from vtr_export.families import read_facts
 from vtr_export.manifest import Manifest
 from vtr_export.schedule import Resolved
@@ -44,10 +45,23 @@ def _shortened(given: dict[str, Any], count: int) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(json.dumps(given))
     is_flat = "text_config" not in config and "num_hidden_layers" in config
     text = config if is_flat else config.setdefault("text_config", {})
-    text["num_hidden_layers"] = count
+    text["num_hidden_layers"] = _own(config, count)
     if isinstance(kinds := text.get("layer_types"), list):
         text["layer_types"] = kinds[:count]
     return config
+
+
+def _own(config: dict[str, Any], count: int) -> int:
+    """Layers without Idefics' blocks, which no number of layers says; InputError between two."""
+    if config.get("model_type") != "idefics":
+        return count
+    every = 1 + int(config.get("cross_layer_interval") or 1)
+    if count % every:
+        raise InputError(
+            f"no model has {count} of these layers: a block stands before every {every - 1}",
+            hint=f"verify a multiple of {every} layers",
+        )
+    return count // every * (every - 1)
 
 
 def build_decoder(

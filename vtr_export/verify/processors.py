@@ -29,6 +29,10 @@ def load_processor(checkpoint: Path, **options: Any) -> Any:
     kind: Any = processor_class_from_name(name) or AutoProcessor
     if getattr(kind, "is_dummy", False) and name == "PixtralProcessor":
         return pixtral_processor().from_pretrained(checkpoint, local_files_only=True, **options)
+    if name == "IdeficsProcessor":
+        idefics = with_places(kind).from_pretrained(checkpoint, local_files_only=True, **options)
+        idefics.chat_template = idefics.tokenizer.chat_template  # which it would lose
+        return idefics
     if "video_processor" in getattr(kind, "get_attributes", tuple)():
         kind = without_videos(kind)
     else:
@@ -60,6 +64,28 @@ def without_videos(kind: Any) -> Any:
     return type(kind.__name__, (kind, _WithoutNone), fields)
 
 
+def with_places(kind: Any) -> Any:
+    """IdeficsProcessor, which takes a list of texts and images, for texts with places of images."""
+
+    def called(self: Any, images: Any = None, text: Any = None, **options: Any) -> Any:
+        texts = [text] if isinstance(text, str) else text
+        each = images if images and isinstance(images[0], (list, tuple)) else [images or []]
+        begin = self.tokenizer.bos_token
+        prompts = [
+            _in_order(one.removeprefix(begin).split("<image>"), own)
+            for one, own in zip(texts, each, strict=True)
+        ]
+        return kind.__call__(self, text=prompts, **options)
+
+    return type(kind.__name__, (kind,), {"__call__": called})
+
+
+def _in_order(texts: Sequence[str], images: Sequence[Any]) -> list[Any]:
+    """Texts with an image between each two; spaces alone are no text."""
+    pairs = zip((text.strip(" ") for text in texts), [*images, None], strict=True)
+    return [part for pair in pairs for part in pair if part is not None and part != ""]
+
+
 def pixtral_processor() -> Any:
     """PixtralProcessor where torchvision is missing: of its image processor's file it needs a rule.
 
@@ -77,7 +103,7 @@ def pixtral_processor() -> Any:
 def load_image_processor(checkpoint: Path) -> Callable[..., Any]:
     """The image processor with the pil backend, asked as the whole processor asks it."""
     images = AutoImageProcessor.from_pretrained(checkpoint, backend="pil", local_files_only=True)
-    prepare = _as_asked(images, checkpoint)
+    prepare = _named(_as_asked(images, checkpoint))
     if not images.to_dict().get("pad2square"):
         return prepare
     color = tuple(int(share * 255) for share in images.image_mean)
@@ -89,6 +115,16 @@ def load_image_processor(checkpoint: Path) -> Callable[..., Any]:
         return prepare(images=Image.fromarray(square), return_tensors=return_tensors)
 
     return squared
+
+
+def _named(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """Idefics' gives pixel values alone."""
+
+    def named(**asked: Any) -> Any:
+        said = prepare(**asked)
+        return {"pixel_values": said} if isinstance(said, np.ndarray) else said
+
+    return named
 
 
 def _as_asked(images: Any, checkpoint: Path) -> Callable[..., Any]:

@@ -27,7 +27,9 @@ def choose_scope(
     if rest + facts.layers * layer <= budget:
         return "all"
     least = facts.crosses[0] + 1 if facts.crosses else 1  # one that sees an image
-    return f"layers:{max(least, min(facts.layers - 1, int((budget - rest) // layer)))}"
+    most = max(least, min(facts.layers - 1, int((budget - rest) // layer)))
+    every = facts.layers // len(facts.crosses) if facts.model_type == "idefics" else 1
+    return f"layers:{max(1, most // every) * every}"  # whole groups, where a file says only those
 
 
 def check_scope(scope: str, layers: int) -> str:

@@ -53,6 +53,7 @@ PROCESSORS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "CLIPImageProcessor": _CLIP,
     "Gemma3ImageProcessor": {**_SQUARE, "resample": 2, "do_convert_rgb": True},
+    "IdeficsImageProcessor": {**_SQUARE, **_OPENAI, "resample": 3, "do_convert_rgb": True},
     "LlavaImageProcessor": {**_CLIP, "do_pad": False},
     "LlavaNextImageProcessor": _CLIP,
     "LlavaOnevisionImageProcessor": {
@@ -97,6 +98,8 @@ class ImageFacts:
                     hint="export a checkpoint whose images are prepared as CLIP, SigLIP, ViT or "
                     "LLaVA do",
                 )
+        if kind == "IdeficsImageProcessor" and (side := facts.get("image_size")):
+            facts["size"] = {"height": side, "width": side}
         does = {step: bool(facts.get(f"do_{step}")) for step in _STEPS}
         return cls._read(kind, facts, does, where)
 
