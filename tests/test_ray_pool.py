@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -333,8 +334,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_of_an_interrupted_search(tmp_path: Path, how: signal.Signals) -> None:
+@pytest.fixture
+def searching(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A search that never ends; it does when the test does."""
     pytest.importorskip("ray", reason="pip install 'vtr-export[cluster]'")
     child = subprocess.Popen(
         [sys.executable, "-c", SEARCH, tmp_path],
@@ -344,14 +346,32 @@ def test_nothing_is_left_of_an_interrupted_search(tmp_path: Path, how: signal.Si
         env=os.environ | {"PYTHONPATH": str(HERE)},
         start_new_session=True,
     )
+    yield child
+    child.kill()
+    child.communicate()
+
+
+def descendants(pid: int) -> dict[psutil.Process, list[str]]:
+    """Each with its name and command; some end while they are asked."""
+    found = {}
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found[process] = [process.name(), *process.cmdline()]
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_of_an_interrupted_search(
+    searching: subprocess.Popen[str], how: signal.Signals
+) -> None:
+    child = searching
     assert child.stdout is not None
     folder = child.stdout.readline().strip()
-    family = [
-        process
-        for process in psutil.Process(child.pid).children(recursive=True)
-        if how == signal.SIGINT or "Agent" not in process.name()  # Ray's agents linger a minute
+    words = descendants(child.pid)
+    assert any(folder in word for said in words.values() for word in said)
+    family = [  # Ray's agents linger a minute
+        process for process, said in words.items() if how == signal.SIGINT or "Agent" not in said[0]
     ]
-    assert any(folder in word for process in family for word in process.cmdline())
     if how == signal.SIGINT:
         os.killpg(child.pid, how)  # as a terminal does
     else:
