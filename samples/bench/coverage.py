@@ -29,7 +29,7 @@ PAGE = HERE / "coverage.md"
 VERDICTS = ("verified with cuts", "exported without", "refused", "failed", "silently wrong")
 VERIFIED, WITHOUT, REFUSED, FAILED, WRONG = VERDICTS
 CHILDREN = multiprocessing.get_context("fork")  # of a parent that has imported torch once
-SECONDS = 300  # that one architecture may take
+SECONDS = 900  # that one architecture may take
 INTRODUCTION = """# What can be exported
 
 Every entry of transformers' image-text-to-text mapping as a tiny random model with three cuts:
