@@ -140,15 +140,14 @@ def generated(checkpoint: Path, question: str, images: Sequence[Image.Image]) ->
 
 def asked(processor: Any, question: str, images: Sequence[Image.Image]) -> Any:
     """What transformers' model is given."""
-    if processor.chat_template is None:
-        if not images:
-            pytest.skip("transformers' processor takes no prompt without an image")
+    is_plain, one_by_one = processor.chat_template is None, hasattr(processor, "multi_page")
+    if not images and (is_plain or one_by_one):
+        pytest.skip("transformers' processor, or generate, takes no prompt without an image")
+    if is_plain:
         return processor(text=[question], images=[list(images)], return_tensors="pt")
     content: list[Any] = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    if hasattr(processor, "multi_page"):  # which takes images one by one
-        if not images:
-            pytest.skip("transformers' processor takes no prompt without an image")
+    if one_by_one:
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return processor(text=[text], images=list(images), return_tensors="pt")
     return processor.apply_chat_template(
