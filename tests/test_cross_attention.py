@@ -100,6 +100,12 @@ def test_each_cut_narrows_what_later_cross_layers_project_and_hold(blinded: Arti
     text = batch.input_ids.shape[1]
     assert prepared.rows[0].ids[0] != IMAGE  # a token before the image attends to all its tiles
     assert lengths == [text, 1 + KEYS, 1 + KEYS // 2, 1, text, 1]
+    held = step.cache.values.items()
+    masks = {n: each.value.numpy() for n, each in held if n.startswith("past_mask")}
+    assert len(masks) > 1
+    for name, mask in masks.items():  # the key of zeros stands first, seen by none that see others
+        assert mask[0, 0] == 0, name
+        assert name.endswith("cross") or mask[0, 1:].all(), name
 
 
 def test_layers_that_have_no_key_left_are_as_if_they_were_not_there(
