@@ -18,8 +18,9 @@ from test_cost import FITPRUNE
 
 import vtr_export
 from vtr_export.errors import ScheduleError
+from vtr_export.keeps import MAX_PART, read_keep, write_keep
 from vtr_export.schedule import Cut, Keep, Schedule
-from vtr_export.schedule_document import MAX_PART, json_schema, plain, read_keep, write_keep
+from vtr_export.schedule_document import json_schema, plain
 from vtr_export.schedule_yaml import MAX_BYTES
 
 SAMPLES = sorted((Path(__file__).parents[1] / "samples" / "schedules").glob("*.yaml"))
@@ -402,13 +403,13 @@ REFUSED = [
     (prefill(f"\n  keep: [{'9' * 5000}]"), "too long", "s.yaml:3"),
     (
         prefill("{stages: []}") + "vision: [prumerge]",
-        "vision lists a reduction, but this version has none",
+        "vision has an entry without method",
         "s.yaml:3",
     ),
     (
         prefill("{stages: []}") + "decode:\n- mustdrop",
-        "decode lists a reduction, but this version has none",
-        "s.yaml:3",
+        "decode has an entry without method",
+        "s.yaml:4",
     ),
     (
         prefill("{stages: []}") + "origin: {a: {b: 1}}",

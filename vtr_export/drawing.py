@@ -8,7 +8,7 @@ from typing import Final
 
 from vtr_export.errors import InputError
 from vtr_export.extras import require
-from vtr_export.schedule_document import write_keep
+from vtr_export.keeps import write_keep
 from vtr_export.steps import Steps
 
 BLOCK, PLAIN = "█", "#"  # what a bar is made of, where the output can say it and where not

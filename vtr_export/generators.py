@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from vtr_export.errors import ScheduleError
-from vtr_export.schedule_document import MAX_PART, read_share, write_keep
+from vtr_export.keeps import MAX_PART, read_share, write_keep
 
 Data = dict[str, Any]
 Ratio = float | str | Fraction

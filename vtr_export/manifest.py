@@ -75,11 +75,11 @@ class ScheduleFacts(Part):
     text: str
     keep_per_layer: tuple[NonNegativeInt, ...] | None  # None where an image's tokens vary
     score_from: Literal["previous", "next"] = "previous"
-    query: Literal["last", "text"] = "last"
+    query: Literal["last", "text", "raters"] = "last"
     heads: Literal["mean", "max"] = "mean"
     rank: Literal["joint", "per_image"] = "joint"
     positions: Literal["original", "repacked"] = "original"
-    drop_point: Literal["between", "inside"] = "between"
+    drop_point: Literal["between", "inside", "attended"] = "between"
 
 
 class DecoderFacts(Part):

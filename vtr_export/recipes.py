@@ -9,9 +9,10 @@ from typing import Any, Final
 
 from vtr_export import generators
 from vtr_export.errors import InputError, ScheduleError
+from vtr_export.keeps import write_keep
 from vtr_export.recipe_text import LIST, Options, read_options
 from vtr_export.schedule import Schedule
-from vtr_export.schedule_document import plain, write_keep
+from vtr_export.schedule_document import plain
 from vtr_export.schedule_yaml import Key, Source
 from vtr_export.steps import Amount, Steps
 

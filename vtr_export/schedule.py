@@ -4,15 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import yaml
 
 from vtr_export import generators
 from vtr_export.errors import ScheduleError
 from vtr_export.generators import Ratio
+from vtr_export.resolved import Cut, Keep, Resolved, Rounding
 from vtr_export.schedule_document import (
     Document,
+    Drop,
     Prefill,
     check,
     first_layer_error,
@@ -23,58 +25,7 @@ from vtr_export.schedule_document import (
 )
 from vtr_export.schedule_yaml import Key, Source, read_text, read_yaml, scalar
 
-Rounding = Literal["floor", "ceil"]
-
-
-@dataclass(frozen=True)
-class Keep:
-    """``numerator/denominator`` of the vision tokens, rounded; computed in integers."""
-
-    numerator: int
-    denominator: int
-    rounding: Rounding = "floor"
-
-    def of(self, v: int) -> int:
-        """How many of ``v`` tokens survive: never more than ``v``."""
-        up = self.denominator - 1 if self.rounding == "ceil" else 0
-        return min(v, (v * self.numerator + up) // self.denominator)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Before decoder layer ``before_layer``, ``keep`` of the call's vision tokens survive."""
-
-    before_layer: int
-    keep: Keep
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A schedule fitted to one model: cuts by ascending layer, keeps never growing.
-
-    With a fixed number N of tokens per image every keep is k/N, so that each image of a call
-    contributes exactly k; otherwise a keep is a share of the call's tokens. Where layers
-    ``crosses`` attend to images as keys, these are narrowed, and each cut has a cross layer of its
-    own that scores it.
-    """
-
-    layers: int
-    tokens_per_image: int | None
-    cuts: tuple[Cut, ...]
-    source: Literal["previous", "next"] = "previous"
-    query: Literal["last", "text"] = "last"
-    heads: Literal["mean", "max"] = "mean"
-    rank: Literal["joint", "per_image"] = "joint"
-    positions: Literal["original", "repacked"] = "original"
-    drop_point: Literal["between", "inside"] = "between"
-    crosses: tuple[int, ...] = ()
-
-    def keep_per_layer(self, v: int) -> tuple[int, ...]:
-        """Vision tokens entering each decoder layer when the call brings ``v``."""
-        tokens = [v] * self.layers
-        for cut in self.cuts:
-            tokens[cut.before_layer :] = [cut.keep.of(v)] * (self.layers - cut.before_layer)
-        return tuple(tokens)
+__all__ = ["Cut", "Keep", "Model", "Resolved", "Rounding", "Schedule"]
 
 
 class Model(Protocol):
@@ -222,6 +173,7 @@ class Schedule:
         """Fit the schedule to a model; a ScheduleError says what does not fit, and where."""
         prefill = self.prefill
         self._check_model(model)
+        self._check_written()
         keeps = [(key, _keep(value, prefill.rounding, model)) for key, value in self._values(model)]
         firsts = [stage.before_layer for stage in prefill.stages or ()]
         if prefill.keep is not None:
@@ -244,6 +196,12 @@ class Schedule:
             positions=prefill.positions,
             drop_point=prefill.drop_point,
             crosses=crosses,
+            rule=prefill.score.rule,
+            threshold=prefill.threshold,
+            protect=prefill.protect == "keys",
+            merge=None if isinstance(prefill.merge, Drop) else prefill.merge,
+            vision=self.document.vision,
+            decode=self.document.decode,
         )
 
     def place_of(self, before_layer: int) -> str:
@@ -278,6 +236,22 @@ class Schedule:
                 "positions: original",
             )
         self._check_layers(model.layers)
+
+    def _check_written(self) -> None:
+        """Words of the language that no pass knows yet."""
+        prefill = self.prefill
+        unknown = (
+            (("prefill", "score", "rule"), prefill.score.rule != "attention"),
+            (("prefill", "score", "query"), prefill.score.query == "raters"),
+            (("prefill", "drop_point"), prefill.drop_point == "attended"),
+            (("prefill", "threshold"), prefill.threshold is not None),
+            (("prefill", "protect"), prefill.protect != "none"),
+            (("prefill", "merge"), not isinstance(prefill.merge, Drop)),
+            (("decode",), bool(self.document.decode)),
+        )
+        for key, is_used in unknown:
+            if is_used:
+                raise self._error(key, f"{key[-1]} cannot be compiled yet", "leave it out")
 
     def _check_layers(self, layers: int) -> None:
         keep = self.prefill.keep

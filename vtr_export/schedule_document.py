@@ -3,103 +3,30 @@
 import difflib
 import itertools
 import json
-import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    Strict,
-    ValidationError,
-    WithJsonSchema,
-)
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BeforeValidator, Discriminator, Field, Strict, ValidationError
+from pydantic_core import ErrorDetails
 
 from vtr_export.errors import ScheduleError
+from vtr_export.keeps import KeepValue, StrictModel, refuse, write_keep
+from vtr_export.reductions.registry import CACHE, VISION, Decode, Vision
 from vtr_export.schedule_yaml import Key, Source, show
-
-MAX_PART: Final = 1_000_000  # of a fraction: tokens x numerator stays far inside int64
-_PERCENT: Final = re.compile(r"([0-9]{1,9})(\.[0-9]{1,9})?%")
-_RATIO: Final = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
-_FORMS: Final = "write an integer (144), a percentage (25%) or a fraction (1/4)"
-
-
-def _refuse(message: str, hint: str) -> PydanticCustomError:
-    return PydanticCustomError("vtr", "{message}", {"message": message, "hint": hint})
 
 
 def _read_version(value: object) -> object:
     if type(value) is not int or value != 1:
-        raise _refuse(f"version is {show(value)}", "this release reads version: 1")
+        raise refuse(f"version is {show(value)}", "this release reads version: 1")
     return value
 
 
-def read_keep(value: object) -> int | Fraction:
-    """Tokens per image, or an exact share of them; floats are refused, they are not exact."""
-    if isinstance(value, float):
-        exact = f"{value * 100:g}%" if 0 <= value <= 1 else "50%"
-        raise _refuse(f"keep is {show(value)}, a float, which is not exact", f"write {exact}")
-    if isinstance(value, int) and not isinstance(value, bool):
-        if not 0 <= value <= MAX_PART:
-            raise _refuse(f"keep is {value}", f"write 0 (drop all) to {MAX_PART}")
-        return value
-    share = read_share(value) if isinstance(value, str) else value
-    if not isinstance(share, Fraction):
-        raise _refuse(f"keep is {show(value)}, not a number of tokens", _FORMS)
-    if not 0 <= share <= 1:
-        raise _refuse(f"keep is {show(value)}, outside 0 to 100%", "a cut can only drop tokens")
-    if share.denominator > MAX_PART:
-        raise _refuse(f"keep is {show(value)}, too fine", f"use a denominator up to {MAX_PART}")
-    return share
-
-
-def read_share(text: str) -> Fraction | None:
-    """``12.5%`` or ``1/8`` exactly; None for anything else."""
-    if match := _PERCENT.fullmatch(text):
-        return Fraction(match[1] + (match[2] or "")) / 100
-    match = _RATIO.fullmatch(text)
-    return Fraction(int(match[1]), int(match[2])) if match and int(match[2]) else None
-
-
-def write_keep(keep: int | Fraction) -> int | str:
-    """The spelling that ``read_keep`` reads back."""
-    if isinstance(keep, int):
-        return keep
-    if MAX_PART % keep.denominator:
-        return f"{keep.numerator}/{keep.denominator}"
-    digits = keep.numerator * (MAX_PART // keep.denominator)  # millionths
-    whole, rest = divmod(digits, 10_000)
-    return f"{whole}" + (f".{rest:04}".rstrip("0") if rest else "") + "%"
-
-
-_KEEP_SCHEMA: Final = {
-    "description": "Vision tokens per image, or an exact share of them: 144, 25%, 1/4.",
-    "anyOf": [
-        {"type": "integer", "minimum": 0, "maximum": MAX_PART},
-        {"type": "string", "pattern": r"^[0-9]{1,9}((\.[0-9]{1,9})?%|/[0-9]{1,9})$"},
-    ],
-}
-KeepValue = Annotated[
-    int | Fraction,
-    PlainValidator(read_keep),
-    PlainSerializer(write_keep),
-    WithJsonSchema(_KEEP_SCHEMA),
-]
 Origin = str | int | float | bool | None
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Score(_Strict):
+class Score(StrictModel):
     """The number that ranks vision tokens at a cut."""
 
     source: Literal["previous", "next"] = Field(
@@ -107,20 +34,54 @@ class Score(_Strict):
         alias="from",
         description="Attention of the layer before the cut, or the next layer's own projections.",
     )
-    query: Literal["last", "text"] = Field(
-        default="last", description="The last prompt token, or all text after the last image."
+    rule: Literal["attention", "self_cross", "redundancy"] = Field(
+        default="attention",
+        description="What query rows give a token; FitPrune's product; FiCoCo-L's difference.",
+    )
+    query: Literal["last", "text", "raters"] = Field(
+        default="last",
+        description="The last prompt token, all text after the last image, or SparseVLM's raters.",
     )
     heads: Literal["mean", "max"] = Field(default="mean", description="How heads are combined.")
 
 
-class Stage(_Strict):
+class Stage(StrictModel):
     """From ``before_layer`` on, ``keep`` vision tokens are left."""
 
     before_layer: int = Field(ge=0, description="The first layer that sees only the kept tokens.")
     keep: KeepValue
 
 
-class Prefill(_Strict):
+class Threshold(StrictModel):
+    """MustDrop: a token goes whose share of attention is below both; keeps are upper bounds."""
+
+    whole: float = Field(ge=0, le=1, description="Of all that vision tokens get, over all rows.")
+    single: float = Field(ge=0, le=1, description="Of any one row's attention.")
+
+
+class Drop(StrictModel):
+    """Nothing is made of dropped tokens."""
+
+    by: Literal["drop"] = "drop"
+
+
+class Recycle(StrictModel):
+    """SparseVLM: the best of the dropped tokens become the means of clusters behind the kept."""
+
+    by: Literal["recycle"] = "recycle"
+    share: KeepValue = Field(default=Fraction(3, 10), description="Of the dropped tokens.")
+    each: int = Field(default=10, ge=1, description="Tokens of a cluster, about.")
+
+
+class Correlate(StrictModel):
+    """FiCoCo: each dropped token is added to the kept ones that it correlates with."""
+
+    by: Literal["correlate"] = "correlate"
+    direct: float = Field(default=0.6, ge=0, le=1, description="Weight beside the way over text.")
+    nearest: int = Field(default=2, ge=1, description="Kept tokens that each is added to.")
+
+
+class Prefill(StrictModel):
     """Which vision tokens survive at which decoder layer: ``stages`` or ``keep``, not both."""
 
     score: Score = Score()
@@ -130,9 +91,16 @@ class Prefill(_Strict):
     positions: Literal["original", "repacked"] = Field(
         default="original", description="Survivors keep their positions, or are numbered anew."
     )
-    drop_point: Literal["between", "inside"] = Field(
+    drop_point: Literal["between", "inside", "attended"] = Field(
         default="between",
-        description="Between two layers, or inside the first of them, before its o_proj.",
+        description="Between two layers, or in the first: before its o_proj, or before its MLP.",
+    )
+    threshold: Threshold | None = Field(default=None, description="Drops more than keep says.")
+    protect: Literal["none", "keys"] = Field(
+        default="none", description="Tokens that a vision reduction protects are never dropped."
+    )
+    merge: Annotated[Drop | Recycle | Correlate, Discriminator("by")] = Field(
+        default=Drop(), description="What becomes of dropped tokens."
     )
     rounding: Literal["floor", "ceil"] = Field(
         default="floor", description="How a share of the tokens becomes an integer."
@@ -145,7 +113,7 @@ class Prefill(_Strict):
     )
 
 
-class Document(_Strict):
+class Document(StrictModel):
     """How many vision tokens survive at each decoder layer."""
 
     version: Annotated[Literal[1], BeforeValidator(_read_version)] = Field(
@@ -154,23 +122,29 @@ class Document(_Strict):
     model: str | None = Field(
         default=None, description="Checkpoint folder, relative to this file, or hub id."
     )
-    vision: tuple[Any, ...] = Field(
-        default=(), max_length=0, description="Reductions before the decoder: none in this version."
+    vision: Annotated[tuple[Vision, ...], Strict(False)] = Field(
+        default=(), description="Reductions before the decoder, in order."
     )
-    prefill: Prefill
-    decode: tuple[Any, ...] = Field(
-        default=(), max_length=0, description="Reductions of the cache: none in this version."
+    prefill: Prefill = Prefill(stages=())
+    decode: Annotated[tuple[Decode, ...], Strict(False)] = Field(
+        default=(), max_length=1, description="A reduction of the cache behind the prefill."
     )
     origin: dict[str, Origin] = Field(
         default_factory=dict, description="Provenance; says nothing about what is computed."
     )
 
 
-_MODELS: Final[Mapping[Key, type[_Strict]]] = {
+_MODELS: Final[Mapping[Key, type[StrictModel]]] = {
     (): Document,
     ("prefill",): Prefill,
     ("prefill", "score"): Score,
     ("prefill", "stages"): Stage,
+    ("prefill", "threshold"): Threshold,
+}
+_METHODS: Final[Mapping[str, Mapping[str, type[StrictModel]]]] = {
+    "vision": VISION,
+    "decode": CACHE,
+    "merge": {"drop": Drop, "recycle": Recycle, "correlate": Correlate},
 }
 _EXAMPLES: Final = {
     "version": "version: 1",
@@ -187,6 +161,14 @@ _KINDS: Final = {
     "finite_number": "a finite number",
 }
 
+_LAYERS: Final = ("before_layer",)
+_BOUNDS: Final = {
+    "greater_than_equal": "it is {ge} at least",
+    "greater_than": "it is more than {gt}",
+    "less_than_equal": "it is {le} at most",
+    "less_than": "it is less than {lt}",
+}
+
 
 def validate(data: object, source: Source) -> Document:
     """The document that ``data`` spells, or a ScheduleError for its first mistake."""
@@ -201,26 +183,48 @@ def _translate(error: ErrorDetails, source: Source) -> ScheduleError:
     """Pydantic's complaint with our place and a way out."""
     key: Key = tuple(k for k in error["loc"])
     key = key[:2] if key[:1] == ("origin",) else key  # drops the union's member names
-    message, hint = _say(error, key)
+    kind, key = _told(key)
+    message, hint = _say(error, key, kind)
     return ScheduleError(message, where=source.at(key), hint=hint)
 
 
-def _say(error: ErrorDetails, key: Key) -> tuple[str, str]:
+def _told(key: Key) -> tuple[type[StrictModel] | None, Key]:
+    """Of an entry whose kind a word tells: that kind, and the key without the word."""
+    for at, name in enumerate(key):
+        kinds = _METHODS.get(str(name))
+        word = at + 1 + (name in ("vision", "decode"))
+        if kinds is not None and len(key) > word:
+            return kinds[str(key[word])], (*key[:word], *key[word + 1 :])
+    return None, key
+
+
+def _say(error: ErrorDetails, key: Key, told: type[StrictModel] | None) -> tuple[str, str]:
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     name = key[-1] if key else "the schedule"
     if kind == "vtr":
         return context["message"], context["hint"]
     if kind == "extra_forbidden":
-        return f"unknown key {show(name)}", _did_you_mean(str(name), _keys(key[:-1]))
+        keys = _keys(told or _model_at(key[:-1]))
+        return f"unknown key {show(name)}", _did_you_mean(str(name), keys)
     if kind == "missing":
         return f"key {name!r} is missing", _EXAMPLES.get(str(name), f"add {name}:")
     if kind == "literal_error":
-        allowed = _allowed(key)
+        allowed = _allowed(told or _model_at(key[:-1]), key[-1])
         return f"{name} is {show(value)}", _did_you_mean(str(value), allowed)
+    return _no_such(key, value) if kind.startswith("union_tag") else _out_of_bounds(error, key)
+
+
+def _out_of_bounds(error: ErrorDetails, key: Key) -> tuple[str, str]:
+    """A value of another kind, too large, too small, or too much of it."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    name = key[-1] if key else "the schedule"
     if kind == "too_long":
-        return f"{name} lists a reduction, but this version has none", f"write {name}: []"
-    if kind == "greater_than_equal":
-        return f"{name} is {show(value)}", "the first layer is 0"
+        return f"{name} lists several reductions of the cache", "leave one"
+    if kind in _BOUNDS:
+        bound = (
+            "the first layer is 0" if name == "before_layer" else _BOUNDS[kind].format(**context)
+        )
+        return f"{name} is {show(value)}", bound
     wanted = (
         "a plain value" if key[:1] == ("origin",) else _KINDS.get(kind, "what is expected here")
     )
@@ -228,17 +232,27 @@ def _say(error: ErrorDetails, key: Key) -> tuple[str, str]:
     return f"{name} is {show(value)}, not {wanted}", example
 
 
-def _model_at(key: Key) -> type[_Strict]:
+def _no_such(key: Key, value: object) -> tuple[str, str]:
+    """An entry whose word names no kind of it."""
+    part = str(next(name for name in reversed(key) if isinstance(name, str)))
+    known, field = list(_METHODS[part]), "by" if part == "merge" else "method"
+    said = value.get(field) if isinstance(value, dict) else None
+    if said is None:
+        return f"{part} has an entry without {field}", f"write {{{field}: {known[0]}, ...}}"
+    return f"{field} is {show(said)}", _did_you_mean(str(said), known)
+
+
+def _model_at(key: Key) -> type[StrictModel]:
     return _MODELS[tuple(k for k in key if not isinstance(k, int))]
 
 
-def _keys(key: Key) -> list[str]:
-    return [field.alias or name for name, field in _model_at(key).model_fields.items()]
+def _keys(kind: type[StrictModel]) -> list[str]:
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
-def _allowed(key: Key) -> list[str]:
-    for name, field in _model_at(key[:-1]).model_fields.items():
-        if key[-1] in (name, field.alias):
+def _allowed(kind: type[StrictModel], key: str | int) -> list[str]:
+    for name, field in kind.model_fields.items():
+        if key in (name, field.alias):
             return [str(value) for value in field.annotation.__args__]  # type: ignore[union-attr]  # a Literal
     return []
 
@@ -251,15 +265,19 @@ def _did_you_mean(word: str, allowed: list[str]) -> str:
 def check(document: Document, source: Source) -> None:
     """What must hold between fields, for any model."""
     prefill = document.prefill
+    if not (document.model_fields_set & {"prefill", "vision", "decode"}):
+        raise ScheduleError(
+            "key 'prefill' is missing", where=source.at(("prefill",)), hint=_EXAMPLES["prefill"]
+        )
     if (prefill.keep is None) == (prefill.stages is None):
         raise ScheduleError(
             "prefill needs either stages or keep, and not both",
             where=source.at(("prefill",)),
             hint=_EXAMPLES["prefill"],
         )
-    if prefill.drop_point == "inside" and prefill.score.source == "next":
+    if prefill.drop_point != "between" and prefill.score.source == "next":
         raise ScheduleError(
-            "drop_point inside cuts before the next layer has seen the tokens",
+            f"drop_point {prefill.drop_point} cuts before the next layer has seen the tokens",
             where=source.at(("prefill", "drop_point")),
             hint="score from previous, or drop_point between",
         )
@@ -324,6 +342,8 @@ def plain(document: Document) -> dict[str, Any]:
         del data["model"]
     prefill = data["prefill"]
     del prefill["keep" if prefill["keep"] is None else "stages"]
+    if prefill["threshold"] is None:
+        del prefill["threshold"]
     return data
 
 

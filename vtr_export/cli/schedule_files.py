@@ -244,7 +244,8 @@ def _numbers(steps: "Steps") -> Iterator[str]:
 
 def _respelled(schedule: "Schedule", form: Form, steps: "Steps") -> dict[str, Any]:
     """The document's data with its keeps in another form."""
-    from vtr_export.schedule_document import plain, write_keep
+    from vtr_export.keeps import write_keep
+    from vtr_export.schedule_document import plain
 
     amounts = steps.per_layer()
     if form is Form.STAGES:

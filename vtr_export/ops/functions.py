@@ -24,7 +24,7 @@ class Choice:
     ``softcap`` bends the logits of a score (VtrCap) as attention's are bent.
     """
 
-    query: Literal["last", "text"] = "last"
+    query: Literal["last", "text", "raters"] = "last"
     heads: Literal["mean", "max"] = "mean"
     rank: Literal["joint", "per_image"] = "joint"
     ragged: bool = False

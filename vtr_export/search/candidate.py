@@ -17,7 +17,7 @@ class Score:
     """Whose attention ranks the tokens; the ``score`` of the schedule language."""
 
     source: Literal["previous", "next"] = "previous"
-    query: Literal["last", "text"] = "last"
+    query: Literal["last", "text", "raters"] = "last"
     heads: Literal["mean", "max"] = "mean"
 
     def __str__(self) -> str:

@@ -2,33 +2,27 @@
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from pydantic import TypeAdapter
 
 from vtr_export.errors import VtrError
 from vtr_export.process import peak_rss_bytes
-from vtr_export.schedule import Cut, Keep, Resolved
 from vtr_export.verify.check import Findings, Job, check
 
 JOB, FINDINGS = "job.json", "findings.json"
+_JOBS: Final = TypeAdapter(Job)
 
 
 def write_job(job: Job, folder: Path) -> None:
     """Put ``job`` where the child looks for it."""
-    text = json.dumps(asdict(job), default=str)
-    (folder / JOB).write_text(text, encoding="utf-8")
+    (folder / JOB).write_bytes(_JOBS.dump_json(job))
 
 
 def read_job(folder: Path) -> Job:
     """The job that was put there."""
-    data = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    schedule = data.pop("schedule")
-    cuts = tuple(Cut(cut["before_layer"], Keep(**cut["keep"])) for cut in schedule.pop("cuts"))
-    for name in ("artifact", "checkpoint", "image"):
-        data[name] = None if data[name] is None else Path(data[name])
-    crosses = tuple(schedule.pop("crosses"))
-    return Job(schedule=Resolved(cuts=cuts, crosses=crosses, **schedule), **data)
+    return _JOBS.validate_json((folder / JOB).read_bytes())
 
 
 def main(folder: Path) -> None:

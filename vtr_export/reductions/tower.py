@@ -1,0 +1,43 @@
+"""What a reduction must know of a vision tower, before any graph."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the tokens of one image (or tile) lie: row by row."""
+
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        """How many they are."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower that gives every image (or tile) the same number of tokens.
+
+    ``grid`` is of the tokens that the projector takes, ``width`` wide each; a token covers
+    ``merge`` by ``merge`` patches of the tower's own ``patches``, which ``hidden`` numbers describe
+    in each of ``layers`` layers. ``layers_run`` of these feed the projector. A class token stands
+    before the patches where ``has_cls``.
+    """
+
+    grid: Grid
+    patches: Grid
+    merge: int
+    width: int
+    hidden: int
+    heads: int
+    intermediate: int
+    layers: int
+    layers_run: int
+    has_cls: bool
+
+    @property
+    def sequence(self) -> int:
+        """Rows of the tower's residual stream."""
+        return self.patches.tokens + self.has_cls

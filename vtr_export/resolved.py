@@ -1,0 +1,66 @@
+"""A schedule fitted to one model: what compiler, reference and costs work with."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vtr_export.reductions import Decode, Vision
+from vtr_export.schedule_document import Correlate, Recycle, Threshold
+
+Rounding = Literal["floor", "ceil"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """``numerator/denominator`` of the vision tokens, rounded; computed in integers."""
+
+    numerator: int
+    denominator: int
+    rounding: Rounding = "floor"
+
+    def of(self, v: int) -> int:
+        """How many of ``v`` tokens survive: never more than ``v``."""
+        up = self.denominator - 1 if self.rounding == "ceil" else 0
+        return min(v, (v * self.numerator + up) // self.denominator)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Before decoder layer ``before_layer``, ``keep`` of the call's vision tokens survive."""
+
+    before_layer: int
+    keep: Keep
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A schedule fitted to one model: cuts by ascending layer, keeps never growing.
+
+    With a fixed number N of tokens per image every keep is k/N, so that each image of a call
+    contributes exactly k; otherwise a keep is a share of the call's tokens. Where layers
+    ``crosses`` attend to images as keys, these are narrowed, and each cut has a cross layer of its
+    own that scores it.
+    """
+
+    layers: int
+    tokens_per_image: int | None
+    cuts: tuple[Cut, ...]
+    source: Literal["previous", "next"] = "previous"
+    query: Literal["last", "text", "raters"] = "last"
+    heads: Literal["mean", "max"] = "mean"
+    rank: Literal["joint", "per_image"] = "joint"
+    positions: Literal["original", "repacked"] = "original"
+    drop_point: Literal["between", "inside", "attended"] = "between"
+    crosses: tuple[int, ...] = ()
+    rule: Literal["attention", "self_cross", "redundancy"] = "attention"
+    threshold: Threshold | None = None
+    protect: bool = False
+    merge: Recycle | Correlate | None = None
+    vision: tuple[Vision, ...] = ()
+    decode: tuple[Decode, ...] = ()
+
+    def keep_per_layer(self, v: int) -> tuple[int, ...]:
+        """Vision tokens entering each decoder layer when the call brings ``v``."""
+        tokens = [v] * self.layers
+        for cut in self.cuts:
+            tokens[cut.before_layer :] = [cut.keep.of(v)] * (self.layers - cut.before_layer)
+        return tuple(tokens)
