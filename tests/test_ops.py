@@ -29,6 +29,7 @@ OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type o
     "VtrAlive": [(INT64, 2)],
     "VtrBudget": [(INT64, 1)],
     "VtrCausalMask": [(BOOL, 4)],
+    "VtrClassAttention": [(FLOAT, 3)],
     "VtrColumns": [(INT64, 2)],
     "VtrCrossMask": [(BOOL, 4)],
     "VtrCrossRows": [(BOOL, 3)],
@@ -37,9 +38,11 @@ OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type o
     "VtrHeadsMean": [(FLOAT, 3)],
     "VtrNarrow": [(None, 3)],
     "VtrPack": [(INT64, 2)],
+    "VtrPoolPatches": [(FLOAT, 2)],
     "VtrRankJoint": [(INT64, 2)],
     "VtrRankPerImage": [(INT64, 2)],
     "VtrRankRagged": [(INT64, 2)],
+    "VtrReceivedAttention": [(FLOAT, 3)],
     "VtrRowsLast": [(INT64, 1)],
     "VtrRowsText": [(INT64, 1)],
     "VtrScore": [(FLOAT, 2)],
@@ -49,6 +52,7 @@ OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type o
     "VtrSoftcap": [(FLOAT, 4)],
     "VtrTail": [(None, 3)],
     "VtrTopKPrune": [(None, 3), (INT64, 2), (INT64, 2)],
+    "VtrTopTokens": [(INT64, 2)],
     "VtrVisionCount": [(INT64, 1)],
     "VtrWeightLast": [(FLOAT, 2)],
     "VtrWeightText": [(FLOAT, 2)],
@@ -91,18 +95,10 @@ def session(
     return onnxruntime.InferenceSession(proto.SerializeToString(), options)
 
 
-def run(
-    name: str,
-    choice: ops.Choice = DEFAULT,
-    *,
-    scale: float | None = None,
-    ceil: int | None = None,
-    softcap: float | None = None,
-    **feeds: Array,
-) -> list[Array]:
-    """Outputs of the operator in ONNX Runtime."""
-    said = (("scale", scale), ("ceil", ceil), ("softcap", softcap))
-    attributes = tuple((k, v) for k, v in said if v is not None)
+def run(name: str, choice: ops.Choice = DEFAULT, **given: Any) -> list[Array]:
+    """Outputs of the operator in ONNX Runtime; numbers are attributes, arrays are inputs."""
+    feeds = {k: v for k, v in given.items() if isinstance(v, np.ndarray)}
+    attributes = tuple((k, v) for k, v in given.items() if k not in feeds and v is not None)
     order = [value.name or "" for value in load(name, choice).inputs]
     signature = tuple((k, ir.DataType.from_numpy(feeds[k].dtype), feeds[k].ndim) for k in order)
     return list(session(name, signature, choice, attributes).run(None, feeds))
