@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from vtr_export import ops
 
 Array = np.ndarray[Any, Any]
+FAR = 1e30  # above every threshold
 FEW = st.integers(0, 6)
 
 
@@ -85,20 +86,18 @@ def asking(call: Call, b: int, query: str) -> list[int]:
     return [i for i in range(last + 1) if i == last or (i >= first and call.current[b, i])]
 
 
-def scored(
+def asked(
     call: Call,
     query: Array,
     keys: Array,
     scale: float,
     choice: ops.Choice,
     groups: Array | None = None,
-) -> Array:
-    """[B,V] in double precision."""
-    batch, past, _, tokens = call.sizes
+) -> list[Array]:
+    """What each asking row gives all keys, [R,T] of each row of the batch, in double precision."""
     mask = visible(call.padding, call.current.shape[1], groups)
-    group = query.shape[1] // keys.shape[1]
-    score = np.zeros((batch, tokens))
-    for b in range(batch):
+    group, found = query.shape[1] // keys.shape[1], []
+    for b in range(len(call.past)):
         rows = []
         for i in asking(call, b, choice.query):
             heads = []
@@ -110,11 +109,50 @@ def scored(
                 odds = np.where(seen, np.exp(np.where(seen, logits - logits[seen].max(), 0)), 0)
                 heads.append(odds / odds.sum())
             rows.append(np.mean(heads, 0) if choice.heads == "mean" else np.max(heads, 0))
+        found.append(np.array(rows))
+    return found
+
+
+def scored(
+    call: Call,
+    query: Array,
+    keys: Array,
+    scale: float,
+    choice: ops.Choice,
+    groups: Array | None = None,
+) -> Array:
+    """[B,V] in double precision."""
+    batch, past, _, tokens = call.sizes
+    score = np.zeros((batch, tokens))
+    for b, rows in enumerate(asked(call, query, keys, scale, choice, groups)):
         mean = np.mean(rows, 0)
         for e, column in enumerate(call.vision[b]):
             value = mean[past + column]
             score[b, e] = -2 if not call.current[b, column] else -1 if np.isnan(value) else value
     return score
+
+
+def above(
+    call: Call, rows: list[Array], whole: float, single: float, protected: Array
+) -> tuple[Array, float]:
+    """[B,V] how far above MustDrop's thresholds, and the least distance from one of them.
+
+    A token is dropped whose share of what all vision tokens get is below ``whole``, and whom no
+    row gives ``single``: below 1. One that is protected is above all; a pad is -2.
+    """
+    past, found, nearest = call.past.shape[1], np.full(call.vision.shape, -2.0), np.inf
+    for b, given in enumerate(rows):
+        columns = [c for c in call.vision[b] if call.current[b, c]]
+        all_given = sum(given[:, past + c].sum() for c in columns)
+        for e, column in enumerate(call.vision[b]):
+            if not call.current[b, column]:
+                continue
+            mine = given[:, past + column]
+            of_whole = mine.sum() / all_given / whole if whole else FAR
+            of_single = mine.max() / single if single else FAR
+            found[b, e] = 2 * FAR if protected[b, e] else max(of_whole, of_single)
+            nearest = min(nearest, abs(max(of_whole, of_single) - 1))
+    return found, nearest
 
 
 def ranked(score: Array, keep: int, budget: int) -> list[int]:
