@@ -18,11 +18,13 @@ from test_cost import FITPRUNE
 
 import vtr_export
 from vtr_export.errors import ScheduleError
+from vtr_export.families import read_facts
 from vtr_export.keeps import MAX_PART, read_keep, write_keep
 from vtr_export.schedule import Cut, Keep, Schedule
 from vtr_export.schedule_document import json_schema, plain
 from vtr_export.schedule_yaml import MAX_BYTES
 
+LLAVA = read_facts({"model_type": "llava"}, "config.json")  # of 32 layers, 576 tokens
 SAMPLES = sorted((Path(__file__).parents[1] / "samples" / "schedules").glob("*.yaml"))
 
 
@@ -586,7 +588,7 @@ def test_any_data_parses_or_is_refused(body: dict[str, Any], more: dict[str, Any
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
 def test_a_sample_loads_fits_its_model_and_obeys_the_json_schema(path: Path) -> None:
     schedule = Schedule.load(path)
-    schedule.resolve(Model(len(schedule.prefill.keep or ()) or 32, 576))
+    schedule.resolve(LLAVA)
     jsonschema.validate(plain(schedule.document), json.loads(json_schema()))
     jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(json_schema()))
 

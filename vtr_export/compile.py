@@ -20,6 +20,7 @@ from vtr_export.passes.insert_cross_cuts import InsertCrossCuts
 from vtr_export.passes.insert_cuts import InsertCuts
 from vtr_export.passes.lower_opset import LowerOpset
 from vtr_export.passes.open_cuts import OpenCuts
+from vtr_export.passes.reduce_vision import ReduceVision
 from vtr_export.passes.scale_queries import ScaleQueries
 from vtr_export.passes.store_transposed import StoreTransposed
 from vtr_export.schedule import Resolved
@@ -50,6 +51,18 @@ def decoder(schedule: Resolved, *, tunable: bool = False) -> Passes:
         *canonical(),
         AttachMask(),
         (InsertCrossCuts if schedule.crosses else InsertCuts)(schedule, tunable=tunable),
+        common.RemoveUnusedNodesPass(),
+        common.TopologicalSortPass(),
+    )
+
+
+def vision_encoder(schedule: Resolved) -> Passes:
+    """The passes that make a vision encoder give fewer tokens, as ``schedule`` says."""
+    if schedule.tower is None or not schedule.vision:
+        return canonical()
+    return (
+        *canonical(),
+        ReduceVision(schedule.vision, schedule.tower),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
     )
@@ -100,7 +113,11 @@ def lower(
     shared = shared_weights(graphs)
     lowered: dict[str, ir.Model] = {}
     for name, model in graphs.parts().items():
-        first = decoder(schedule, tunable=tunable) if model is graphs.decoder else canonical()
+        first = canonical()
+        if model is graphs.decoder:
+            first = decoder(schedule, tunable=tunable)
+        elif model is graphs.vision_encoder:
+            first = vision_encoder(schedule)
         last = linked() if weights == "link" else copied(shared)
         folder = dump / name if dump is not None else None
         passes = (*first, *last, common.ClearMetadataAndDocStringPass())

@@ -257,7 +257,7 @@ def _write_graphs(
     with clock.step("import torch and transformers"):
         load = _frontend()
     with clock.step("trace"):
-        graphs = load(checkpoint, facts, options.dtype)
+        graphs = load(checkpoint, facts, options.dtype, whole=bool(resolved.vision))
     with clock.step("cut"):
         from vtr_export.compile import lower
 
@@ -278,7 +278,7 @@ def _write_graphs(
     return written
 
 
-def _frontend() -> Callable[[Checkpoint, ModelFacts, str], Any]:
+def _frontend() -> Callable[..., Any]:
     try:
         from vtr_export.frontends.transformers import load
     except ModuleNotFoundError as error:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vtr_export.reductions import Decode, Vision
+from vtr_export.reductions import Decode, Tower, Vision
 from vtr_export.schedule_document import Correlate, Recycle, Threshold
 
 Rounding = Literal["floor", "ceil"]
@@ -57,6 +57,27 @@ class Resolved:
     merge: Recycle | Correlate | None = None
     vision: tuple[Vision, ...] = ()
     decode: tuple[Decode, ...] = ()
+    tower: Tower | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every image gives as many tokens as the schedule says."""
+        return all(reduction.form == "static" for reduction in self.vision)
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens of an image, or a tile, behind the vision part; at most, if it is not static."""
+        tower = self.tower
+        assert tower is not None, "there is a vision part"
+        for reduction in self.vision:
+            tower = reduction.leaves(tower)
+        return tower.grid.tokens
+
+    def entering(self, tokens: int) -> int:
+        """Of ``tokens`` that a vision encoder would give, how many reach the decoder at most."""
+        if self.tower is None:
+            return tokens
+        return tokens // self.tower.grid.tokens * self.tokens_left
 
     def keep_per_layer(self, v: int) -> tuple[int, ...]:
         """Vision tokens entering each decoder layer when the call brings ``v``."""

@@ -23,6 +23,7 @@ from vtr_export.schedule_document import (
     plain,
     validate,
 )
+from vtr_export.schedule_vision import fit_vision
 from vtr_export.schedule_yaml import Key, Source, read_text, read_yaml, scalar
 
 __all__ = ["Cut", "Keep", "Model", "Resolved", "Rounding", "Schedule"]
@@ -172,6 +173,7 @@ class Schedule:
     def resolve(self, model: Model) -> Resolved:
         """Fit the schedule to a model; a ScheduleError says what does not fit, and where."""
         prefill = self.prefill
+        tower, model = fit_vision(self.document.vision, model, self._error)
         self._check_model(model)
         self._check_written()
         keeps = [(key, _keep(value, prefill.rounding, model)) for key, value in self._values(model)]
@@ -202,6 +204,7 @@ class Schedule:
             merge=None if isinstance(prefill.merge, Drop) else prefill.merge,
             vision=self.document.vision,
             decode=self.document.decode,
+            tower=tower,
         )
 
     def place_of(self, before_layer: int) -> str:

@@ -43,6 +43,7 @@ from vtr_export.frontends.uniform import Stack, truncated
 from vtr_export.frontends.vision import VisionEncoder, vision_graph
 from vtr_export.passes.add_planes import AddPlanes
 from vtr_export.passes.fold_constants import FoldConstants
+from vtr_export.passes.reduce_vision import TOWER
 from vtr_export.passes.stamp_layers import StampLayers
 from vtr_export.weights import CheckpointTensor
 
@@ -131,8 +132,11 @@ def speaker(model: PreTrainedModel) -> PreTrainedModel:
     return model.language_model if needs else model
 
 
-def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
-    """Trace the checkpoint's model in ``dtype`` (fp32, fp16 or bf16); no weight is read."""
+def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str, *, whole: bool = False) -> Graphs:
+    """Trace the checkpoint's model in ``dtype`` (fp32, fp16 or bf16); no weight is read.
+
+    ``whole``: all layers of the vision tower, also those that feed nothing, for who reads them.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants, such as a grid
     trusted = bool(checkpoint.code)
     model = build_skeleton(read_config(checkpoint), DTYPES[dtype], mode, trusted=trusted)
@@ -147,9 +151,11 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str) -> Graphs:
     if facts.mrope and (not facts.estimated or is_bent(model.get_decoder())):
         straighten(model.get_decoder(), facts.sections)
     buffers = dict(model.named_buffers())
-    with mode, truncated(model) as stacks:
+    with mode, truncated(model, vision=not whole) as stacks:
         graphs = Graphs(
-            vision_encoder=_trace_vision(model, facts, DTYPES[dtype]),
+            vision_encoder=_trace_vision(
+                model, facts, DTYPES[dtype], stacks.vision if whole else None
+            ),
             embed_tokens=_trace_embedding(model),
             decoder=_trace_decoder(model, facts, DTYPES[dtype]),
         )
@@ -173,14 +179,16 @@ def stamp(graph: ir.Model, stack: Stack) -> None:
         StampLayers(stack.layers, f"model.{stack.name}")(graph)
 
 
-def _trace_vision(model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
+def _trace_vision(
+    model: PreTrainedModel, facts: ModelFacts, dtype: torch.dtype, whole: Stack | None
+) -> ir.Model:
     if facts.estimated:
         graph = _trace_accessor(model, dtype)
         if is_foreign(type(model)):
             _check_tokens(graph, facts)
         return graph
     encoder = vision_graph(facts)
-    return _trace_encoder(model, encoder, encoder.feeds(facts, dtype))
+    return _trace_encoder(model, encoder, encoder.feeds(facts, dtype), whole)
 
 
 def _trace_accessor(model: PreTrainedModel, dtype: torch.dtype) -> ir.Model:
@@ -225,14 +233,18 @@ def untraceable(part: str, model: PreTrainedModel, error: Exception) -> Checkpoi
 
 
 def _trace_encoder(
-    model: PreTrainedModel, encoder: VisionGraph, feeds: Mapping[str, Feed]
+    model: PreTrainedModel,
+    encoder: VisionGraph,
+    feeds: Mapping[str, Feed],
+    whole: Stack | None = None,
 ) -> ir.Model:
+    last = None if whole is None else model.get_submodule(f"{whole.name}.{whole.layers - 1}")
     return trace(
-        VisionEncoder(model, encoder, list(feeds)),
+        VisionEncoder(model, encoder, list(feeds), last),
         tuple(feed.example for feed in feeds.values()),
         (tuple(feed.dynamic for feed in feeds.values()),),
         inputs=list(feeds),
-        outputs=["image_features"],
+        outputs=["image_features", *([] if last is None else [TOWER])],
         dimensions={
             name: (feed_name, axis)
             for feed_name, feed in feeds.items()

@@ -31,10 +31,11 @@ class Stacks:
 
 
 @contextmanager
-def truncated(model: PreTrainedModel) -> Iterator[Stacks]:
+def truncated(model: PreTrainedModel, *, vision: bool = True) -> Iterator[Stacks]:
     """Leave three layers of each uniform stack in ``model``, for as long as it is traced.
 
-    A vision tower also keeps those layers behind the selected one, which nobody uses.
+    A vision tower also keeps those layers behind the selected one, which nobody uses; without
+    ``vision`` it keeps all.
     """
     config, unused = model.config, 0
     selected = getattr(config, "vision_feature_layer", None)
@@ -45,14 +46,15 @@ def truncated(model: PreTrainedModel) -> Iterator[Stacks]:
         depth = len(_layers(model, vision_name))
         config.vision_feature_layer = selected if selected < 0 else selected - depth - 1
         unused = -1 - config.vision_feature_layer
-    vision = _stack(model, vision_name, unused, may=isinstance(selected, int))
+    unused = unused if vision else 0
+    seen = _stack(model, vision_name, unused, may=vision and isinstance(selected, int))
     text = _stack(model, text_name, 0, may=not beside(model))
-    originals = {stack.name: _layers(model, stack.name) for stack in (vision, text)}
-    for stack, extra in ((vision, unused), (text, 0)):
+    originals = {stack.name: _layers(model, stack.name) for stack in (seen, text)}
+    for stack, extra in ((seen, unused), (text, 0)):
         if stack.is_truncated:
             _replace(model, stack.name, originals[stack.name][: TRACED + extra])
     try:
-        yield Stacks(vision, text)
+        yield Stacks(seen, text)
     finally:
         config.vision_feature_layer = selected
         for name, layers in originals.items():

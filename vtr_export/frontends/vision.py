@@ -28,15 +28,35 @@ from vtr_export.frontends.generic import accessor
 
 
 class VisionEncoder(Module):
-    """The feeds in order → image_features [..., hidden]."""
+    """The feeds in order → image_features [..., hidden]; and what leaves the layer ``last``."""
 
-    def __init__(self, model: PreTrainedModel, graph: VisionGraph, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        graph: VisionGraph,
+        names: Sequence[str],
+        last: Module | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.graph, self.names = model, graph, names
+        self.model, self.graph, self.names, self._last = model, graph, names, (last,)
 
-    def forward(self, *feeds: Tensor) -> Tensor:
+    def forward(self, *feeds: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Encode and project."""
-        return self.graph.forward(self.model, **dict(zip(self.names, feeds, strict=True)))
+        named, (last,) = dict(zip(self.names, feeds, strict=True)), self._last
+        if last is None:
+            return self.graph.forward(self.model, **named)
+        heard = list[Tensor]()
+        handle = last.register_forward_hook(lambda *said: heard.append(_stream(said[-1])))
+        try:
+            return self.graph.forward(self.model, **named), heard[-1]
+        finally:
+            handle.remove()
+
+
+def _stream(said: Any) -> Tensor:
+    """What a layer gives, alone or with what it attended to."""
+    found: Tensor = said if isinstance(said, Tensor) else said[0]
+    return found
 
 
 def one_size(facts: ModelFacts, dtype: torch.dtype) -> dict[str, Feed]:

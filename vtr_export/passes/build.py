@@ -30,6 +30,16 @@ class Build:
         chosen = self.choice.names().get(operator, operator)
         return self._append(ops.DOMAIN, chosen, inputs, [name], _integers(attrs))[0]
 
+    def calls(
+        self, operator: str, inputs: Sequence[ir.Value], names: Sequence[str], **attrs: float
+    ) -> Sequence[ir.Value]:
+        """One of our operators with several outputs, or attributes that are floats."""
+        ops.declare(self.model, operator, self.choice)
+        chosen = self.choice.names().get(operator, operator)
+        floats = [ir.AttrFloat32(n, v) for n, v in attrs.items() if isinstance(v, float)]
+        whole = {name: value for name, value in attrs.items() if isinstance(value, int)}
+        return self._append(ops.DOMAIN, chosen, inputs, names, [*floats, *_integers(whole)])
+
     def prune(
         self, inputs: Sequence[ir.Value], scale: float
     ) -> tuple[ir.Value, ir.Value, ir.Value]:

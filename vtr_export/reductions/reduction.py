@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vtr_export.keeps import StrictModel
+from vtr_export.reductions.tower import Grid, Tower
 
 if TYPE_CHECKING:
     from vtr_export.reductions.tokens import Images, Tokens
-    from vtr_export.reductions.tower import Tower
 
 Form = Literal["static", "data-dependent"]
 
@@ -36,6 +37,10 @@ class VisionReduction(Reduction):
     def count(self, tower: Tower) -> int:
         """Tokens of an image that are left; of a data-dependent form, at most."""
         raise NotImplementedError
+
+    def leaves(self, tower: Tower) -> Tower:
+        """The tower as a reduction behind this one sees it; tokens in no grid are a row."""
+        return replace(tower, grid=Grid(1, self.count(tower)))
 
     def flops(self, tower: Tower) -> int:
         """What the reduction itself computes for one image: 2 a multiply-add, as a cost says.
