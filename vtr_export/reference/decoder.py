@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr_export.reference import layered
+from vtr_export.reference.compact import compacted
 from vtr_export.reference.crossing import Crossing, Walk, run_crossed
 from vtr_export.reference.cut import (
     Budget,
@@ -175,9 +176,8 @@ class Reference:
         """Run ``inputs_embeds`` ``[B, S, D]`` after ``cache``; the last column is always real.
 
         Planes may stand behind, ``[B, S, (1 + n) D]``: the n-th is added to what leaves layer n.
-        ``attention_mask`` ``[B, P + S]`` is of the unpruned sequence. ``forced`` gives every
-        cut its ``kept`` instead of letting the scores choose. ``groups`` ``[B, S]``: tokens of one
-        number, but 0, see each other whatever their order. ``crossing`` is what cross layers read.
+        ``attention_mask`` ``[B, P + S]`` is of the unpruned sequence. ``forced`` gives each cut its
+        ``kept``; ``groups`` ``[B, S]``: equal ones but 0 see each other; ``crossing``: keys.
         """
         past = attention_mask.shape[1] - inputs_embeds.shape[1]
         cache = cache or self._empty_cache(inputs_embeds)
@@ -228,8 +228,7 @@ class Reference:
     @torch.no_grad()
     def advance(self, held: Held, layer: int) -> Held:
         """Go on to ``layer``, with this schedule's cuts from ``held.layer`` on but that one."""
-        cache = self._empty_cache(held.streams.hidden)  # of every stage alike
-        return self._run(held, layer, _Call(cache, held.budget))
+        return self._run(held, layer, _Call(self._empty_cache(held.streams.hidden), held.budget))
 
     @torch.no_grad()
     def finish(self, held: Held) -> Tensor:
@@ -265,7 +264,8 @@ class Reference:
         asked = inputs_embeds, attention_mask, first, vision_index, cache
         prefill = self(*asked, forced=forced, groups=groups, crossing=crossing)
         ends = torch.tensor(list(eos), dtype=torch.int64, device=inputs_embeds.device)
-        step, steps, tokens = prefill, [prefill], [prefill.logits.argmax(-1)]
+        step = replace(prefill, cache=compacted(prefill.cache, prefill.kept, self.schedule))
+        steps, tokens = [prefill], [prefill.logits.argmax(-1)]
         while len(tokens) < max_new_tokens:
             done = torch.isin(tokens[-1], ends)
             if bool(done.all()):

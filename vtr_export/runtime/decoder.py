@@ -10,7 +10,7 @@ from vtr_export.runtime import beside
 from vtr_export.runtime.batch import Ints, positions
 from vtr_export.runtime.crossing import Crossed
 from vtr_export.runtime.positions import Places
-from vtr_export.runtime.session import Array, Session, Value
+from vtr_export.runtime.session import Array, Resident, Session, Value
 
 _CARRIED = {"present.": "past_key_values.", "present_mask.": "past_mask."}
 _KEPT, _PLANE = "kept.", "deepstack."
@@ -51,10 +51,19 @@ class Decoder:
     """A session with the inputs and outputs of a decoder graph, whatever their number."""
 
     def __init__(
-        self, session: Session, *, keep: Ints | None = None, first_position: int = 0
+        self,
+        session: Session,
+        *,
+        keep: Ints | None = None,
+        first_position: int = 0,
+        compaction: Session | None = None,
     ) -> None:
-        """``keep``: the numerators a tunable graph takes; positions count from the first one."""
+        """``keep``: the numerators a tunable graph takes; positions count from the first one.
+
+        ``compaction`` is the graph that runs behind a prefill and narrows the cache.
+        """
         self.session, self._keep, self._first = session, keep, first_position
+        self._compaction = compaction
         self._carried = {
             output: past + output.removeprefix(present)
             for present, past in _CARRIED.items()
@@ -128,7 +137,8 @@ class Decoder:
         ``[B, S, (1 + n) D]``; without, nothing is added.
         ``places`` are their positions, where they do not count on; ``groups`` ``[B, S]`` says
         who sees what comes behind (None: nobody). ``crossed`` is what cross-attention reads (None:
-        nothing new). ``kept`` asks what each cut kept.
+        nothing new). ``kept`` asks what each cut kept: of a prefill, behind which the cache is
+        compacted where the schedule says so.
         """
         whole = np.concatenate((cache.attention_mask, mask), axis=1)
         ids = self._positions(cache, whole, mask.shape[1]) if places is None else places.ids
@@ -150,6 +160,8 @@ class Decoder:
         results = self.session.run(feeds, asked, resident=self._carried)
         values = {past: results[present] for present, past in self._carried.items()}
         values |= {name: cache.values[name] for name in self.beside}
+        if self._compaction is not None and kept and vision_index.shape[1]:
+            values |= _compacted(self._compaction, results)
         logits = np.asarray(results["logits"], np.float32)[:, -1]
         reported = tuple(np.asarray(results[name]) for name in asked if name.startswith(_KEPT))
         return Step(logits, Cache(values, whole, ahead), reported)
@@ -180,6 +192,13 @@ class Decoder:
         shape = self.session.inputs["position_ids"].shape
         sections = shape[0] if len(shape) == 3 and isinstance(shape[0], int) else 3
         return np.stack([ids] * sections) if len(shape) == 3 else ids
+
+
+def _compacted(compaction: Session, results: Mapping[str, Value]) -> dict[str, Value]:
+    """The caches that a prefill leaves too long, as the next call takes them."""
+    feeds = {name: results[name] for name in compaction.inputs}
+    stays = any(isinstance(value, Resident) for value in feeds.values())
+    return compaction.run(feeds, resident=compaction.outputs if stays else ())
 
 
 def _length(size: object) -> int:
