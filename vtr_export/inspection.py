@@ -27,10 +27,11 @@ from vtr_export.graph_facts import (
     Tensor,
 )
 from vtr_export.manifest import Manifest
+from vtr_export.ops import is_cut
 from vtr_export.passes.infer_shapes import InferShapes
 from vtr_export.schedule import Cut, Keep, Resolved
 
-PRUNE, NARROW = "VtrTopKPrune", "VtrNarrow"
+NARROW = "VtrNarrow"
 WORDS = {"token": "tokens", "key": "keys", "vision": "vision keys", "vision_key": "all vision keys"}
 MAX_TRAIL = 12
 OTHER_FORM = "; vtr export --onnx brings decoders of other exporters into the form that is cut"
@@ -211,7 +212,7 @@ def _cuts(graph: ir.Graph, attentions: Sequence[Attention]) -> list[CutFound]:
     """Every prune node, from shallow to deep."""
     found = []
     for node in graph:
-        if (node.domain, node.op_type) != ("vtr", PRUNE) or len(node.outputs) < 2:
+        if not is_cut(node) or len(node.outputs) < 2:
             continue
         after = descendants(node.outputs[0])
         deeper = (index for index, each in enumerate(attentions) if each.last in after)
@@ -282,7 +283,7 @@ def _forwards(start: ir.Value, before: Mapping[ir.Value, ir.Value | None]) -> tu
 def _crossing(
     graph: ir.Graph, layers: list[Layer], labels: Mapping[ir.Value, Axes], layer: int, why: str
 ) -> Crossing:
-    if any(node.op_type == PRUNE for node in graph):
+    if any(is_cut(node) for node in graph):
         why = "the graph has cuts already"
     if any(each.crosses for each in layers):
         why = why or "images are keys of its cross-attention, and no tokens cross"

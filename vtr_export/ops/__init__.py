@@ -5,7 +5,15 @@ A backend may replace a body with a fused kernel; it may not change what it comp
 
 from vtr_export.ops.functions import DOMAIN, Choice, declare
 from vtr_export.ops.masks import CAUSAL, CROSS, CROSS_ROWS, GROUPED, MASKS, groups_of, is_mask
-from vtr_export.ops.prune import PRUNE, is_prune, prune_attributes
+from vtr_export.ops.prune import (
+    PROTECT,
+    PRUNE,
+    THRESHOLD,
+    is_cut,
+    is_prune,
+    prune_attributes,
+    scoring,
+)
 
 __all__ = [
     "CAUSAL",
@@ -14,11 +22,15 @@ __all__ = [
     "DOMAIN",
     "GROUPED",
     "MASKS",
+    "PROTECT",
     "PRUNE",
+    "THRESHOLD",
     "Choice",
     "declare",
     "groups_of",
+    "is_cut",
     "is_mask",
     "is_prune",
     "prune_attributes",
+    "scoring",
 ]

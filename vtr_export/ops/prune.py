@@ -7,6 +7,10 @@ import onnx_ir as ir
 from vtr_export.ops.functions import DOMAIN, Choice
 
 PRUNE: Final = "VtrTopKPrune"
+PROTECT: Final = "VtrProtectPrune"
+THRESHOLD: Final = "VtrThresholdPrune"
+CUTS: Final = frozenset((PRUNE, PROTECT, THRESHOLD))
+"""What stands for a cut: its first four inputs, its last and its outputs are those of PRUNE."""
 PLUGIN_NAMESPACE: Final = DOMAIN
 PLUGIN_VERSION: Final = "1"
 INPUTS: Final = ("query", "keys", "mask", "vision_index", "keep", "budget", "hidden")
@@ -17,8 +21,25 @@ FIELDS: Final = ("scale", "query", "heads", "rank")
 
 
 def is_prune(node: ir.Node) -> bool:
-    """Whether ``node`` is a cut."""
+    """Whether ``node`` is the cut that a kernel may replace."""
     return (node.domain, node.op_type) == (DOMAIN, PRUNE)
+
+
+def is_cut(node: ir.Node) -> bool:
+    """Whether ``node`` is a cut."""
+    return node.domain == DOMAIN and node.op_type in CUTS
+
+
+def scoring(cut: ir.Node) -> list[ir.Node]:
+    """New nodes whose last has one output: what ``cut`` ranks by, ``[B, V]``."""
+    *first, hidden = [*cut.inputs[:4], cut.inputs[-1]]
+    said = [cut.attributes[name] for name in ("scale", "whole", "single") if name in cut.attributes]
+    if cut.op_type == THRESHOLD:
+        return [ir.Node(DOMAIN, "VtrEvidence", [*first, cut.inputs[-2], hidden], said)]
+    score = ir.Node(DOMAIN, "VtrScore", [*first, hidden], said)
+    if cut.op_type == PROTECT:
+        return [score, ir.Node(DOMAIN, "VtrProtect", [score.outputs[0], cut.inputs[-2]])]
+    return [score]
 
 
 def prune_attributes(scale: float, choice: Choice) -> list[ir.Attr]:

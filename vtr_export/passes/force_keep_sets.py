@@ -5,8 +5,6 @@ import onnx_ir as ir
 from vtr_export import ops
 from vtr_export.errors import AnalysisError
 
-PRUNE = "VtrTopKPrune"
-
 
 class ForceKeepSets(ir.passes.InPlacePass):
     """Turn every cut's decision into graph inputs, so that two runs drop the same tokens.
@@ -25,7 +23,7 @@ class ForceKeepSets(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace every composite; all are checked before the first is touched."""
         graph = model.graph
-        cuts = [node for node in graph if node.op_type == PRUNE and node.domain == ops.DOMAIN]
+        cuts = [node for node in graph if ops.is_cut(node)]
         for node in cuts:
             _check(node)
         for node in cuts:

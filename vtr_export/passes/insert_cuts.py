@@ -19,7 +19,8 @@ class Stage:
     """What the layers between two cuts run on.
 
     ``padding`` [B,T] tells real keys, ``current`` [B,S] real rows, ``groups`` [B,S] who else sees
-    each other (None: nobody); ``streams`` maps the unpruned graph's values to this stage's.
+    each other (None: nobody), ``marks`` [B,S] who is protected; ``streams`` maps the unpruned
+    graph's values to this stage's.
     """
 
     hidden: ir.Value
@@ -27,6 +28,7 @@ class Stage:
     current: ir.Value
     vision_index: ir.Value
     groups: ir.Value | None
+    marks: ir.Value | None = None
     streams: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
 
@@ -67,7 +69,7 @@ def _check(graph: ir.Graph) -> None:
     for name in ("inputs_embeds", "attention_mask", "position_ids"):
         if name not in inputs:
             raise AnalysisError(f"the graph has no input {name}", hint="give it a decoder")
-    if any(ops.is_prune(node) for node in graph):
+    if any(ops.is_cut(node) for node in graph):
         raise AnalysisError("the graph has cuts already", hint="cut the graph without cuts")
     if symbol(inputs["inputs_embeds"]) is None:
         raise AnalysisError(
@@ -114,6 +116,8 @@ class _Surgeon:
         self.graph, self.schedule = model.graph, schedule
         # a row of fewer tokens may lose more of them to a later cut than the widest row does
         self.is_ragged = schedule.tokens_per_image is None and len(schedule.cuts) > 1
+        if schedule.threshold is not None:  # each row by its own, from the first cut on
+            self.is_ragged = True
         said = schedule.query, schedule.heads, schedule.rank
         choice = ops.Choice(*said, self.is_ragged, softcap)
         self.build = Build(model, choice)
@@ -159,7 +163,8 @@ class _Surgeon:
         self.width = build.op("Shape", [vision_index], "width", start=1, end=2)
         masks = [mask for site in sites for mask in (site.scored.mask, *site.masks)]
         groups = next(filter(None, map(ops.groups_of, masks)), None)
-        return Stage(hidden, padding, current, vision_index, groups)
+        marks = self._marks(vision_index, hidden)
+        return Stage(hidden, padding, current, vision_index, groups, marks)
 
     def _cut(self, number: int, site: Site, stage: Stage) -> Stage:
         build = self.build
@@ -170,21 +175,23 @@ class _Surgeon:
         keep, budget = self._budgets(number, site)
         entry = stage.streams.get(site.entry, site.entry)
         query, keys, mask, wide_key = self._scored(site, stage, past)
-        hidden, kept, vision_index = build.prune(
-            [query, keys, mask, stage.vision_index, keep, budget, entry], site.scored.scale
-        )
+        asked = [query, keys, mask, stage.vision_index, keep, budget]
+        hidden, kept, vision_index = self._pruned(asked, entry, stage, site.scored.scale)
         hidden.type = site.entry.type
         hidden.shape = renamed(site.entry.shape, number + 1, (self.tokens,))
         current = build.call("VtrNarrow", [stage.current, kept], "current")
-        if self.is_ragged and number:
+        if self._may_lack(number):
             current = build.call("VtrAlive", [current, kept], "alive")
         padding = build.op("Concat", [past, current], "padding", axis=1)
         groups = None
         if stage.groups is not None:
             groups = build.call("VtrNarrow", [stage.groups, kept], "groups")
-            if self.is_ragged and number:  # what stands in for a pad belongs to nobody
+            if self._may_lack(number):  # what stands in for a pad belongs to nobody
                 groups = build.call("VtrAlive", [groups, kept], "alive_groups")
-        new = Stage(hidden, padding, current, vision_index, groups)
+        marks = stage.marks
+        if marks is not None:
+            marks = build.call("VtrNarrow", [marks, kept], "marks")
+        new = Stage(hidden, padding, current, vision_index, groups, marks)
         new.streams = self._narrow(site, stage, new, kept)
         if wide_key is not None:
             new.streams[site.scored.key] = build.narrow(wide_key, kept, axis=2, name="key")
@@ -194,6 +201,37 @@ class _Surgeon:
         ):
             build.graph_output(value, f"{name}.{number}", ["batch", f"{length}_{number + 1}"])
         return new
+
+    def _may_lack(self, number: int) -> bool:
+        """Whether a row may be short of pads behind cut ``number``, so that others stand in."""
+        return self.is_ragged and (number > 0 or self.schedule.threshold is not None)
+
+    def _marks(self, vision_index: ir.Value, hidden: ir.Value) -> ir.Value | None:
+        """``[B,S]``, 1 where a token is protected; None where nobody asks."""
+        if not self.schedule.protect:
+            return None
+        shape = ["batch", "vision"]
+        protected = self.build.graph_input("protected", shape, ir.DataType.INT64)
+        return self.build.call("VtrMark", [vision_index, protected, hidden], "marks")
+
+    def _pruned(
+        self, asked: Sequence[ir.Value], entry: ir.Value, stage: Stage, scale: float
+    ) -> Sequence[ir.Value]:
+        """Narrow hidden states, kept indices, narrow vision index; by the cut that is said."""
+        build, threshold = self.build, self.schedule.threshold
+        if stage.marks is not None:
+            protected = build.call("VtrMarked", [stage.marks, stage.vision_index], "protected")
+        elif threshold is not None:
+            nobody = build.constant([0], "nobody")
+            protected = build.op("Less", [stage.vision_index, nobody], "protected")
+        else:
+            return build.prune([*asked, entry], scale)
+        said, operator = {"scale": scale}, ops.PROTECT
+        if threshold is not None:
+            operator = ops.THRESHOLD
+            said |= {"whole": threshold.whole, "single": threshold.single}
+        names = ["hidden", "kept", "vision_index"]
+        return build.calls(operator, [*asked, protected, entry], names, **said)
 
     def _budgets(self, number: int, site: Site) -> tuple[ir.Value, ir.Value]:
         """The width [1] that TopK keeps, and each row's own budget [B] (or the images [1])."""

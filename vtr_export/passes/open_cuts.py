@@ -6,7 +6,6 @@ import onnx_ir as ir
 
 from vtr_export import ops
 from vtr_export.passes.build import Build
-from vtr_export.passes.force_keep_sets import PRUNE
 
 NARROW = "VtrNarrow"
 
@@ -39,7 +38,7 @@ class OpenCuts(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(found))
 
     def _is_meant(self, node: ir.Node) -> bool:
-        if node.op_type != PRUNE or node.domain != ops.DOMAIN:
+        if not ops.is_cut(node):
             return False
         number = (node.outputs[1].name or "").removeprefix("kept.")
         return number.isdecimal() and int(number) in self.cuts

@@ -6,7 +6,6 @@ import onnx_ir as ir
 
 from vtr_export import ops
 from vtr_export.analysis.layers import residual
-from vtr_export.passes.force_keep_sets import PRUNE
 
 LENGTH_ONLY = (ops.CAUSAL, "VtrPack")  # their second input is read for its length
 NORMS = ("RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization")
@@ -27,12 +26,11 @@ class ShowScores(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """The cuts themselves stay as they are."""
         graph = model.graph
-        cuts = [node for node in graph if node.op_type == PRUNE and node.domain == ops.DOMAIN]
+        cuts = [node for node in graph if ops.is_cut(node)]
         for number, node in enumerate(cuts):
-            scale = ir.AttrFloat32("scale", node.attributes["scale"].as_float())
-            show = ir.Node(ops.DOMAIN, "VtrScore", [*node.inputs[:4], node.inputs[-1]], [scale])
-            _output(graph, show, f"score.{number}", ir.TensorType(ir.DataType.FLOAT))
-            graph.insert_before(node, show)
+            shown = ops.scoring(node)
+            _output(graph, shown[-1], f"score.{number}", ir.TensorType(ir.DataType.FLOAT))
+            graph.insert_before(node, shown)
         return ir.passes.PassResult(model, modified=bool(cuts))
 
 
