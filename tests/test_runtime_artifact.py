@@ -20,7 +20,7 @@ from vtr_export.errors import ArtifactError, InputError, UnavailableError
 from vtr_export.exporter import export
 from vtr_export.families import read_facts
 from vtr_export.manifest import Manifest
-from vtr_export.reference.decoder import Cache, Generation, Reference
+from vtr_export.reference import Cache, Generation, Reference
 from vtr_export.reference.inputs import embed, pad_batch
 from vtr_export.runtime.artifact import Artifact, Request
 from vtr_export.runtime.conversation import Conversation

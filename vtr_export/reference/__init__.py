@@ -2,7 +2,7 @@
 
 from vtr_export.reference.crossing import Crossing, crossing_for
 from vtr_export.reference.cut import positions_of
-from vtr_export.reference.decoder import Cache, Generation, Held, Reference, Step
+from vtr_export.reference.decoder import Reference
 from vtr_export.reference.head import Head
 from vtr_export.reference.inputs import (
     embed,
@@ -14,6 +14,7 @@ from vtr_export.reference.inputs import (
     vision_index_of,
 )
 from vtr_export.reference.load import load_model
+from vtr_export.reference.state import Cache, Generation, Held, Step
 
 __all__ = [
     "Cache",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from vtr_export.reference.decoder import Cache
+    from vtr_export.reference.state import Cache
     from vtr_export.schedule import Resolved
 
 
