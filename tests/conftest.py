@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vtr_export.families import ModelFacts
     from vtr_export.frontends.transformers import Graphs
 
-    Loader = Callable[[Checkpoint, ModelFacts, str], Graphs]
+    Loader = Callable[..., Graphs]
 
 Golden = Callable[[ir.Model, Path], None]
 
@@ -128,9 +128,11 @@ def traced_once() -> "Loader":
 
     known: dict[object, Graphs] = {}
 
-    def get(checkpoint: "Checkpoint", facts: "ModelFacts", dtype: str) -> Graphs:
-        key = checkpoint.folder, checkpoint.config_sha256, dtype
-        graphs = known[key] = known.get(key) or load(checkpoint, facts, dtype)
+    def get(
+        checkpoint: "Checkpoint", facts: "ModelFacts", dtype: str, *, whole: bool = False
+    ) -> Graphs:
+        key = checkpoint.folder, checkpoint.config_sha256, dtype, whole
+        graphs = known[key] = known.get(key) or load(checkpoint, facts, dtype, whole=whole)
         copies = (graphs.vision_encoder, graphs.embed_tokens, graphs.decoder)
         return Graphs(*(graph.clone() for graph in copies))
 

@@ -1,0 +1,48 @@
+"""Every vision-phase method: the graph in ONNX Runtime beside the definition in PyTorch."""
+
+import numpy as np
+import pytest
+import vision_cases
+
+from vtr_export.reductions import VISION
+from vtr_export.reference.reducing import KNOWN
+
+ALL = ("digits", "clip", "siglip", "internvl")
+CASES: tuple[tuple[str, tuple[str, ...]], ...] = (  # vision part, and the encoders it runs on
+    ("[{method: fastervlm, keep: 50%}]", ALL),
+    ("[{method: fastervlm, keep: 3, layer: -1}]", ALL),
+    ("[{method: fastervlm, keep: 3}, {method: fastervlm, keep: 1, layer: -1}]", ALL),
+)
+RUNS = [(text, name) for text, names in CASES for name in names]
+
+
+def test_every_method_has_a_case_and_an_oracle() -> None:
+    assert VISION.keys() <= KNOWN
+    tested = " ".join(text for text, _ in CASES)
+    assert not [name for name in VISION if f"method: {name}" not in tested]
+
+
+@pytest.mark.parametrize(("text", "name"), RUNS, ids=lambda value: str(value))
+def test_a_reduced_encoder_gives_what_the_definition_says(text: str, name: str) -> None:
+    traced, pixels = vision_cases.traced(name), vision_cases.pictures(name, 3)
+    said, defined = traced.reduced(text, pixels), traced.defined(text, pixels)
+    rows = vision_cases.rows_of(said, len(pixels))
+    assert [len(own) for own in rows] == [len(own.features) for own in defined]
+    assert vision_cases.worst(rows, [own.features for own in defined]) < 1e-5
+    for number, own in enumerate(defined):
+        for part in ("source", "protected"):
+            value = getattr(own, part)
+            assert (f"image_{part}" in said) == (value is not None)
+            if value is not None:
+                shown = said[f"image_{part}"].reshape(-1)
+                start = sum(len(before) for before in rows[:number])
+                assert np.array_equal(shown[start : start + len(value)], value.numpy())
+
+
+@pytest.mark.parametrize(("text", "name"), RUNS, ids=lambda value: str(value))
+def test_an_image_is_reduced_alone(text: str, name: str) -> None:
+    """Whatever else is in the batch."""
+    traced, pixels = vision_cases.traced(name), vision_cases.pictures(name, 3)
+    together = vision_cases.rows_of(traced.reduced(text, pixels), 3)
+    alone = traced.reduced(text, pixels[1:2])["image_features"]
+    assert np.allclose(together[1], alone.reshape(together[1].shape), atol=1e-5)

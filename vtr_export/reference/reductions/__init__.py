@@ -1,0 +1,21 @@
+"""Methods of the literature in plain PyTorch, each from its definition; one file, one method.
+
+A method of ``REDUCE`` is given one image as its tower saw it. One of ``INSIDE`` works in the tower:
+``method(reduction, model, tower)`` is a context in which transformers' layers do as it says, and
+gives a function from what the projector is given to what is left.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+from vtr_export.reductions import Tower
+from vtr_export.reference.reductions import fastervlm
+from vtr_export.reference.reductions.seen import Reduced, Seen
+
+REDUCE: Final[Mapping[str, Callable[[Any, Seen], Reduced]]] = {
+    "fastervlm": fastervlm.reduce,
+}
+INSIDE: Final[
+    Mapping[str, Callable[[Any, Any, Tower], AbstractContextManager[Callable[[Seen], Reduced]]]]
+] = {}
