@@ -125,9 +125,8 @@ def _listening(model: Any) -> Iterator[list[_Heard]]:
             handle.remove()
 
 
-def _listen(attention: nn.Module, heard: list[_Heard]) -> list[Any]:
+def _listen(attention: Any, heard: list[_Heard]) -> list[Any]:
     """At the projections of one attention, and at their norms where it has some."""
-    heads = int(getattr(attention, "num_heads"))  # noqa: B009 -- a Module's attributes are untyped
     parts = {}
     for part in ("q", "k"):
         norm = getattr(attention, f"{part}_norm", None)
@@ -139,13 +138,17 @@ def _listen(attention: nn.Module, heard: list[_Heard]) -> list[Any]:
         queries.append(said)
 
     def pair(_: nn.Module, __: Any, said: Tensor) -> None:
-        rows = [
-            part[0].unflatten(-1, (heads, -1)).transpose(0, 1) for part in (queries.pop(), said)
-        ]
+        rows = [_by_head(part[0], attention.num_heads) for part in (queries.pop(), said)]
         scale = getattr(attention, "scale", None) or getattr(attention, "scaling", None)
         heard.append(_Heard(rows[0], rows[1], float(scale or rows[0].shape[-1] ** -0.5)))
 
-    return [parts["q"].register_forward_hook(note), parts["k"].register_forward_hook(pair)]
+    query, key = parts["q"], parts["k"]
+    return [query.register_forward_hook(note), key.register_forward_hook(pair)]
+
+
+def _by_head(rows: Tensor, heads: int) -> Tensor:
+    """``[n,D]`` to ``[H,n,d]``."""
+    return rows.view(len(rows), heads, -1).transpose(0, 1)
 
 
 def encoder_layers(model: Any) -> nn.ModuleList:

@@ -62,10 +62,7 @@ class Seen:
     def attention_to(self, layer: int, heads: str = "mean") -> Tensor:
         """``[N]``: the class token's look at each token, or the mean of all rows' without one."""
         probability = self.attention(layer)
-        if self.whole.has_cls:
-            each = probability[:, 0, 1:]
-        else:
-            each = probability.mean(1)
+        each = probability[:, 0, 1:] if self.whole.has_cls else probability.mean(1)
         score = each.mean(0) if heads == "mean" else each.sum(0)
         if self.whole.merge > 1:
             rows, columns, merge = self.whole.grid.rows, self.whole.grid.columns, self.whole.merge
