@@ -12,6 +12,10 @@ CASES: tuple[tuple[str, tuple[str, ...]], ...] = (  # vision part, and the encod
     ("[{method: fastervlm, keep: 50%}]", ALL),
     ("[{method: fastervlm, keep: 3, layer: -1}]", ALL),
     ("[{method: fastervlm, keep: 3}, {method: fastervlm, keep: 1, layer: -1}]", ALL),
+    ("[{method: prumerge}]", ALL),
+    ("[{method: prumerge, ratio: 25%}]", ALL),
+    ("[{method: prumerge+}]", ALL),
+    ("[{method: prumerge+, ratio: 25%}]", ALL),
 )
 RUNS = [(text, name) for text, names in CASES for name in names]
 

@@ -11,12 +11,15 @@ from pydantic import Discriminator, Tag
 from vtr_export.errors import ScheduleError
 from vtr_export.reductions.fastervlm import FasterVLM
 from vtr_export.reductions.mustdrop_cache import OutputAwareCache
+from vtr_export.reductions.prumerge import PruMerge, PruMergePlus
 from vtr_export.reductions.reduction import Reduction, VisionReduction
 
 GROUP: Final = "vtr_export.reductions"
 OURS: Final[tuple[type[Reduction], ...]] = (
     FasterVLM,
     OutputAwareCache,
+    PruMerge,
+    PruMergePlus,
 )
 
 

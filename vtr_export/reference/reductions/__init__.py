@@ -10,11 +10,13 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from vtr_export.reductions import Tower
-from vtr_export.reference.reductions import fastervlm
+from vtr_export.reference.reductions import fastervlm, prumerge
 from vtr_export.reference.reductions.seen import Reduced, Seen
 
 REDUCE: Final[Mapping[str, Callable[[Any, Seen], Reduced]]] = {
     "fastervlm": fastervlm.reduce,
+    "prumerge": prumerge.reduce,
+    "prumerge+": prumerge.reduce,
 }
 INSIDE: Final[
     Mapping[str, Callable[[Any, Any, Tower], AbstractContextManager[Callable[[Seen], Reduced]]]]
