@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import onnx
 import onnx.parser
@@ -15,13 +15,22 @@ VERSION = 1
 OLDEST = 18  # opset whose operators a body can be read with: reductions take their axes as input
 
 
+BLOCK_SCORES: Final[Mapping[str, str]] = {
+    "attention": "VtrTextMean",
+    "self_cross": "VtrSelfCross",
+    "redundancy": "VtrRedundancy",
+}
+"""Rule → what ranks by it, given what vision rows and asking rows attend to."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which variant stands behind each abstract operator of a body (VtrRows, VtrHeads …).
 
     One schedule makes one choice, so one model holds one body of each composite. ``ragged``: a
     row may have to drop more than the widest row drops, and be short of pads to stay as wide.
-    ``softcap`` bends the logits of a score (VtrCap) as attention's are bent.
+    ``softcap`` bends the logits of a score (VtrCap) as attention's are bent. ``rule`` says what
+    ranks where whole blocks of attention are at hand (VtrBlockScore).
     """
 
     query: Literal["last", "text", "raters"] = "last"
@@ -29,16 +38,18 @@ class Choice:
     rank: Literal["joint", "per_image"] = "joint"
     ragged: bool = False
     softcap: float | None = None
+    rule: Literal["attention", "self_cross", "redundancy"] = "attention"
 
     def names(self) -> Mapping[str, str]:
         """Abstract operator → the function that implements it."""
         joint = "VtrRankRagged" if self.ragged else "VtrRankJoint"
         return {
-            "VtrRows": {"last": "VtrRowsLast", "text": "VtrRowsText"}[self.query],
-            "VtrWeight": {"last": "VtrWeightLast", "text": "VtrWeightText"}[self.query],
+            "VtrRows": "VtrRowsLast" if self.query == "last" else "VtrRowsText",
+            "VtrWeight": "VtrWeightLast" if self.query == "last" else "VtrWeightText",
             "VtrHeads": {"mean": "VtrHeadsMean", "max": "VtrHeadsMax"}[self.heads],
             "VtrRank": {"joint": joint, "per_image": "VtrRankPerImage"}[self.rank],
             "VtrSelect": "VtrSelectRagged" if self.ragged else "VtrSelect",
+            "VtrBlockScore": BLOCK_SCORES[self.rule],
         }
 
 
@@ -64,8 +75,13 @@ def load(name: str, choice: Choice) -> ir.Function:
         if node.op_type == "VtrCap":
             _cap(function, node, choice.softcap)
         node.op_type = choice.names().get(node.op_type, node.op_type)
+    for node in ir.traversal.RecursiveGraphIterator(function):
         for value in set(node.outputs) - set(function.outputs):
             value.name = f"{name}.{value.name}"
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                for value in attribute.as_graph().inputs:
+                    value.name = f"{name}.{value.name}"
     return function
 
 
