@@ -1,6 +1,6 @@
 """One cut, from the definition: score the vision tokens, select, find the survivors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -27,6 +27,7 @@ class Streams:
     drafted: int = 0  # last columns that belong to the answer
     planes: tuple[Tensor, ...] = ()  # [B, S, D] each: added to what leaves layer 0, 1, …
     layered: tuple[Tensor, ...] = ()  # [B, S, P] each: handed to layer 0, 1, … beside its rows
+    protected: Tensor | None = None  # [B, S] bool: vision tokens that no cut may drop; None: none
 
     def rows(self, at: Tensor) -> "Streams":
         """Some rows of the batch."""
@@ -44,11 +45,14 @@ class Streams:
         )
         planes, layered = (tuple(map(change, each)) for each in (self.planes, self.layered))
         positions = turn(self.positions)
-        return Streams(hidden, mask, positions, vision, groups, self.drafted, planes, layered)
+        protected = None if self.protected is None else change(self.protected)
+        said = self.drafted, planes, layered, protected
+        return Streams(hidden, mask, positions, vision, groups, *said)
 
     @classmethod
     def join(cls, parts: Sequence["Streams"]) -> "Streams":
         """Parts of one batch, put together again."""
+        marks = [part.protected for part in parts]
         return cls(
             torch.cat([part.hidden for part in parts]),
             torch.cat([part.mask for part in parts]),
@@ -58,7 +62,14 @@ class Streams:
             parts[0].drafted,
             tuple(map(torch.cat, zip(*(part.planes for part in parts), strict=True))),
             tuple(map(torch.cat, zip(*(part.layered for part in parts), strict=True))),
+            None if None in marks else torch.cat([mark for mark in marks if mark is not None]),
         )
+
+    def is_protected(self) -> Tensor:
+        """``[B, V]``: vision tokens that are never dropped."""
+        nobody = torch.zeros_like(self.mask, dtype=torch.bool)
+        marks = nobody if self.protected is None else self.protected
+        return marks.gather(1, self.vision) & self.is_real()
 
     def is_real(self) -> Tensor:
         """``[B, V]``: vision tokens that are no pads."""
@@ -75,21 +86,29 @@ def columns_at(positions: Tensor, kept: Tensor) -> Tensor:
     return positions.gather(-1, kept.expand(*positions.shape[:-1], -1))
 
 
-def vision_score(attention: Attention, streams: Streams, query: str, heads: str) -> Tensor:
-    """``[B, V]`` fp32: the probability the query rows give each vision token."""
+def row_shares(
+    attention: Attention, streams: Streams, query: str, heads: str
+) -> Iterator[tuple[int, Tensor]]:
+    """The probability ``[R, V]`` fp32 that each query row gives each vision token, row by row."""
     past = attention.keys.shape[2] - streams.mask.shape[1]
     keys = attention.for_each_head(attention.keys).float()
-    score = torch.empty(streams.vision.shape, dtype=torch.float32, device=streams.mask.device)
-    if streams.vision.shape[1] == 0:
-        return score
+    prompt = streams.mask.shape[1] - streams.drafted
     for row, columns in enumerate(streams.vision):
-        prompt = streams.mask.shape[1] - streams.drafted
         asking = _query_rows(streams.mask[row, :prompt], columns, query)
         logits = attention.logits(attention.query[row][:, asking].float(), keys[row])
         logits = logits.masked_fill(~attention.visible[row][asking], -torch.inf)
         probabilities = logits.softmax(-1)
         by_row = probabilities.mean(0) if heads == "mean" else probabilities.amax(0)
-        score[row] = by_row.mean(0)[past + columns]
+        yield row, by_row[:, past + columns]
+
+
+def vision_score(attention: Attention, streams: Streams, query: str, heads: str) -> Tensor:
+    """``[B, V]`` fp32: the probability the query rows give each vision token, on average."""
+    score = torch.empty(streams.vision.shape, dtype=torch.float32, device=streams.mask.device)
+    if streams.vision.shape[1] == 0:
+        return score
+    for row, shares in row_shares(attention, streams, query, heads):
+        score[row] = shares.mean(0)
     score = torch.where(score.isnan(), NAN_SCORE, score)
     return torch.where(streams.is_real(), score, PAD_SCORE)
 
@@ -124,12 +143,19 @@ def select(score: Tensor, is_real: Tensor, keep: Keep, budget: Budget, images: i
     where there are not enough of them, ``MISSING`` does.
     """
     columns, tokens_of_row = budget
-    size = score.shape[1] // images
-    k = min(keep.of(columns // images), size)
-    rows = []
-    for row, tokens in enumerate(tokens_of_row):
+    k = min(keep.of(columns // images), score.shape[1] // images)
+    counts = [min(keep.of(tokens), k) if images == 1 else k for tokens in tokens_of_row]
+    return best_of_rows(score, is_real, k, counts, images)
+
+
+def best_of_rows(
+    score: Tensor, is_real: Tensor, k: int, counts: Sequence[int], images: int = 1
+) -> Tensor:
+    """``[B, k]`` as ``select`` says: of each row's group the ``counts`` best that are real."""
+    size, rows = score.shape[1] // images, []
+    for row, count in enumerate(counts):
         real = int(is_real[row].sum())
-        spare = k - min(keep.of(tokens), real, k) if images == 1 else 0
+        spare = k - min(count, real) if images == 1 else 0
         pads = min(spare, score.shape[1] - real)
         groups = score[row].view(images, size)
         missing = torch.full((spare - pads,), MISSING, device=score.device)

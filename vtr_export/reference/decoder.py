@@ -27,6 +27,7 @@ from vtr_export.reference.cut import (
 )
 from vtr_export.reference.layers import Attention, Handed, Layers
 from vtr_export.reference.state import Cache, Generation, Held, Step
+from vtr_export.reference.threshold import above, evidence, marked, nearest, protected_first
 from vtr_export.schedule import Cut, Resolved
 
 
@@ -91,13 +92,15 @@ class Reference:
         forced: Sequence[Tensor] | None = None,
         groups: Tensor | None = None,
         crossing: Crossing | None = None,
+        protected: Tensor | None = None,
         logits: Literal["last", "all"] = "last",
     ) -> Step:
         """Run ``inputs_embeds`` ``[B, S, D]`` after ``cache``; the last column is always real.
 
         Planes may stand behind, ``[B, S, (1 + n) D]``: the n-th is added to what leaves layer n.
         ``attention_mask`` ``[B, P + S]`` is of the unpruned sequence. ``forced`` gives each cut its
-        ``kept``; ``groups`` ``[B, S]``: equal ones but 0 see each other; ``crossing``: keys.
+        ``kept``; ``groups`` ``[B, S]``: equal ones but 0 see each other; ``crossing``: keys;
+        ``protected`` ``[B, V]``: 1 = a vision token that is never dropped.
         """
         past = attention_mask.shape[1] - inputs_embeds.shape[1]
         cache = cache or self._empty_cache(inputs_embeds)
@@ -106,7 +109,7 @@ class Reference:
         if self.schedule.crosses:
             crossing = crossing or Crossing.nothing(inputs_embeds, self.decoder)
         asked = inputs_embeds, mask, position_ids, vision_index, groups
-        held = self._begin(*asked, crossing=crossing)
+        held = self._begin(*asked, crossing=crossing, protected=protected)
         call = _Call(cache, held.budget, forced, padding=[attention_mask])
         if crossing is not None:
             call.walk = Walk(self.schedule, crossing, cache, forced)
@@ -174,6 +177,7 @@ class Reference:
         positions: tuple[Tensor, Tensor] | None = None,
         groups: Tensor | None = None,
         crossing: Crossing | None = None,
+        protected: Tensor | None = None,
     ) -> Generation:
         """Answer greedily. Positions are those of the unpruned sequence; see :class:`Cache`.
 
@@ -182,7 +186,8 @@ class Reference:
         counted = positions_of(attention_mask)[:, -inputs_embeds.shape[1] :]
         first, ahead = positions or (counted, counted.new_zeros(len(counted)))
         asked = inputs_embeds, attention_mask, first, vision_index, cache
-        prefill = self(*asked, forced=forced, groups=groups, crossing=crossing)
+        more: dict[str, Any] = {"groups": groups, "crossing": crossing, "protected": protected}
+        prefill = self(*asked, forced=forced, **more)
         ends = torch.tensor(list(eos), dtype=torch.int64, device=inputs_embeds.device)
         step = replace(prefill, cache=compacted(prefill.cache, prefill.kept, self.schedule))
         steps, tokens = [prefill], [prefill.logits.argmax(-1)]
@@ -225,6 +230,7 @@ class Reference:
         groups: Tensor | None,
         drafted: int = 0,
         crossing: Crossing | None = None,
+        protected: Tensor | None = None,
     ) -> Held:
         """A call before layer 0."""
         width = getattr(self.decoder.config, "hidden_size", embeds.shape[-1])
@@ -232,11 +238,13 @@ class Reference:
         own, *planes = torch.split(embeds, width, -1)
         groups = torch.zeros_like(mask) if groups is None else groups
         with self._layers.heard():
-            more = crossing.handed() if crossing is not None else {}
-            more = {**layered.given(self.decoder, own, beside), **more}
-            hidden, handed = self._layers.hand(own, positions, groups, more)
+            crossed = crossing.handed() if crossing is not None else {}
+            crossed = {**layered.given(self.decoder, own, beside), **crossed}
+            hidden, handed = self._layers.hand(own, positions, groups, crossed)
         noted = layered.noted(handed) if beside is not None else ()
-        streams = Streams(hidden, mask, positions, vision, groups, drafted, tuple(planes), noted)
+        marks = marked(vision, protected, mask) if self.schedule.protect else None
+        more = drafted, tuple(planes), noted, marks
+        streams = Streams(hidden, mask, positions, vision, groups, *more)
         return Held(0, streams, None, (vision.shape[1], streams.is_real().sum(1).tolist()))
 
     def _run(self, held: Held, last: int, call: _Call) -> Held:
@@ -280,7 +288,10 @@ class Reference:
         return again
 
     def _score(self, attention: Attention, streams: Streams) -> Tensor:
-        return vision_score(attention, streams, self.schedule.query, self.schedule.heads)
+        asked = self.schedule.query, self.schedule.heads
+        if self.schedule.threshold is not None:
+            return evidence(attention, streams, *asked, self.schedule.threshold)
+        return protected_first(vision_score(attention, streams, *asked), streams)
 
     def _own_score(self, index: int, streams: Streams, handed: Handed, call: _Call) -> Tensor:
         """With from: next, layer ``index``'s score of the tokens that a cut before it meets."""
@@ -292,12 +303,15 @@ class Reference:
     def _choose(self, cut: Cut, score: Tensor, streams: Streams, call: _Call) -> Tensor:
         """Select, and note down what was decided; return ``kept`` ``[B, S']``."""
         images = image_count(self.schedule, call.budget[0])
+        by_threshold = self.schedule.threshold is not None
         if call.forced is None:
-            chosen = select(score, streams.is_real(), cut.keep, call.budget, images)
+            asked = score, streams.is_real(), cut.keep, call.budget
+            chosen = above(*asked) if by_threshold else select(*asked, images)
             kept = survivors(streams, chosen)
         else:
             kept = call.forced[len(call.choices)]
-        margin = margin_of(score, is_among(streams.vision, kept), images)
+        is_kept = is_among(streams.vision, kept)
+        margin = nearest(score, is_kept) if by_threshold else margin_of(score, is_kept, images)
         call.choices.append(_Choice(kept, margin, score))
         return kept
 
@@ -316,5 +330,8 @@ class Reference:
         call.kept_vision.append(vision)
         planes = tuple(rows_at(plane, kept) for plane in streams.planes)
         beside = tuple(rows_at(each, kept) for each in streams.layered)
+        marks = streams.protected
+        marks = None if marks is None else marks.gather(1, kept) & ~stands_in
         hidden, groups = rows_at(streams.hidden, kept), streams.groups.gather(1, kept)
-        return Streams(hidden, mask, positions, vision, groups, streams.drafted, planes, beside)
+        more = streams.drafted, planes, beside, marks
+        return Streams(hidden, mask, positions, vision, groups, *more)
