@@ -24,6 +24,7 @@ from vtr_export.manifest import (
     Weights,
 )
 from vtr_export.published import File, hash_files
+from vtr_export.passes.compact_cache import GRAPH as COMPACTION
 from vtr_export.runtime.reader import FOLDER as READER
 from vtr_export.runtime.text import SPECIAL_TOKENS_MAP, TOKENIZER, TOKENIZER_CONFIG
 from vtr_export.schedule import Resolved, Schedule
@@ -150,19 +151,20 @@ def draft(
         weights_scanned=written.weights_scanned,
         schedule=schedule,
         model=model,
-        graphs=graph_files(),
+        graphs=graph_files((folder / ONNX / f"{COMPACTION}.onnx").is_file()),
         tunable=tunable,
         files=hash_files(folder, known),
     )
 
 
-def graph_files() -> Graphs:
-    """Where the graphs lie (the onnx-community layout)."""
+def graph_files(compacts: bool = False) -> Graphs:
+    """Where the graphs lie (the onnx-community layout); ``compacts``: the cache, too."""
     return Graphs(
         vision_encoder=f"{ONNX}/vision_encoder.onnx",
         embed_tokens=f"{ONNX}/embed_tokens.onnx",
         decoder=f"{ONNX}/decoder_model_merged.onnx",
     )
+        compact_cache=f"{ONNX}/{COMPACTION}.onnx" if compacts else None,
 
 
 def needed(facts: ModelFacts) -> str:

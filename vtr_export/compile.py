@@ -11,6 +11,8 @@ import onnx_ir.passes.common as common
 from vtr_export.passes.allow_unfused import AllowUnfused
 from vtr_export.passes.attach_mask import AttachMask
 from vtr_export.passes.cast_linked import CastLinked
+from vtr_export.passes.compact_cache import GRAPH as COMPACTION
+from vtr_export.passes.compact_cache import compact_cache
 from vtr_export.passes.decompose import Decompose
 from vtr_export.passes.fix_reshapes import FixReshapes
 from vtr_export.passes.fold_constants import FoldConstants
@@ -122,6 +124,9 @@ def lower(
         folder = dump / name if dump is not None else None
         passes = (*first, *last, common.ClearMetadataAndDocStringPass())
         lowered[name] = run(passes, model, folder)
+        if model is graphs.decoder and schedule.decode:
+            compaction = compact_cache(lowered[name])
+            lowered |= {} if compaction is None else {COMPACTION: compaction}
     return lowered
 
 

@@ -377,10 +377,11 @@ def _dry_report(
     clock: Clock,
 ) -> Report:
     """What an export would write; no graph is traced and no weight is read."""
-    onnx = list(assemble.graph_files().model_dump().values())
+    onnx = list(assemble.graph_files().names())
     data = [f"{name}.data" for name in onnx] if options.weights == "copy" else []
     golden = assemble.GOLDEN if _scope(facts, options) == "all" else ()
     own = {name for name in assemble.ASSETS if (checkpoint.folder / name).is_file()}
+    onnx = list(assemble.graph_files(resolved.compacts).names())
     assets = own | set(checkpoint.files)
     names = sorted([*onnx, *data, *golden, *assets, "schedule.yaml", MANIFEST])
     tokens = resolved.tokens_per_image

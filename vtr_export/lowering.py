@@ -26,8 +26,7 @@ def lower_artifact(folder: Path, manifest: Manifest) -> list[Gate]:
     (typed ones as their fp32 twins), for the golden vectors the artifact has; none without them.
     Raises AnalysisError for a graph that TensorRT 10 would not parse by its table.
     """
-    graphs = manifest.graphs
-    for name in (graphs.vision_encoder, graphs.embed_tokens, graphs.decoder):
+    for name in manifest.graphs.names():
         _write(folder / name)
     cases = [load_golden(file) for file in sorted((folder / FOLDER).glob("*.npz"))]
     parts = replace(Parts.of(folder, manifest), lowering=tensorrt_10())

@@ -133,6 +133,11 @@ class Gate(Part):
     passed: bool
     measured: FiniteFloat
     bar: FiniteFloat
+    compact_cache: RelativePath | None = None  # runs once behind each prefill
+
+    def names(self) -> tuple[str, ...]:
+        """Those that are there."""
+        return tuple(filter(None, self.model_dump().values()))
     detail: str = ""
 
 
@@ -167,7 +172,7 @@ class Manifest(Published):
         keeps = self.schedule.keep_per_layer
         if keeps is not None and len(keeps) != self.model.layers:
             raise ValueError(f"{len(keeps)} keeps for {self.model.layers} layers")
-        missing = sorted({*self.graphs.model_dump().values()} - self.files.keys())
+        missing = sorted({*self.graphs.names()} - self.files.keys())
         if missing:
             raise ValueError(f"{missing[0]} is a graph, but not among the files")
         return self

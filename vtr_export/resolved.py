@@ -79,6 +79,11 @@ class Resolved:
             return tokens
         return tokens // self.tower.grid.tokens * self.tokens_left
 
+    @property
+    def compacts(self) -> bool:
+        """Whether caches are narrowed behind a prefill: those between two cuts."""
+        return bool(self.decode) and len(self.cuts) > 1
+
     def keep_per_layer(self, v: int) -> tuple[int, ...]:
         """Vision tokens entering each decoder layer when the call brings ``v``."""
         tokens = [v] * self.layers

@@ -250,7 +250,6 @@ class Schedule:
             (("prefill", "threshold"), prefill.threshold is not None),
             (("prefill", "protect"), prefill.protect != "none"),
             (("prefill", "merge"), not isinstance(prefill.merge, Drop)),
-            (("decode",), bool(self.document.decode)),
         )
         for key, is_used in unknown:
             if is_used:
@@ -300,6 +299,9 @@ class Schedule:
     ) -> None:
         """Cuts of vision keys that cross layers attend to, which are no tokens."""
         prefill = self.prefill
+        if self.document.decode:
+            message = "decode narrows caches of tokens, but images are keys of cross-attention here"
+            raise self._error(("decode",), message, "leave it out: no stage holds other tokens")
         asked: tuple[tuple[tuple[str, ...], str, str], ...] = (
             (("score", "from"), prefill.score.source, "previous"),
             (("score", "query"), prefill.score.query, "last"),

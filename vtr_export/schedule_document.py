@@ -281,6 +281,12 @@ def check(document: Document, source: Source) -> None:
             where=source.at(("prefill", "drop_point")),
             hint="score from previous, or drop_point between",
         )
+    if document.decode and isinstance(prefill.merge, Recycle):
+        raise ScheduleError(
+            "decode narrows the caches of earlier layers, which hold no recycled token",
+            where=source.at(("decode",)),
+            hint="merge: {by: drop}, or leave decode out",
+        )
     _check_stages(prefill, source)
     _check_growth(prefill, source)
 

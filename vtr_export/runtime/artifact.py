@@ -123,12 +123,12 @@ class Artifact:
             device = device or "cpu"
             manifest, sessions = _open_graphs(folder, device, threads)
             holds = None
-        vision, embedding, decoder = sessions
-        keeps, facts = _keeps(manifest, keep), manifest.model
+        vision, embedding, *decoders = sessions
+        keeps, facts = read_keeps(manifest, keep), manifest.model
         model = Model(
             vision,
             embedding,
-            Decoder(decoder, keep=keeps, first_position=facts.first_position),
+            Decoder(*decoders, keep=keeps, first_position=facts.first_position),
             facts.image_token_id,
             facts.pad_token_id or 0,
             facts.mrope,

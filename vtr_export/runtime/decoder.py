@@ -53,14 +53,14 @@ class Decoder:
     def __init__(
         self,
         session: Session,
+        compaction: Session | None = None,
         *,
         keep: Ints | None = None,
         first_position: int = 0,
-        compaction: Session | None = None,
     ) -> None:
-        """``keep``: the numerators a tunable graph takes; positions count from the first one.
+        """``compaction`` is the graph that runs behind a prefill and narrows the cache.
 
-        ``compaction`` is the graph that runs behind a prefill and narrows the cache.
+        ``keep``: the numerators a tunable graph takes; positions count from the first one.
         """
         self.session, self._keep, self._first = session, keep, first_position
         self._compaction = compaction
@@ -82,6 +82,10 @@ class Decoder:
         self._kept = sorted(kept, key=lambda name: int(name.removeprefix(_KEPT)))
         self.beside = [name for name in session.inputs if name in beside.NAMES]
         self.planes = sum(name.startswith(_PLANE) for name in session.inputs)
+
+    def with_keep(self, keep: Ints) -> "Decoder":
+        """The same graphs, keeping something else."""
+        return Decoder(self.session, self._compaction, keep=keep, first_position=self._first)
 
     @property
     def cuts(self) -> int:

@@ -230,8 +230,8 @@ class _Timer(AbstractContextManager["_Timer"]):
     def tune(self, schedule: Schedule, keeps: Sequence[Sequence[int]]) -> list[Run]:
         """The prefill of one graph at several keeps."""
         loaded = self._load(schedule, tunable=True)
-        session = loaded.model.decoder.session
-        decoders = [Decoder(session, keep=np.array(numbers, np.int64)) for numbers in keeps]
+        decoder = loaded.model.decoder
+        decoders = [decoder.with_keep(np.array(numbers, np.int64)) for numbers in keeps]
         return [self._prefill(loaded, decoder) for decoder in decoders]
 
     def _load(self, schedule: Schedule, *, tunable: bool) -> Artifact:

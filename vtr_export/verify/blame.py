@@ -9,7 +9,7 @@ from vtr_export.errors import AnalysisError
 from vtr_export.runtime.decoder import Decoder
 from vtr_export.verify.case import Array
 from vtr_export.verify.gates import Bars
-from vtr_export.verify.play import Inputs, call_name, forced_passes, play
+from vtr_export.verify.play import Inputs, call_name, forced_passes, open_decoder, play
 from vtr_export.verify.sessions import Forced, GraphError, Parts
 from vtr_export.verify.taps import ShowStreams
 
@@ -23,7 +23,7 @@ def first_deviation(parts: Parts, inputs: Sequence[Inputs], bars: Bars) -> str:
         return ""
     try:
         session = Forced(parts.open(parts.decoder, (*forced_passes(), ShowStreams())))
-        decoder = Decoder(session, keep=parts.keep)
+        decoder = open_decoder(parts, session)
         calls = [call for each in traced for call in _calls(session, decoder, each)]
     except (AnalysisError, GraphError) as error:
         return f"the layers could not be told apart: {error}"

@@ -33,7 +33,7 @@ from vtr_export.verify.gates import (
 from vtr_export.verify.golden import FOLDER, load_golden
 from vtr_export.verify.keep_sets import Row, keep_set_gates, tie_gate
 from vtr_export.verify.keep_sets import compare as compare_keep_sets
-from vtr_export.verify.play import Inputs, Played, embed_case, encode_case, play
+from vtr_export.verify.play import Inputs, Played, embed_case, encode_case, open_decoder, play
 from vtr_export.verify.sessions import GraphError, Parts
 
 NO_TIES = "the order of equal scores: TensorRT's own TopK promises none (build with --plugin on)"
@@ -232,7 +232,7 @@ def beside_onnxruntime(
     parts = Parts.of(folder, Manifest.load(folder))
     embedding = parts.open(parts.embedding)
     pairs = [(a, embed_case(embedding, a.played.case, a.inputs.features)) for a in answers]
-    decoder = Decoder(parts.open(parts.decoder), keep=parts.keep)
+    decoder = open_decoder(parts, parts.open(parts.decoder))
     counts = [differing(a.inputs.text_embeds, theirs.text_embeds) for a, theirs in pairs]
     gates = [at_most("embed_tokens.differences", sum(counts), 0)]
     rows, same = list[Row](), list[Played]()

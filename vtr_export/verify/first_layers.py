@@ -14,6 +14,7 @@ from vtr_export.compile import lower
 from vtr_export.errors import InputError
 from vtr_export.families import read_facts
 from vtr_export.manifest import Manifest
+from vtr_export.passes.compact_cache import GRAPH as COMPACTION
 from vtr_export.schedule import Resolved
 from vtr_export.verify.sessions import Parts
 from vtr_export.weights import link_weights, write_weights
@@ -78,7 +79,7 @@ def build_decoder(
     graphs = load(short, facts, manifest.dtype)
     mode = manifest.weights.mode
     models = lower(graphs, schedule, weights=mode, tunable=manifest.tunable)
-    models = {DECODER: models[DECODER]}
+    models = {name: models[name] for name in (DECODER, COMPACTION) if name in models}
     if mode == "link":
         link_weights(models, checkpoint.folder)
     else:
@@ -86,4 +87,5 @@ def build_decoder(
     save_graphs(models, folder)
     keep = np.array([cut.keep.numerator for cut in schedule.cuts], np.int64)
     cut_layers = tuple(cut.before_layer for cut in schedule.cuts)
-    return parts.with_decoder(folder / f"{DECODER}.onnx", keep, cut_layers)
+    compaction = folder / f"{COMPACTION}.onnx" if COMPACTION in models else None
+    return parts.with_decoder(folder / f"{DECODER}.onnx", keep, cut_layers, compaction)

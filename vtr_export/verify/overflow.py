@@ -17,7 +17,6 @@ from onnx_ir.passes.common import ShapeInferencePass
 from vtr_export.errors import AnalysisError, ArtifactError, UnavailableError
 from vtr_export.manifest import Manifest
 from vtr_export.passes.widen import FLOAT, ROUNDED, SUFFIXES, TYPED
-from vtr_export.runtime.decoder import Decoder
 from vtr_export.runtime.session import Value
 from vtr_export.verify.case import Case
 from vtr_export.verify.play import (
@@ -28,6 +27,7 @@ from vtr_export.verify.play import (
     encode,
     encode_case,
     forced_passes,
+    open_decoder,
     play,
 )
 from vtr_export.verify.sessions import Forced, GraphError, Parts
@@ -186,7 +186,7 @@ def beyond_in_decoder(parts: Parts, inputs: Sequence[Inputs]) -> str:
 
     def look() -> None:
         forced = Forced(Watched(parts, parts.decoder, forced_passes()))
-        decoder = Decoder(forced, keep=parts.keep)
+        decoder = open_decoder(parts, forced)
         for each in inputs:
             with _during(lambda case: call_name(len(forced.shown), case), each.case):
                 play(decoder, each, forced)

@@ -35,7 +35,7 @@ class Played:
 
     case: Case
     logits: Array  # [B, 1 + n, vocab]
-    kept: tuple[Ints, ...]  # of the prefill; empty when forced
+    kept: tuple[Ints, ...]  # of the prefill; what was forced, if it was
     scores: tuple[Array, ...] = ()  # [B, V] of each cut of the prefill; only when forced
 
 
@@ -75,7 +75,7 @@ def embed_case(session: Session, case: Case, features: Array, *, beside: bool = 
 
 def play_free(parts: Parts, inputs: Sequence[Inputs]) -> tuple[list[Played], list[Played]]:
     """Every case as a user runs it; then its prefill alone with embeddings that are all NaN."""
-    decoder = Decoder(parts.open(parts.decoder), keep=parts.keep)
+    decoder = open_decoder(parts, parts.open(parts.decoder))
     _check_cuts(decoder.cuts, inputs)
     played = [play(decoder, each) for each in inputs]
     silent = []
@@ -89,8 +89,13 @@ def play_forced(parts: Parts, inputs: Sequence[Inputs]) -> list[Played]:
     """Every case with the reference's keep-sets, and what each cut scored."""
     session = Forced(parts.open(parts.decoder, (ShowScores(), *forced_passes())))
     _check_cuts(session.cuts, inputs)
-    decoder = Decoder(session, keep=parts.keep)
+    decoder = open_decoder(parts, session)
     return [play(decoder, each, session) for each in inputs]
+
+
+def open_decoder(parts: Parts, session: Session) -> Decoder:
+    """``session``, the decoder of ``parts`` in some form, with what compacts its cache."""
+    return Decoder(session, parts.open_compaction(), keep=parts.keep)
 
 
 def _check_cuts(count: int, inputs: Sequence[Inputs]) -> None:

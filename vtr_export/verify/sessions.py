@@ -40,6 +40,7 @@ class Parts:
     cut_layers: tuple[int, ...] = ()  # the layer each cut stands before
     lowering: tuple[ir.passes.PassBase, ...] = ()  # of the target they are checked for
     beside: bool = False  # image features are no tokens
+    compaction: Path | None = None  # of the cache, behind a prefill
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest) -> "Parts":
@@ -55,12 +56,25 @@ class Parts:
             keep=np.array(keeps, np.int64) if manifest.tunable else None,
             cut_layers=tuple(stage.first_layer for stage in manifest.model.stages[1:]),
             beside=manifest.model.features != "tokens",
+            compaction=None if graphs.compact_cache is None else folder / graphs.compact_cache,
         )
 
-    def with_decoder(self, decoder: Path, keep: Ints, cut_layers: tuple[int, ...]) -> "Parts":
-        """The same with another decoder."""
+    def with_decoder(
+        self,
+        decoder: Path,
+        keep: Ints,
+        cut_layers: tuple[int, ...],
+        compaction: Path | None,
+    ) -> "Parts":
+        """The same with another decoder, and what compacts its cache."""
         given = keep if self.keep is not None else None
-        return replace(self, decoder=decoder, keep=given, cut_layers=cut_layers)
+        return replace(
+            self, decoder=decoder, keep=given, cut_layers=cut_layers, compaction=compaction
+        )
+
+    def open_compaction(self) -> Session | None:
+        """The graph that runs behind a prefill, if there is one."""
+        return None if self.compaction is None else self.open(self.compaction)
 
     def open(
         self,
@@ -181,7 +195,8 @@ class Forced:
         self._session = session
         self.inputs = {n: p for n, p in session.inputs.items() if not n.startswith("kept")}
         self._extra = [name for name in session.outputs if name.startswith(SHOWN)]
-        self.outputs = {n: p for n, p in session.outputs.items() if n not in self._extra}
+        sets = {n: p for n, p in session.inputs.items() if n.startswith("kept.")}
+        self.outputs = {n: p for n, p in session.outputs.items() if n not in self._extra} | sets
         self._kept: dict[str, Array] = {}
         self.shown: list[dict[str, Array]] = []
 
@@ -205,12 +220,12 @@ class Forced:
         resident: Collection[str] = (),
     ) -> dict[str, Value]:
         """See :class:`Session`."""
-        names = list(self.outputs) if outputs is None else list(outputs)
+        names = [name for name in outputs or self.outputs if name not in self._kept]
         results = self._session.run(
             {**feeds, **self._kept}, [*names, *self._extra], resident=resident
         )
         self.shown.append({name: np.asarray(results.pop(name)) for name in self._extra})
-        return results
+        return {**results, **self._kept}
 
 
 @contextmanager

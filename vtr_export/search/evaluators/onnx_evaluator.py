@@ -16,7 +16,6 @@ from vtr_export.manifest import Manifest
 from vtr_export.published import kind_of
 from vtr_export.runtime.artifact import Artifact
 from vtr_export.runtime.batch import Ints
-from vtr_export.runtime.decoder import Decoder
 from vtr_export.runtime.model import Model
 from vtr_export.runtime.processor import Processor
 from vtr_export.runtime.session import Array
@@ -166,7 +165,7 @@ class OnnxEvaluator:
             )
         keep = np.array(candidate.keeps[1:], np.int64)
         model = self.artifact.model
-        return replace(model, decoder=Decoder(model.decoder.session, keep=keep))
+        return replace(model, decoder=model.decoder.with_keep(keep))
 
     def _flops(self, candidate: Candidate, width: Width, steps: int) -> int:
         prefill = call_flops(self.facts, candidate, width, 0, self.facts.layers, 1)
