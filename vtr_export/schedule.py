@@ -13,9 +13,11 @@ from vtr_export.errors import ScheduleError
 from vtr_export.generators import Ratio
 from vtr_export.resolved import Cut, Keep, Resolved, Rounding
 from vtr_export.schedule_document import (
+    Correlate,
     Document,
     Drop,
     Prefill,
+    Recycle,
     check,
     first_layer_error,
     growth_error,
@@ -238,18 +240,43 @@ class Schedule:
                 "learned positions are added to tokens before layer 0 and cannot be repacked",
                 "positions: original",
             )
+        self._check_blocks(bool(getattr(model, "crosses", ())))
         self._check_layers(model.layers)
+
+    def _check_blocks(self, crosses: bool) -> None:
+        """What a rule or a merge that looks at all vision rows cannot be combined with."""
+        prefill = self.prefill
+        merges = isinstance(prefill.merge, Correlate)
+        if prefill.score.rule == "attention" and not merges:
+            return
+        said = f"rule {prefill.score.rule}" if not merges else "merge by correlate"
+        kinds = (
+            (("score", "from"), prefill.score.source != "previous", "previous"),
+            (("score", "query"), prefill.score.query == "raters", "text"),
+            (("threshold",), prefill.threshold is not None, "no threshold"),
+            (("protect",), prefill.protect != "none", "none"),
+            (("drop_point",), merges and prefill.drop_point == "inside", "attended"),
+        )
+        for key, is_foreign, wanted in kinds:
+            if is_foreign:
+                raise self._error(
+                    ("prefill", *key),
+                    f"{said} is defined on one layer's whole attention, not with this {key[-1]}",
+                    f"{key[-1]}: {wanted}",
+                )
+        if crosses:
+            raise self._error(
+                ("prefill",), f"{said}: here images are keys, and have no rows", "rule: attention"
+            )
 
     def _check_written(self) -> None:
         """Words of the language that no pass knows yet."""
         prefill = self.prefill
         unknown = (
-            (("prefill", "score", "rule"), prefill.score.rule != "attention"),
             (("prefill", "score", "query"), prefill.score.query == "raters"),
-            (("prefill", "drop_point"), prefill.drop_point == "attended"),
             (("prefill", "threshold"), prefill.threshold is not None),
             (("prefill", "protect"), prefill.protect != "none"),
-            (("prefill", "merge"), not isinstance(prefill.merge, Drop)),
+            (("prefill", "merge"), isinstance(prefill.merge, Recycle)),
         )
         for key, is_used in unknown:
             if is_used:

@@ -1,12 +1,13 @@
 """Where a schedule's cuts go in a graph, and which values cross them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from vtr_export import ops
 from vtr_export.analysis.axes import NONE, Axes, Labels, rank
-from vtr_export.analysis.layers import Layer
+from vtr_export.analysis.layers import Layer, ancestors
 from vtr_export.errors import AnalysisError
 from vtr_export.schedule import Cut, Resolved
 
@@ -92,7 +93,9 @@ def _entry(layers: list[Layer], labels: Labels, schedule: Resolved, cut: Cut) ->
     """What the cut narrows by score."""
     layer = cut.before_layer
     if schedule.drop_point == "inside":
-        return _attended(layers[layer - 1], labels)
+        return _mixed(layers[layer - 1], labels)
+    if schedule.drop_point == "attended":
+        return _attended(layers[layer - 1], layers[layer], labels)
     return layers[layer].entry
 
 
@@ -145,7 +148,53 @@ def _place(value: ir.Value) -> str:
     return f"node {node.name!r} ({node.op_type})" if node is not None else "graph input"
 
 
-def _attended(layer: Layer, labels: Labels) -> ir.Value:
+def _attended(layer: Layer, following: Layer, labels: Labels) -> ir.Value:
+    """The stream between attention and MLP of ``layer``: what everything that enters it joins.
+
+    Found as the first value behind its attention without which nothing of what enters reaches the
+    ``following`` attention.
+    """
+    for value in _behind(layer, following):
+        if value is following.entry:
+            break
+        if not _reaches(layer.entry, following.attention, labels, but=value):
+            return value
+    raise AnalysisError(
+        f"layer {layer.index}: no single stream of tokens leads from its attention to its MLP",
+        where=_place(layer.attention.outputs[0]),
+        hint="use drop_point: between",
+    )
+
+
+def _behind(layer: Layer, following: Layer) -> Iterator[ir.Value]:
+    """Values computed from the attention of ``layer`` that ``following`` needs, in order."""
+    needed = ancestors([following.query, following.key])
+    graph = layer.attention.graph
+    assert graph is not None
+    behind = {layer.attention}
+    for node in graph:
+        if node in needed and any(v is not None and v.producer() in behind for v in node.inputs):
+            behind.add(node)
+            yield from node.outputs
+
+
+def _reaches(entry: ir.Value, end: ir.Node, labels: Labels, but: ir.Value) -> bool:
+    """Whether tokens of ``entry`` come to ``end`` without passing through ``but``."""
+    seen: set[ir.Node] = set()
+    stack = [entry]
+    while stack:
+        for use in stack.pop().uses():
+            if use.node is end:
+                return True
+            if use.node in seen or ops.is_mask(use.node):
+                continue
+            seen.add(use.node)
+            carried = (v for v in use.node.outputs if v is not but and labels.get(v, NONE))
+            stack.extend(carried)
+    return False
+
+
+def _mixed(layer: Layer, labels: Labels) -> ir.Value:
     """Attention·V of ``layer`` as [B,S,H·d]: what its output projection reads."""
     value = layer.attention.outputs[0]
     while len(value.shape or ()) != 3 or labels.get(value, NONE).token != 1:

@@ -6,17 +6,21 @@ A backend may replace a body with a fused kernel; it may not change what it comp
 from vtr_export.ops.functions import DOMAIN, Choice, declare
 from vtr_export.ops.masks import CAUSAL, CROSS, CROSS_ROWS, GROUPED, MASKS, groups_of, is_mask
 from vtr_export.ops.prune import (
+    CORRELATE,
     PROTECT,
     PRUNE,
+    SCORED,
     THRESHOLD,
     is_cut,
     is_prune,
+    narrowing,
     prune_attributes,
     scoring,
 )
 
 __all__ = [
     "CAUSAL",
+    "CORRELATE",
     "CROSS",
     "CROSS_ROWS",
     "DOMAIN",
@@ -24,6 +28,7 @@ __all__ = [
     "MASKS",
     "PROTECT",
     "PRUNE",
+    "SCORED",
     "THRESHOLD",
     "Choice",
     "declare",
@@ -31,6 +36,7 @@ __all__ = [
     "is_cut",
     "is_mask",
     "is_prune",
+    "narrowing",
     "prune_attributes",
     "scoring",
 ]

@@ -4,13 +4,18 @@ from typing import Final
 
 import onnx_ir as ir
 
-from vtr_export.ops.functions import DOMAIN, Choice
+from vtr_export.ops.functions import BLOCK_SCORES, DOMAIN, Choice
 
 PRUNE: Final = "VtrTopKPrune"
 PROTECT: Final = "VtrProtectPrune"
 THRESHOLD: Final = "VtrThresholdPrune"
-CUTS: Final = frozenset((PRUNE, PROTECT, THRESHOLD))
+SCORED: Final = "VtrScoredPrune"
+CORRELATE: Final = "VtrCorrelatePrune"
+CUTS: Final = frozenset((PRUNE, PROTECT, THRESHOLD, SCORED, CORRELATE))
 """What stands for a cut: its first four inputs, its last and its outputs are those of PRUNE."""
+BLOCKS: Final = "VtrVisionBlocks"
+"""(query, keys, mask, vision_index, hidden) → what vision rows [B,V,V] and asking rows [B,V,R] give
+each vision key, which vision tokens are real [B,V], and which rows ask [B,R]."""
 PLUGIN_NAMESPACE: Final = DOMAIN
 PLUGIN_VERSION: Final = "1"
 INPUTS: Final = ("query", "keys", "mask", "vision_index", "keep", "budget", "hidden")
@@ -33,6 +38,8 @@ def is_cut(node: ir.Node) -> bool:
 def scoring(cut: ir.Node) -> list[ir.Node]:
     """New nodes whose last has one output: what ``cut`` ranks by, ``[B, V]``."""
     *first, hidden = [*cut.inputs[:4], cut.inputs[-1]]
+    if cut.op_type in (SCORED, CORRELATE):
+        return _block_scoring(cut)
     said = [cut.attributes[name] for name in ("scale", "whole", "single") if name in cut.attributes]
     if cut.op_type == THRESHOLD:
         return [ir.Node(DOMAIN, "VtrEvidence", [*first, cut.inputs[-2], hidden], said)]
@@ -40,6 +47,22 @@ def scoring(cut: ir.Node) -> list[ir.Node]:
     if cut.op_type == PROTECT:
         return [score, ir.Node(DOMAIN, "VtrProtect", [score.outputs[0], cut.inputs[-2]])]
     return [score]
+
+
+def _block_scoring(cut: ir.Node) -> list[ir.Node]:
+    told = [*cut.inputs[:4], cut.inputs[-1]]
+    blocks = ir.Node(DOMAIN, BLOCKS, told, [cut.attributes["scale"]], num_outputs=4)
+    ranks = BLOCK_SCORES[cut.attributes["rule"].as_string()]
+    return [blocks, ir.Node(DOMAIN, ranks, blocks.outputs)]
+
+
+def narrowing(cut: ir.Node, kept: ir.Value) -> ir.Node:
+    """A new node that makes what ``cut`` makes of its hidden states, with ``kept`` chosen."""
+    hidden = cut.inputs[-1]
+    if cut.op_type != CORRELATE:
+        return ir.Node(DOMAIN, "VtrNarrow", [hidden, kept])
+    said = [cut.attributes[name] for name in ("scale", "direct", "nearest")]
+    return ir.Node(DOMAIN, "VtrCorrelateKept", [*cut.inputs[:4], kept, hidden], said)
 
 
 def prune_attributes(scale: float, choice: Choice) -> list[ir.Attr]:

@@ -31,14 +31,16 @@ class Build:
         return self._append(ops.DOMAIN, chosen, inputs, [name], _integers(attrs))[0]
 
     def calls(
-        self, operator: str, inputs: Sequence[ir.Value], names: Sequence[str], **attrs: float
+        self, operator: str, inputs: Sequence[ir.Value], names: Sequence[str], **attrs: float | str
     ) -> Sequence[ir.Value]:
-        """One of our operators with several outputs, or attributes that are floats."""
+        """One of our operators with several outputs, or attributes that are no integers."""
         ops.declare(self.model, operator, self.choice)
         chosen = self.choice.names().get(operator, operator)
         floats = [ir.AttrFloat32(n, v) for n, v in attrs.items() if isinstance(v, float)]
         whole = {name: value for name, value in attrs.items() if isinstance(value, int)}
-        return self._append(ops.DOMAIN, chosen, inputs, names, [*floats, *_integers(whole)])
+        words = [ir.AttrString(n, v) for n, v in attrs.items() if isinstance(v, str)]
+        said = [*floats, *words, *_integers(whole)]
+        return self._append(ops.DOMAIN, chosen, inputs, names, said)
 
     def prune(
         self, inputs: Sequence[ir.Value], scale: float

@@ -30,6 +30,8 @@ class ForceKeepSets(ir.passes.InPlacePass):
             _force(graph, node)
         if cuts:
             ops.declare(model, "VtrNarrow")
+        for name in {node.op_type for node in graph if node.op_type == "VtrCorrelateKept"}:
+            ops.declare(model, name)  # what it calls was resolved with the cut
         return ir.passes.PassResult(model, modified=bool(cuts))
 
 
@@ -53,7 +55,7 @@ def _force(graph: ir.Graph, node: ir.Node) -> None:
         inputs.append(new)
         old.replace_all_uses_with(new)
     graph.inputs.extend(inputs)
-    narrow = ir.Node(ops.DOMAIN, "VtrNarrow", [node.inputs[-1], inputs[0]])
+    narrow = ops.narrowing(node, inputs[0])
     narrow.name, result = node.name, narrow.outputs[0]
     result.name, result.type, result.shape = hidden.name, hidden.type, hidden.shape
     hidden.replace_all_uses_with(result)

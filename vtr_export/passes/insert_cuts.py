@@ -12,6 +12,7 @@ from vtr_export.analysis.layers import descendants
 from vtr_export.errors import AnalysisError
 from vtr_export.passes.build import Build, renamed, replay
 from vtr_export.schedule import Resolved
+from vtr_export.schedule_document import Correlate
 
 
 @dataclass
@@ -107,6 +108,18 @@ def _softcap(sites: Sequence[Site]) -> float | None:
     return first.softcap
 
 
+def _by_blocks(schedule: Resolved, scale: float) -> tuple[str, dict[str, float | str]]:
+    """The cut that looks at all vision rows, or "" where few rows rank; and what its node says."""
+    said: dict[str, float | str] = {"scale": scale}
+    merge = schedule.merge if isinstance(schedule.merge, Correlate) else None
+    if schedule.rule == "attention" and merge is None:
+        return "", said
+    said |= {name: getattr(schedule, name) for name in ("rule", "query", "heads", "rank")}
+    if merge is None:
+        return ops.SCORED, said
+    return ops.CORRELATE, said | {"direct": merge.direct, "nearest": merge.nearest}
+
+
 class _Surgeon:
     """One operation on one model."""
 
@@ -119,7 +132,7 @@ class _Surgeon:
         if schedule.threshold is not None:  # each row by its own, from the first cut on
             self.is_ragged = True
         said = schedule.query, schedule.heads, schedule.rank
-        choice = ops.Choice(*said, self.is_ragged, softcap)
+        choice = ops.Choice(*said, self.is_ragged, softcap, schedule.rule)
         self.build = Build(model, choice)
         self.inputs = {value.name: value for value in model.graph.inputs}
         self.positions = self.inputs["position_ids"]
@@ -219,6 +232,10 @@ class _Surgeon:
     ) -> Sequence[ir.Value]:
         """Narrow hidden states, kept indices, narrow vision index; by the cut that is said."""
         build, threshold = self.build, self.schedule.threshold
+        names = ["hidden", "kept", "vision_index"]
+        operator, said = _by_blocks(self.schedule, scale)
+        if operator:
+            return build.calls(operator, [*asked, entry], names, **said)
         if stage.marks is not None:
             protected = build.call("VtrMarked", [stage.marks, stage.vision_index], "protected")
         elif threshold is not None:
@@ -226,11 +243,10 @@ class _Surgeon:
             protected = build.op("Less", [stage.vision_index, nobody], "protected")
         else:
             return build.prune([*asked, entry], scale)
-        said, operator = {"scale": scale}, ops.PROTECT
+        operator = ops.PROTECT
         if threshold is not None:
             operator = ops.THRESHOLD
             said |= {"whole": threshold.whole, "single": threshold.single}
-        names = ["hidden", "kept", "vision_index"]
         return build.calls(operator, [*asked, protected, entry], names, **said)
 
     def _budgets(self, number: int, site: Site) -> tuple[ir.Value, ir.Value]:
