@@ -44,6 +44,7 @@ class Options:
     target: str = "onnxruntime"
     sms: tuple[int, ...] = ()
     plugin: str = "auto"
+    load: Callable[..., Any] | None = None
 
     @property
     def builds(self) -> bool:
@@ -102,6 +103,7 @@ def export(
     sms: tuple[int, ...] = (),
     plugin: str = "auto",
     trust_remote_code: bool = False,
+    load: Callable[..., Any] | None = None,
     progress: Announce | None = None,
     detail: Announce | None = None,
 ) -> Report:
@@ -110,11 +112,12 @@ def export(
     ``dtype`` fp32, fp16 or bf16; ``weights`` copy or link; ``verify`` auto, all, layers:K or none;
     what ``target`` could not run with one image is refused, and where it builds engines (for
     ``sms``, 86 is SM 8.6) they are built into ``out/<target>``. ``trust_remote_code`` runs code
-    that the checkpoint brings. Raises VtrError for bad input before any weight is read, GateError
-    when the graphs do not say what the checkpoint says; ``out`` is then as it was.
+    that the checkpoint brings; ``load`` traces in place of the frontend's. Raises VtrError for bad
+    input before any weight is read, GateError when the graphs do not say what the checkpoint says;
+    ``out`` is then as it was.
     """
     dump = Path(dump) if dump else None
-    options = Options(dtype, weights, verify, tunable, force, dump, target, sms, plugin)
+    options = Options(dtype, weights, verify, tunable, force, dump, target, sms, plugin, load)
     clock = Clock(progress)
     with clock.step("read the configuration"):
         if not isinstance(schedule, Schedule):
@@ -255,7 +258,7 @@ def _write_graphs(
 ) -> "WeightsReport":
     """Trace, cut, place the weights and save; the graphs' weights never meet in memory."""
     with clock.step("import torch and transformers"):
-        load = _frontend()
+        load = options.load or _frontend()
     with clock.step("trace"):
         graphs = load(checkpoint, facts, options.dtype, whole=bool(resolved.vision))
     with clock.step("cut"):
@@ -377,11 +380,10 @@ def _dry_report(
     clock: Clock,
 ) -> Report:
     """What an export would write; no graph is traced and no weight is read."""
-    onnx = list(assemble.graph_files().names())
+    onnx = list(assemble.graph_files(resolved.compacts).names())
     data = [f"{name}.data" for name in onnx] if options.weights == "copy" else []
     golden = assemble.GOLDEN if _scope(facts, options) == "all" else ()
     own = {name for name in assemble.ASSETS if (checkpoint.folder / name).is_file()}
-    onnx = list(assemble.graph_files(resolved.compacts).names())
     assets = own | set(checkpoint.files)
     names = sorted([*onnx, *data, *golden, *assets, "schedule.yaml", MANIFEST])
     tokens = resolved.tokens_per_image

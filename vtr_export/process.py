@@ -1,10 +1,13 @@
 """What this process took of its machine, and how that is said."""
 
+import os
+import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 Announce = Callable[[str], None]
@@ -52,3 +55,23 @@ def size(count: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.4g} {unit}"
+
+
+def describe(packages: Sequence[str]) -> str:
+    """Processor, cores this process may use, memory, and versions, in words."""
+    memory = size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    versions = [f"{package} {version(package)}" for package in packages]
+    cores = f"{len(os.sched_getaffinity(0))} cores"
+    return ", ".join(
+        [_processor(), cores, memory, f"Python {platform.python_version()}", *versions]
+    )
+
+
+def _processor() -> str:
+    """As the kernel calls it, where it does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -16,6 +16,7 @@ from vtr_export.cli import (
     export,
     inspect,
     machine,
+    methods,
     plan,
     run,
     schedule,
@@ -42,6 +43,7 @@ app.command()(plan.plan)
 app.command()(run.run)
 app.command()(verify.verify)
 app.command()(artifacts.bench)
+app.command()(methods.bench_methods)
 app.command()(inspect.inspect)
 app.command()(machine.doctor)
 app.add_typer(schedule.app)
@@ -67,7 +69,7 @@ def _root(
 
 def main() -> None:
     """``vtr``: a user's mistake prints plainly and exits 2, a failed gate exits 1."""
-    sys.argv = search.spell_out(sys.argv)
+    sys.argv = methods.spell_out(search.spell_out(sys.argv))
     guarded(app)
 
 
