@@ -151,20 +151,25 @@ PUBLISHED: dict[str, Callable[[], Schedule]] = {
 }
 
 
+BY_HAND = {path.stem for path in SAMPLES.glob("*.yaml") if Schedule.load(path).document.vision}
+"""What reduces before the decoder is one line of YAML: nothing writes it."""
+
+
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_sample_is_the_recipe_it_is_named_after(path: Path) -> None:
     if path.stem == "every_field":
         return
-    schedule = Schedule.load(path)
-    assert schedule == PUBLISHED[path.stem]()
-    schedule.resolve(LLAVA)
+    if path.stem not in BY_HAND:
+        schedule = Schedule.load(path)
+        assert schedule == PUBLISHED[path.stem]()
+        schedule.resolve(LLAVA)
     comment = "".join(line for line in path.open() if line.startswith("#"))
     source = re.search(r"arXiv (\d{4}\.\d{5})", comment)
     assert source or path.stem.startswith("vtw")
 
 
 def test_every_published_recipe_is_a_sample() -> None:
-    assert PUBLISHED.keys() | {"every_field"} == {path.stem for path in SAMPLES.glob("*.yaml")}
+    assert PUBLISHED.keys() | BY_HAND == {path.stem for path in SAMPLES.glob("*.yaml")}
 
 
 @pytest.mark.parametrize(("reduction", "final"), [("50%", 173), (0.6, 127), ("9/10", 37)])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
 
-from pydantic import AfterValidator
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
-from vtr_export.keeps import KeepValue, refuse
+from vtr_export.keeps import MAX_PART, read_share, refuse, write_keep
 from vtr_export.reductions.reduction import Form, VisionReduction
 from vtr_export.reductions.tokens import Tokens
+from vtr_export.schedule_yaml import show
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,16 +22,34 @@ NEAREST: Final = 32  # other tokens that each kept one takes up, as published fo
 LAYER: Final = -1  # whose queries and keys: the tower's last
 
 
-def _read_ratio(ratio: int | Fraction) -> Fraction:
-    """A share of the tokens, and some."""
-    if isinstance(ratio, int):
-        raise refuse(f"ratio is {ratio}, not a share of the tokens", "write 12.5% or 1/8")
-    if not ratio:
-        raise refuse("ratio is 0, so no token stands out", "write 12.5%, or leave ratio out")
+def _read_ratio(value: object) -> Fraction | None:
+    """A share of the tokens, and some; None: outliers."""
+    if value is None:
+        return None
+    ratio = read_share(value) if isinstance(value, str) else value
+    if not isinstance(ratio, Fraction) or ratio.denominator > MAX_PART or not 0 < ratio <= 1:
+        message = f"ratio is {show(value)}, not a share of the tokens"
+        raise refuse(message, "write 12.5% or 1/8, or leave ratio out")
     return ratio
 
 
-Ratio = Annotated[KeepValue, AfterValidator(_read_ratio)]
+def _write_ratio(ratio: Fraction | None) -> int | str | None:
+    """As ``_read_ratio`` reads it."""
+    return None if ratio is None else write_keep(ratio)
+
+
+Ratio = Annotated[
+    Fraction | None,
+    PlainValidator(_read_ratio),
+    PlainSerializer(_write_ratio),
+    WithJsonSchema(
+        {
+            "description": "The share of the tokens that stand out; null: those far above most.",
+            "type": ["string", "null"],
+            "pattern": r"^[0-9]{1,9}((\.[0-9]{1,9})?%|/[0-9]{1,9})$",
+        }
+    ),
+]
 
 
 class PruMerge(VisionReduction):
@@ -49,7 +68,7 @@ class PruMerge(VisionReduction):
 
     PAPER: ClassVar[str] = "2403.15388"
     method: Literal["prumerge"] = "prumerge"
-    ratio: Ratio | None = None
+    ratio: Ratio = None
 
     @property
     def form(self) -> Form:
