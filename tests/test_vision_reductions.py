@@ -16,6 +16,9 @@ CASES: tuple[tuple[str, tuple[str, ...]], ...] = (  # vision part, and the encod
     ("[{method: prumerge, ratio: 25%}]", ALL),
     ("[{method: prumerge+}]", ALL),
     ("[{method: prumerge+, ratio: 25%}]", ALL),
+    ("[{method: ficoco_v, each: 3}]", ("clip", "siglip")),
+    ("[{method: ficoco_v, each: 1/9, nearest: 2, from_layer: 1}]", ("clip", "siglip", "digits")),
+    ("[{method: ficoco_v, each: 2, nearest: 0, beta: 1.0}]", ("clip",)),
 )
 RUNS = [(text, name) for text, names in CASES for name in names]
 

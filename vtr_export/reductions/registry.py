@@ -9,17 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias, Union
 from pydantic import Discriminator, Tag
 
 from vtr_export.errors import ScheduleError
+from vtr_export.reductions.divprune import DivPrune
 from vtr_export.reductions.fastervlm import FasterVLM
+from vtr_export.reductions.ficoco_v import FiCoCoV
 from vtr_export.reductions.mustdrop_cache import OutputAwareCache
 from vtr_export.reductions.prumerge import PruMerge, PruMergePlus
 from vtr_export.reductions.reduction import Reduction, VisionReduction
+from vtr_export.reductions.visionzip import VisionZip
+from vtr_export.reductions.vispruner import VisPruner
 
 GROUP: Final = "vtr_export.reductions"
 OURS: Final[tuple[type[Reduction], ...]] = (
+    DivPrune,
     FasterVLM,
+    FiCoCoV,
     OutputAwareCache,
     PruMerge,
     PruMergePlus,
+    VisionZip,
+    VisPruner,
 )
 
 

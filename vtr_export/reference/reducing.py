@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vtr_export.reductions import Tower, VisionReduction
 from vtr_export.reference.reductions import INSIDE, REDUCE
-from vtr_export.reference.reductions.seen import Reduced, Seen
+from vtr_export.reference.reductions.seen import Reduced, Seen, encoder_layers
 
 Encode = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -74,7 +74,7 @@ def _reduce(
     """One reduction after the other, on the features of one image."""
     queries, keys = [each.query for each in heard], [each.key for each in heard]
     scales = [each.scale for each in heard]
-    whole = Reduced(features, torch.arange(len(features)))
+    whole = Reduced(features, torch.arange(tower.grid.tokens))
     inside = iter(notes)
     for number, reduction in enumerate(reductions):
         seen = Seen(whole.features, queries, keys, scales, tower, reductions[:number], whole.source)
@@ -142,22 +142,14 @@ def _listen(attention: Any, heard: list[_Heard]) -> list[Any]:
         scale = getattr(attention, "scale", None) or getattr(attention, "scaling", None)
         heard.append(_Heard(rows[0], rows[1], float(scale or rows[0].shape[-1] ** -0.5)))
 
-    query, key = parts["q"], parts["k"]
+    query: Any = parts["q"]
+    key: Any = parts["k"]
     return [query.register_forward_hook(note), key.register_forward_hook(pair)]
 
 
 def _by_head(rows: Tensor, heads: int) -> Tensor:
     """``[n,D]`` to ``[H,n,d]``."""
     return rows.view(len(rows), heads, -1).transpose(0, 1)
-
-
-def encoder_layers(model: Any) -> nn.ModuleList:
-    """The layers of the vision tower."""
-    tower = getattr(model.model, "vision_tower", None) or model.model.visual
-    for name, module in tower.named_modules():
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "layer"):
-            return module
-    raise ValueError("the vision tower has no list of layers")
 
 
 def projector_name(model: Any) -> str:

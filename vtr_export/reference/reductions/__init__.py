@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from vtr_export.reductions import Tower
-from vtr_export.reference.reductions import fastervlm, prumerge
+from vtr_export.reference.reductions import fastervlm, ficoco_v, prumerge
 from vtr_export.reference.reductions.seen import Reduced, Seen
 
 REDUCE: Final[Mapping[str, Callable[[Any, Seen], Reduced]]] = {
@@ -20,4 +20,6 @@ REDUCE: Final[Mapping[str, Callable[[Any, Seen], Reduced]]] = {
 }
 INSIDE: Final[
     Mapping[str, Callable[[Any, Any, Tower], AbstractContextManager[Callable[[Seen], Reduced]]]]
-] = {}
+] = {
+    "ficoco_v": ficoco_v.inside,
+}

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtr_export.reductions import Tower, VisionReduction
 
@@ -78,3 +79,12 @@ def best(score: Tensor, count: int) -> Tensor:
     """The ``count`` tokens with the highest score, ascending; ties go to the lower one."""
     order = torch.sort(score, descending=True, stable=True).indices
     return order[:count].sort().values
+
+
+def encoder_layers(model: Any) -> nn.ModuleList:
+    """The layers of the vision tower."""
+    tower = getattr(model.model, "vision_tower", None) or model.model.visual
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in ("layers", "layer"):
+            return module
+    raise ValueError("the vision tower has no list of layers")
