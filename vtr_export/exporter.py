@@ -112,9 +112,8 @@ def export(
     ``dtype`` fp32, fp16 or bf16; ``weights`` copy or link; ``verify`` auto, all, layers:K or none;
     what ``target`` could not run with one image is refused, and where it builds engines (for
     ``sms``, 86 is SM 8.6) they are built into ``out/<target>``. ``trust_remote_code`` runs code
-    that the checkpoint brings; ``load`` traces in place of the frontend's. Raises VtrError for bad
-    input before any weight is read, GateError when the graphs do not say what the checkpoint says;
-    ``out`` is then as it was.
+    that the checkpoint brings; ``load`` traces instead of ours. VtrError for bad input before
+    any weight is read, GateError when graphs and checkpoint disagree; ``out`` is then as it was.
     """
     dump = Path(dump) if dump else None
     options = Options(dtype, weights, verify, tunable, force, dump, target, sms, plugin, load)

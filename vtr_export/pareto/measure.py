@@ -1,37 +1,33 @@
-"""Export every method once, ask it all questions, time it in turns with the unpruned model."""
+"""Ask every method all questions, and time it in turns with the unpruned model."""
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
 from vtr_export.checkpoint import find_folder, read_model_facts
 from vtr_export.cost import prefill_cost, vision_flops
-from vtr_export.errors import GateError, InputError, VtrError
+from vtr_export.errors import InputError, VtrError
 from vtr_export.families import ModelFacts
+from vtr_export.pareto.exports import Entry, Progress, chosen, export_all
 from vtr_export.pareto.measured import Point, Refusal, Report
-from vtr_export.pareto.methods import METHODS, SHARES, Method
+from vtr_export.pareto.methods import SHARES, Method
 from vtr_export.process import describe
 from vtr_export.runtime.artifact import Answer, Artifact, Request
 from vtr_export.runtime.sampling import Options
-from vtr_export.schedule import Keep, Resolved, Schedule
+from vtr_export.schedule import Keep, Resolved
 from vtr_export.search.questions.calibration import CalibrationSet, Question
 from vtr_export.search.questions.metrics import Metric, get_metric
 from vtr_export.search.questions.statistics import image_groups, paired_difference
 
-if TYPE_CHECKING:
-    from vtr_export.frontends.transformers import Graphs
-
 BATCH: Final = 64  # questions that are asked at once
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -49,16 +45,6 @@ class Asked:
         """A question as an artifact takes it; behind the last comes the first."""
         question = self.questions[number % len(self.questions)]
         return Request(question.text, list(question.images))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An exported method; ``asked`` is the share."""
-
-    method: Method
-    asked: float | None
-    schedule: Schedule
-    artifact: Path
 
 
 @dataclass
@@ -138,89 +124,6 @@ def compare(
     )
 
 
-def chosen(names: Sequence[str]) -> list[Method]:
-    """The methods of these names, or all. InputError."""
-    if missing := [name for name in names if name not in METHODS]:
-        raise InputError(f"no method {missing[0]!r}", hint=f"one of: {', '.join(METHODS)}")
-    return [METHODS[name] for name in names] if names else list(METHODS.values())
-
-
-# --- export ------------------------------------------------------------------------------------
-
-
-def export_all(
-    model: Path,
-    facts: ModelFacts,
-    work: Path,
-    methods: Sequence[Method],
-    schedules: Sequence[Path],
-    shares: Sequence[float],
-    say: Progress,
-) -> tuple[list[Entry], list[Refusal]]:
-    """An artifact for each method and share, of one trace; and what was refused."""
-    from vtr_export.exporter import export
-
-    load, entries, refusals = TracedOnce(), list[Entry](), list[Refusal]()
-    for method, share, make in _wanted(facts, methods, schedules, shares):
-        out = work / str(len(entries))
-        say(f"export {_named(method, share)}")
-        try:
-            schedule = make()
-            export(schedule, model, out, verify="none", force=True, load=load)
-        except GateError:
-            raise
-        except VtrError as error:
-            if not entries:
-                raise
-            refusals.append(Refusal(method.name, share, error.message))
-        else:
-            entries.append(Entry(method, share, schedule, out))
-    return entries, refusals
-
-
-def _named(method: Method, share: float | None) -> str:
-    return method.name if share is None else f"{method.name} at {share:.1%}"
-
-
-def _wanted(
-    facts: ModelFacts,
-    methods: Sequence[Method],
-    schedules: Sequence[Path],
-    shares: Sequence[float],
-) -> Iterator[tuple[Method, float | None, Callable[[], Schedule]]]:
-    """The unpruned model, then share by share; what has a share of its own comes last."""
-    yield Method("unpruned"), None, Schedule.unpruned
-    for share in shares:
-        for method in methods:
-            if not method.own:
-                yield method, share, partial(method.schedule, share, facts)
-    for method in methods:
-        if method.own:
-            yield method, None, partial(method.schedule, 1.0, facts)
-    for path in schedules:
-        yield Method(path.name, own=True), None, partial(Schedule.load, path)
-
-
-class TracedOnce:
-    """``frontends.transformers.load``, which traces a checkpoint once and gives copies."""
-
-    def __init__(self) -> None:
-        self.known: dict[bool, Graphs] = {}
-
-    def __call__(self, *given: object, whole: bool = False) -> "Graphs":
-        """One trace with all layers of the tower, one with those that feed the projector."""
-        from vtr_export.frontends.transformers import Graphs, load
-
-        if whole not in self.known:
-            self.known[whole] = load(*given, whole=whole)  # type: ignore[arg-type]
-        graphs = self.known[whole]
-        copies = (graphs.vision_encoder, graphs.embed_tokens, graphs.decoder)
-        return Graphs(*(graph.clone() for graph in copies))
-
-
-# --- measure -----------------------------------------------------------------------------------
-
-
 def _measure_all(
     entries: Sequence[Entry],
     facts: ModelFacts,
@@ -234,7 +137,7 @@ def _measure_all(
     whole: Scored | None = None
     text = 0.0
     for number, entry in enumerate(entries):
-        say(f"{number + 1} of {len(entries)}: {_named(entry.method, entry.asked)}")
+        say(f"{number + 1} of {len(entries)}: {entry}")
         try:
             scored = score(entry.artifact, asked)
             times = race(Side.load(entry.artifact, asked.threads), twin, asked)
