@@ -92,7 +92,7 @@ def test_each_cut_narrows_what_later_cross_layers_project_and_hold(blinded: Arti
     prepared = blinded.prepare([Request(QUESTION, [picture(0)])])
     assert prepared.images is not None
     batch = blinded.model.pad([row.ids for row in prepared.rows])
-    features = blinded.model.encode(prepared.images.feeds)
+    features = blinded.model.encode(prepared.images.feeds).features
     step = blinded.model.prefill(blinded.model.decoder.empty(1), batch, features, prepared.seen)
     lengths = [
         np.shape(step.cache.values[f"past_key_values.{layer}.key"])[2] for layer in range(LAYERS)

@@ -190,7 +190,7 @@ def played(
     prepared = artifact.prepare([Request(QUESTION, images)])
     assert prepared.images is not None
     model = artifact.model
-    features = model.encode(prepared.images.feeds)
+    features = model.encode(prepared.images.feeds).features
     batch = model.pad([row.ids for row in prepared.rows])
     step = model.prefill(model.decoder.empty(1), batch, features, prepared.seen)
     steps = [step]

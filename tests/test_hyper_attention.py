@@ -180,7 +180,7 @@ def test_an_image_of_a_later_turn_is_refused(exported: Path) -> None:
     artifact = Artifact.load(exported, threads=1)
     prepared = artifact.prepare([Request(QUESTION, pictures(1))])
     assert prepared.images is not None
-    model, features = artifact.model, artifact.model.encode(prepared.images.feeds)
+    model, features = artifact.model, artifact.model.encode(prepared.images.feeds).features
     batch = model.pad([prepared.rows[0].ids])
     step = model.prefill(model.decoder.empty(1), batch, features)
     with pytest.raises(InputError, match="a later turn brings an image"):

@@ -122,7 +122,7 @@ def test_features_depend_on_the_question_alone_and_not_on_its_neighbour(reading:
     def features(*texts: str) -> np.ndarray:
         prepared = artifact.prepare([Request(text, [picture()]) for text in texts])
         assert prepared.images is not None
-        return artifact.model.encode(prepared.images.feeds)
+        return artifact.model.encode(prepared.images.feeds).features
 
     together, short = features(SHORT, LONG), features(SHORT)
     assert np.abs(together[0] - short[0]).max() < 1e-5

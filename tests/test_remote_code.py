@@ -164,7 +164,7 @@ def test_the_graphs_are_of_the_foreign_code(
     assert list(answer.token_ids) == tokens[: len(answer.token_ids)]
     model = artifact.model
     batch = model.pad([inputs["input_ids"][0].tolist()])
-    features = model.encode({"pixel_values": inputs["pixel_values"].numpy()})
+    features = model.encode({"pixel_values": inputs["pixel_values"].numpy()}).features
     step = model.prefill(model.decoder.empty(1), batch, features)
     np.testing.assert_allclose(step.logits, SCALE * logits.numpy(), atol=2e-4)
 

@@ -17,14 +17,15 @@ from vtr_export.manifest import (
     Graphs,
     KeepShare,
     Manifest,
+    Reduced,
     ScheduleFacts,
     Source,
     Stage,
     Versions,
     Weights,
 )
-from vtr_export.published import File, hash_files
 from vtr_export.passes.compact_cache import GRAPH as COMPACTION
+from vtr_export.published import File, hash_files
 from vtr_export.runtime.reader import FOLDER as READER
 from vtr_export.runtime.text import SPECIAL_TOKENS_MAP, TOKENIZER, TOKENIZER_CONFIG
 from vtr_export.schedule import Resolved, Schedule
@@ -163,8 +164,8 @@ def graph_files(compacts: bool = False) -> Graphs:
         vision_encoder=f"{ONNX}/vision_encoder.onnx",
         embed_tokens=f"{ONNX}/embed_tokens.onnx",
         decoder=f"{ONNX}/decoder_model_merged.onnx",
-    )
         compact_cache=f"{ONNX}/{COMPACTION}.onnx" if compacts else None,
+    )
 
 
 def needed(facts: ModelFacts) -> str:
@@ -227,7 +228,9 @@ def decoder_facts(checkpoint: Checkpoint, facts: ModelFacts, resolved: Resolved)
         vocab=facts.vocab,
         context=facts.context,
         image_token_id=facts.image_token_id,
-        tokens_per_image=facts.tokens_per_image or None,
+        tokens_per_image=(resolved.tokens_per_image if resolved.vision else facts.tokens_per_image)
+        or None,
+        reduced=_reduced(resolved),
         features=facts.features,
         mrope=facts.mrope,
         attends=facts.attends,
@@ -240,6 +243,13 @@ def decoder_facts(checkpoint: Checkpoint, facts: ModelFacts, resolved: Resolved)
         pad_token_id=next(iter(_token_ids(checkpoint, "pad_token_id")), None),
         stages=_stages(resolved),
     )
+
+
+def _reduced(resolved: Resolved) -> Reduced | None:
+    if resolved.tower is None:
+        return None
+    before, most = resolved.tower.grid.tokens, resolved.tokens_left
+    return Reduced(before=before, most=most, is_static=resolved.is_static)
 
 
 def _stages(resolved: Resolved) -> tuple[Stage, ...]:

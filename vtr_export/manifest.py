@@ -82,6 +82,14 @@ class ScheduleFacts(Part):
     drop_point: Literal["between", "inside", "attended"] = "between"
 
 
+class Reduced(Part):
+    """What the vision encoder leaves of an image, or a tile, of ``before`` tokens."""
+
+    before: PositiveInt
+    most: NonNegativeInt  # tokens that are left; at most, where the image decides
+    is_static: bool = True
+
+
 class DecoderFacts(Part):
     """What a runtime must know to feed the graphs."""
 
@@ -105,6 +113,7 @@ class DecoderFacts(Part):
     marked: tuple[int, ...] = ()  # tokens that have the experts of images
     crosses: tuple[NonNegativeInt, ...] = ()  # layers that attend to images as keys
     sight: Sight = "onward"
+    reduced: Reduced | None = None
     stages: tuple[Stage, ...]
 
     @model_validator(mode="after")
@@ -124,6 +133,11 @@ class Graphs(Part):
     vision_encoder: RelativePath
     embed_tokens: RelativePath
     decoder: RelativePath
+    compact_cache: RelativePath | None = None  # runs once behind each prefill
+
+    def names(self) -> tuple[str, ...]:
+        """Those that are there."""
+        return tuple(filter(None, self.model_dump().values()))
 
 
 class Gate(Part):
@@ -133,11 +147,6 @@ class Gate(Part):
     passed: bool
     measured: FiniteFloat
     bar: FiniteFloat
-    compact_cache: RelativePath | None = None  # runs once behind each prefill
-
-    def names(self) -> tuple[str, ...]:
-        """Those that are there."""
-        return tuple(filter(None, self.model_dump().values()))
     detail: str = ""
 
 

@@ -14,6 +14,7 @@ from vtr_export.reference.inputs import (
     vision_index_of,
 )
 from vtr_export.reference.load import load_model
+from vtr_export.reference.reducing import reduced_features
 from vtr_export.reference.state import Cache, Generation, Held, Step
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "pad_batch",
     "positions_for",
     "positions_of",
+    "reduced_features",
     "vision_index_of",
 ]

@@ -240,9 +240,15 @@ def embeddings(model: Any) -> nn.Module:
 
 @torch.no_grad()
 def embed(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, given: Given | None
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    given: Given | None,
+    features: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``inputs_embeds`` ``[B, S, D]`` with the image features in place, and ``vision_index``.
+
+    ``features`` ``[tokens, D]`` stand in place of those of ``given``, where it was reduced.
 
     Planes stand behind, ``[B, S, (1 + n) D]``, and are zeros at text.
 
@@ -254,8 +260,10 @@ def embed(
     words = table.num_embeddings + getattr(table, "num_additional_embeddings", 0)
     known = input_ids.clamp(max=words - 1)  # an image's id may lie behind them
     embeds: Tensor = embeddings(model)(known)
-    if given is not None and len(given):
-        features = _behind_each_layer(model, image_features(model, given).to(embeds.dtype))
+    if features is None and given is not None and len(given):
+        features = _behind_each_layer(model, image_features(model, given))
+    if features is not None:
+        features = features.to(embeds.dtype)
         embeds = functional.pad(embeds, (0, max(features.shape[1] - embeds.shape[2], 0)))
         embeds[..., : features.shape[1]][is_vision] = features
     return embeds, vision_index_of(is_vision, attention_mask[:, -input_ids.shape[1] :])

@@ -3,29 +3,29 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from vtr_export.errors import ArtifactError, InputError, UnavailableError
+from vtr_export.errors import ArtifactError, InputError
 from vtr_export.manifest import Manifest
 from vtr_export.published import kind_of
 from vtr_export.runtime.batch import Ints
 from vtr_export.runtime.decoder import Cache, Decoder
+from vtr_export.runtime.encoder import Encoded, left
 from vtr_export.runtime.generation import Finish, Generated, generate, left_to_say
 from vtr_export.runtime.images import ImageInputs, Picture, Seen, Video
 from vtr_export.runtime.model import Model
+from vtr_export.runtime.opening import open_engine, open_graphs, read_keeps
 from vtr_export.runtime.processor import Form, Processor
 from vtr_export.runtime.sampling import Options
-from vtr_export.runtime.session import Session, check_version, open_session
 from vtr_export.runtime.show_kept import Grid, Panel, draw
 from vtr_export.runtime.text import Detokenizer
 
 if TYPE_CHECKING:
-    from vtr_export.engine_manifest import EngineManifest
+    pass
 
 Stream = Callable[[str], None]
 
@@ -82,6 +82,8 @@ class Prepared:
     rows: tuple[Row, ...]
     images: ImageInputs | None
     seconds: float
+    encoded: Encoded | None = None  # where the prompt's length depends on it
+    encoding: float = 0.0  # seconds
 
     @property
     def seen(self) -> tuple[Seen, ...]:
@@ -117,11 +119,11 @@ class Artifact:
         """
         folder = Path(path)
         if kind_of(folder) == "engine":
-            engine, sessions = _open_engine(folder, device, threads)
+            engine, sessions = open_engine(folder, device, threads)
             manifest, holds, device = engine.artifact, engine.request.ranges.max_tokens, "cuda"
         else:
             device = device or "cpu"
-            manifest, sessions = _open_graphs(folder, device, threads)
+            manifest, sessions = open_graphs(folder, device, threads)
             holds = None
         vision, embedding, *decoders = sessions
         keeps, facts = read_keeps(manifest, keep), manifest.model
@@ -176,12 +178,25 @@ class Artifact:
         images = [image for request in requests for image in request.images]
         counts = [len(request.images) for request in requests]
         inputs = self.image_inputs(images, counts, [text for text, _ in texts])
+        inputs, encoded, encoding = self.counted(inputs)
         seen = () if inputs is None else inputs.seen
         rows = []
         for (text, form), request in zip(texts, requests, strict=True):
             own, seen = seen[: len(request.images)], seen[len(request.images) :]
             rows.append(Row(tuple(self.processor.token_ids(text, own, form)), len(own)))
-        return Prepared(tuple(rows), inputs, time.perf_counter() - start)
+        seconds = time.perf_counter() - start - encoding
+        return Prepared(tuple(rows), inputs, seconds, encoded, encoding)
+
+    def counted(
+        self, inputs: ImageInputs | None
+    ) -> tuple[ImageInputs | None, Encoded | None, float]:
+        """Images with as many tokens as reductions leave; encoded where they decide how many."""
+        reduced = self.manifest.model.reduced
+        if inputs is None or reduced is None or reduced.is_static:
+            return inputs and left(inputs, reduced), None, 0.0
+        start = time.perf_counter()
+        encoded = self.model.encode(inputs.feeds)
+        return left(inputs, reduced, encoded.counts), encoded, time.perf_counter() - start
 
     def written(self, prompt: str, images: Sequence[Picture]) -> tuple[str, Form]:
         """A first prompt as text, and how to encode it."""
@@ -225,14 +240,16 @@ class Artifact:
         """Run the call and what follows; ``cache`` holds what came before."""
         start = time.perf_counter()
         limit = min(options.max_new_tokens, self._room(cache, prepared.rows))
-        features = None if prepared.images is None else self.model.encode(prepared.images.feeds)
-        encoded = time.perf_counter() - start
+        encoded = prepared.encoded
+        if encoded is None and prepared.images is not None:
+            encoded = self.model.encode(prepared.images.feeds)
+        encoding = prepared.encoding + time.perf_counter() - start
         written = None if stream is None else Detokenizer(self.processor.tokenizer, stream)
         generated = generate(
             self.model,
             cache,
             [row.ids for row in prepared.rows],
-            features,
+            None if encoded is None else encoded.features,
             prepared.seen,
             options,
             ends=self.manifest.model.eos_token_ids,
@@ -243,7 +260,7 @@ class Artifact:
             written.flush()
         timings = Timings(
             prepared.seconds,
-            encoded,
+            encoding,
             generated.prefill_seconds,
             generated.decode_seconds,
             generated.steps,
@@ -338,63 +355,8 @@ def as_list(images: Sequence[Picture] | Picture | None) -> Sequence[Picture]:
     return [images] if isinstance(images, str | Path | bytes | Image.Image | Video) else images
 
 
-def _open_graphs(
-    folder: Path, device: str, threads: int | None
-) -> tuple[Manifest, Sequence[Session]]:
-    manifest = Manifest.load(folder)
-    if manifest.dtype == "bf16" and device == "cpu":
-        raise UnavailableError(
-            "a bf16 artifact does not run on the CPU: ONNX Runtime has no bf16 kernels there",
-            where=str(folder),
-            hint="run it with --device cuda, or export with --dtype fp16 or fp32",
-        )
-    check_version(manifest.versions.runtimes["onnxruntime"], device)
-    shards, graphs = manifest.linked_shards(), manifest.graphs
-    sessions = [
-        open_session(folder / graph, device=device, threads=threads, shards=shards)
-        for graph in (graphs.vision_encoder, graphs.embed_tokens, graphs.decoder)
-    ]
-    return manifest, sessions
-
-
-def _open_engine(
-    folder: Path, device: str | None, threads: int | None
-) -> "tuple[EngineManifest, Sequence[Session]]":
-    if device == "cpu" or threads is not None:
-        raise InputError(
-            f"an engine runs on a GPU: it takes no {'threads' if threads else '--device cpu'}",
-            where=str(folder),
-            hint="leave the option out, or give the artifact the engine was built from",
-        )
-    from vtr_export.runtime.engine import open_engine
-
-    return open_engine(folder)
-
-
 def _panel(layers: tuple[int, int], left: Ints, start: int, tokens: int) -> Panel:
     own = left[(left >= start) & (left < start + tokens)] - start
     first, last = layers
     name = f"layers {first}-{last}" if last > first else f"layer {first}"
     return Panel(f"{name}: {len(own)} of {tokens} tokens", own.tolist())
-
-
-def _keeps(manifest: Manifest, keep: Sequence[int] | None) -> Ints | None:
-    """The numerators of a tunable artifact, its own or ``keep``."""
-    shares = [stage.keep for stage in manifest.model.stages if stage.keep is not None]
-    if not manifest.tunable:
-        if keep is not None:
-            hint = "export it again with --tunable"
-            raise InputError("this artifact's keeps are frozen", hint=hint)
-        return None
-    wanted = [share.numerator for share in shares] if keep is None else list(keep)
-    limits = [share.denominator for share in shares]
-    fits = len(wanted) == len(limits) and all(
-        0 <= number <= limit for number, limit in zip(wanted, limits, strict=True)
-    )
-    kept = [Fraction(*pair) for pair in zip(wanted, limits, strict=False)]
-    if not fits or kept != sorted(kept, reverse=True):
-        raise InputError(
-            f"keep {wanted} does not fit",
-            hint=f"give {len(limits)} numbers out of {limits}, none a larger share than before",
-        )
-    return np.array(wanted, np.int64)

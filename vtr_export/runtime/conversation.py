@@ -67,10 +67,12 @@ class Conversation:
         start = time.perf_counter()
         text, form = self._text(prompt, messages)
         inputs = self.artifact.image_inputs(images, texts=[text])
+        inputs, encoded, encoding = self.artifact.counted(inputs)
         seen = () if inputs is None else inputs.seen
         ids = [*self._unfed, *self.artifact.processor.token_ids(text, seen, form)]
         rows = (Row(tuple(ids), len(images)),)
-        return Prepared(rows, inputs, time.perf_counter() - start)
+        seconds = time.perf_counter() - start - encoding
+        return Prepared(rows, inputs, seconds, encoded, encoding)
 
     def _text(self, prompt: str, messages: Sequence[Any]) -> tuple[str, Form]:
         """What is new in this turn."""

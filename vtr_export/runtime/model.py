@@ -11,9 +11,10 @@ from vtr_export.families import Attends, Sight
 from vtr_export.runtime.batch import Batch, Ints, pad_batch, token_groups
 from vtr_export.runtime.crossing import Crossed, Keys, lay_out
 from vtr_export.runtime.decoder import Cache, Decoder, Step
+from vtr_export.runtime.encoder import Encoded, encode, image_by_image
 from vtr_export.runtime.images import Seen
 from vtr_export.runtime.positions import mrope
-from vtr_export.runtime.session import Array, Port, Session
+from vtr_export.runtime.session import Array, Session
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Model:
     sight: Sight | None = None
     marked: tuple[int, ...] = ()
 
-    def encode(self, feeds: Mapping[str, Array]) -> Array:
-        """``[..., D]``: the vision tokens of all images, in order."""
+    def encode(self, feeds: Mapping[str, Array]) -> Encoded:
+        """The vision tokens of all images, in order."""
         return encode(self.vision, feeds)
 
     def misfits(self, feeds: Mapping[str, Array]) -> list[str]:
@@ -42,7 +43,7 @@ class Model:
         ports = self.vision.inputs
         if ports.keys() != feeds.keys():
             return [f"the vision encoder takes {', '.join(ports)}, not {', '.join(feeds)}"]
-        feeds = _image_by_image(ports, feeds)[0]
+        feeds = image_by_image(ports, feeds)[0]
         return [
             f"{name} is {list(feeds[name].shape)}, the vision encoder takes {list(port.shape)}"
             for name, port in ports.items()
@@ -119,27 +120,6 @@ class Model:
                 hint="the preprocessor's file belongs to another checkpoint",
             )
         return embeds if features is None else put(embeds, is_vision, features)
-
-
-def encode(vision: Session, feeds: Mapping[str, Array]) -> Array:
-    """``[..., D]`` of all images, in order; one after the other where the graph takes one."""
-    parts = [
-        np.asarray(features)
-        for each in _image_by_image(vision.inputs, feeds)
-        for features in vision.run(each).values()
-    ]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _image_by_image(
-    ports: Mapping[str, Port], feeds: Mapping[str, Array]
-) -> list[dict[str, Array]]:
-    """``feeds`` of single images, where every input of the graph is of one image."""
-    counts = {len(values) for values in feeds.values()}
-    if len(counts) != 1 or any(ports[name].shape[0] != 1 for name in feeds):
-        return [dict(feeds)]
-    (count,) = counts
-    return [{n: x[at : at + 1] for n, x in feeds.items()} for at in range(count)]
 
 
 def put(embeds: Array, places: Any, features: Array) -> Array:

@@ -31,6 +31,8 @@ class Question:
     groups: Ints  # [B, S] tokens of one number, but 0, see each other
     # where images are keys: features [B, V], seen [B, S, V], rows [B, S], as ``crossing.Keys``
     crossing: Mapping[str, Array] = field(default_factory=dict)
+    # [tokens, D] what the vision encoder left, where a schedule reduces: what the decoder is given
+    features: Array | None = None
 
     def cut_columns(self, row: int) -> tuple[int, Ints, Ints]:
         """Columns that cuts narrow: their number, those that are ranked, and those no pads."""
@@ -68,7 +70,7 @@ class Case:
     tokens: Ints  # [B, n] the reference's own choices, fed to both
     logits: Array  # [B, 1 + n, m] fp32: prefill, then each step
     logit_ids: Ints  # [B, 1 + n, m] the ids these logits belong to, the best first
-    features: Array  # [m] fp32, every so many of all image features
+    features: Array  # fp32: [m], every so many of all; [m, D], of tokens that a schedule chose
     kept: tuple[Ints, ...]
     kept_vision: tuple[Ints, ...]
     scores: tuple[Array, ...]
@@ -82,8 +84,12 @@ class Case:
         return len(self.tokens)
 
 
-def sampled(features: Array) -> Array:
-    """At most FEATURES values, evenly spaced over all."""
+def sampled(features: Array, *, rows: bool = False) -> Array:
+    """At most FEATURES values, evenly spaced over all; of whole ``rows`` ``[n, D]``, if asked."""
+    if rows:
+        wide = features.reshape(-1, features.shape[-1])
+        most = max(FEATURES // wide.shape[1], 1)
+        return wide[np.unique(np.linspace(0, max(len(wide) - 1, 0), most).astype(np.int64))]
     flat = features.reshape(-1)
     if flat.size <= FEATURES:
         return flat

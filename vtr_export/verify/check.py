@@ -2,13 +2,16 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from vtr_export.checkpoint import Checkpoint
 from vtr_export.families import read_facts
 from vtr_export.frontends.remote import run_config
-from vtr_export.manifest import Gate, Manifest
+from vtr_export.manifest import Gate, Manifest, Reduced
+from vtr_export.runtime.encoder import encode, left
+from vtr_export.runtime.images import ImageInputs
 from vtr_export.schedule import Resolved
 from vtr_export.verify.case import Case, Question
 from vtr_export.verify.compare import compare
@@ -61,8 +64,11 @@ def check(job: Job) -> Findings:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         image = job.image or draw_picture(folder / "picture.png")
-        asked = ask(job.artifact, source, facts, image, job.prompt)
+        reduce = partial(_left, parts, manifest.model.reduced)
+        asked = ask(job.artifact, source, facts, image, job.prompt, reduce)
         questions = [question(name, asked, rows, facts, pad) for name, (rows, _) in CASES.items()]
+        if manifest.model.reduced is not None:
+            questions = [_encoded(parts, each) for each in questions]
         count = layers_of(job.scope, facts.layers)
         if count is not None:
             schedule = first_layers(schedule, count)
@@ -87,6 +93,20 @@ def _answers(oracle: Oracle, questions: Sequence[Question]) -> list[Case]:
         oracle.answer(each, steps)
         for each, (_, steps) in zip(questions, CASES.values(), strict=True)
     ]
+
+
+def _left(parts: Parts, reduced: Reduced | None, images: ImageInputs) -> ImageInputs:
+    """Images with the tokens that reductions leave; the graph says how many, where they decide."""
+    if reduced is None or reduced.is_static:
+        return left(images, reduced)
+    return left(images, reduced, encode(parts.open(parts.vision), images.feeds).counts)
+
+
+def _encoded(parts: Parts, question: Question) -> Question:
+    """With the tokens that the vision encoder chose."""
+    found = encode(parts.open(parts.vision), question.images)
+    rows = found.features.reshape(-1, found.features.shape[-1])
+    return replace(question, features=rows)
 
 
 def _inputs_gate(

@@ -72,12 +72,30 @@ def _try(gates: list[Gate], name: str, run: Callable[[], T]) -> T | None:
 
 
 def _vision_gate(cases: Sequence[Case], features: Sequence[Array], bars: Bars) -> Gate:
-    pairs = [(sampled(mine), case.features) for mine, case in zip(features, cases, strict=True)]
+    """By cosine; of tokens that a schedule chose, in a dtype that rounds, by how many are there."""
+    if bars.difference is None and cases[0].features.ndim == 2:
+        return _chosen_gate(cases, features, bars)
+    pairs = [
+        (sampled(mine, rows=case.features.ndim == 2), case.features)
+        for mine, case in zip(features, cases, strict=True)
+    ]
     if any(mine.shape != theirs.shape for mine, theirs in pairs):
         shapes = ", ".join(str(mine.shape) for mine in features)
         return at_least("vision_encoder.cosine", -1, bars.cosine, f"features of shape {shapes}")
-    worst = min(float(cosines(mine, theirs)) for mine, theirs in pairs)
+    worst = min(float(cosines(mine.reshape(-1), theirs.reshape(-1))) for mine, theirs in pairs)
     return at_least("vision_encoder.cosine", worst, bars.cosine)
+
+
+def _chosen_gate(cases: Sequence[Case], features: Sequence[Array], bars: Bars) -> Gate:
+    """How many of the reference's tokens are among the graph's: rounding may swap near ties."""
+    found, asked = 0, 0
+    for case, mine in zip(cases, features, strict=True):
+        rows = mine.reshape(-1, mine.shape[-1])
+        for token in case.features:
+            found += bool(len(rows)) and bool(cosines(rows, token[None]).max() >= bars.cosine)
+        asked += len(case.features)
+    detail = f"{asked - found} of {asked} tokens of the reference are not among the graph's"
+    return at_least("vision_encoder.tokens", found / max(asked, 1), bars.overlap, detail)
 
 
 def _embedding_gates(inputs: Sequence[Inputs]) -> list[Gate]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vtr_export.reference import (
     load_model,
     pad_batch,
     positions_for,
+    reduced_features,
     vision_index_of,
 )
 from vtr_export.schedule import Resolved
@@ -37,19 +39,24 @@ class Oracle:
         torch.manual_seed(0)
         eager = {"attn_implementation": "eager"}
         self._model: Any = load_model(weights, config, DTYPES[dtype], trusted=trusted, **eager)
-        self._dtype = DTYPES[dtype]
+        self._dtype, self._schedule = DTYPES[dtype], schedule
         self._decoder, self._crosses = self._model.get_decoder(), bool(schedule.crosses)
         self._reference = Reference(self._decoder, Head(self._model), schedule)
 
     @torch.no_grad()
     def answer(self, question: Question, steps: int) -> Case:
-        """Prefill and ``steps`` greedy decode steps, which end tokens do not stop."""
+        """Prefill and ``steps`` greedy decode steps, which end tokens do not stop.
+
+        Where the vision part of a schedule chooses, the decoder is asked about the tokens that the
+        graph chose (``question.features``): what the checkpoint would choose is compared apart.
+        """
         ids, mask = torch.tensor(question.input_ids), torch.tensor(question.attention_mask)
         crossing = crossing_for(self._model, ids, mask, question.given) if self._crosses else None
         given = None if self._crosses else question.given
-        embeds, index = embed(self._model, ids, mask, given)
+        features = self._features(question)
+        chosen = None if question.features is None else torch.tensor(question.features)
+        embeds, index = embed(self._model, ids, mask, given, chosen)
         index = index[:, :0] if self._crosses else index
-        features = image_features(self._model, question.given)
         positions = positions_for(self._model, ids, mask, question.given)
         groups = groups_for(self._model, ids, mask)
         with self._streams() as streams:
@@ -74,7 +81,7 @@ class Oracle:
             tokens=_numpy(said.tokens[:, :steps]),
             logits=logits,
             logit_ids=logit_ids,
-            features=sampled(_numpy(features)),
+            features=sampled(_numpy(features), rows=question.features is not None),
             kept=_arrays(prefill.kept),
             kept_vision=_arrays(prefill.kept_vision),
             scores=_arrays(prefill.scores),
@@ -82,6 +89,16 @@ class Oracle:
             ties=_arrays(silent.kept),
             trace=Trace(self._text_embeds(ids), np.stack(streams)),
         )
+
+    def _features(self, question: Question) -> Tensor:
+        """``[tokens, D]`` of all images, reduced as the schedule says."""
+        schedule = self._schedule
+        if schedule.tower is None:
+            return image_features(self._model, question.given)
+        given = {name: torch.as_tensor(values) for name, values in question.given.items()}
+        encode = partial(image_features, self._model)
+        left = reduced_features(self._model, given, schedule.vision, schedule.tower, encode)
+        return torch.cat([each.features for each in left])
 
     def differing_inputs(
         self, question: Question, rows: Sequence[Sequence[int]], pad: int, image: int

@@ -10,7 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from vtr_export.passes.force_keep_sets import ForceKeepSets
 from vtr_export.runtime.crossing import Crossed, states_at
 from vtr_export.runtime.decoder import Decoder, Step
-from vtr_export.runtime.model import encode as encode_images
+from vtr_export.runtime.encoder import encode as encode_images
 from vtr_export.runtime.model import put
 from vtr_export.runtime.session import Session
 from vtr_export.verify.case import Array, Case, Ints
@@ -47,7 +47,7 @@ def encode(parts: Parts, cases: Sequence[Case]) -> list[Array]:
 
 def encode_case(session: Session, case: Case) -> Array:
     """``[..., D]``, the vision tokens of one case."""
-    return encode_images(session, case.question.images)
+    return encode_images(session, case.question.images).features
 
 
 def embed(parts: Parts, cases: Sequence[Case], features: Sequence[Array]) -> list[Inputs]:

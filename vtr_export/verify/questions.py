@@ -41,14 +41,22 @@ class Asked:
 
 
 def ask(
-    folder: Path, checkpoint: Path, facts: ModelFacts, image: Path, prompt: str | None
+    folder: Path,
+    checkpoint: Path,
+    facts: ModelFacts,
+    image: Path,
+    prompt: str | None,
+    reduce: Callable[[ImageInputs], ImageInputs] = lambda images: images,
 ) -> Asked:
     """Prepare ``image`` and two prompts from the files in ``folder``, and compare.
+
+    ``reduce`` gives images the tokens that reductions leave.
 
     Where the checkpoint has no processor or tokenizer, random values take their place.
     """
     processor, warnings = Processor(folder), list[str]()
     images, image_gates = _images(processor, checkpoint, facts, image, warnings)
+    images = {count: reduce(each) for count, each in images.items()}
     prompts = (prompt, PROMPTS[1]) if prompt is not None else PROMPTS
     rows, id_gates = _rows(processor, checkpoint, facts, images[1], image, prompts, warnings)
 
@@ -170,9 +178,24 @@ def _rows(
     except (ImportError, OSError, ValueError, TypeError) as error:
         warnings.append(f"token ids were not checked: transformers: {error}")
         return rows, []
+    theirs = [_with_lengths(ids, facts.image_token_id, images.seen) for ids in theirs]
     wrong = [p for p, mine, other in zip(prompts, ours, theirs, strict=True) if mine != other]
     detail = f"the ids of {wrong[0]!r} are not those of transformers" if wrong else ""
     return rows, [at_most("token_ids", len(wrong), 0, detail)]
+
+
+def _with_lengths(said: Ids, image: int | None, seen: Sequence[Seen]) -> Ids:
+    """``said`` of a prompt with one image, which has as many tokens as were left of it."""
+    ids, *read = said
+    if image not in ids:
+        return said
+    first, tokens = ids.index(image), sum(each.tokens for each in seen)
+    before = [token for token in ids[:first] if token != image]
+    behind = [token for token in ids[first:] if token != image]
+    whole = ids.count(image)
+    if whole == tokens or ids[first : first + whole] != [image] * whole:
+        return said  # as it is; or not in one run, and nothing was left out
+    return [[*before, *[image] * tokens, *behind], *read]
 
 
 def _random_rows(facts: ModelFacts, tokens: int) -> tuple[tuple[int, ...], ...]:

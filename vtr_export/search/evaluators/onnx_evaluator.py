@@ -175,7 +175,9 @@ class OnnxEvaluator:
         """Of one image, encoded when it is first asked for."""
         key = image, self.prompts.read(question)
         if key not in self._features:
-            self._features[key] = self.artifact.model.encode(self.prompts.image(*key).feeds)
+            self._features[key] = self.artifact.model.encode(
+                self.prompts.image(*key).feeds
+            ).features
         return self._features[key]
 
     def _draft(self, question: Question, said: _Said, row: int) -> _Draft:
