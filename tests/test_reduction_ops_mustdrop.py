@@ -23,10 +23,10 @@ def ragged(choice: ops.Choice) -> ops.Choice:
 def is_told(score: Array, keep: int) -> bool:
     """Whether fp32 must choose as double precision does; of equals the lower index."""
     order = np.sort(score)[::-1]
-    return is_clear(score, keep) or order[keep - 1] == order[keep] >= SAFE
+    return is_clear(score, keep) or bool(order[keep - 1] == order[keep] >= SAFE)
 
 
-def fed(call: Call, query: Array, keys: Array) -> dict[str, Array]:
+def fed(call: Call, query: Array, keys: Array) -> dict[str, Any]:
     mask = visible(call.padding, call.current.shape[1])
     return {"query": query, "keys": keys, "mask": mask, "vision_index": call.vision}
 
@@ -34,7 +34,9 @@ def fed(call: Call, query: Array, keys: Array) -> dict[str, Array]:
 def drawn(call: Call, data: st.DataObject) -> Array:
     """Which vision tokens are protected; pads may be said to be."""
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    return rng.random(call.vision.shape) < data.draw(st.sampled_from([0, 0.3]))
+    share: float = data.draw(st.sampled_from([0.0, 0.3]))
+    marked: Array = rng.random(call.vision.shape) < share
+    return marked
 
 
 @given(calls(st.integers(0, 9)), HEADS, CHOICES, SHARES, SHARES, st.data())
@@ -100,7 +102,7 @@ def test_what_is_no_number_is_not_below() -> None:
     call = Call(np.ones((1, 0), np.int64), np.ones((1, 4), np.int64), np.array([[0, 1, 2]]))
     query, keys, scale = attention(call, Heads(1, 1, 4), 0, "f4")
     feeds = {**fed(call, query, keys), "protected": np.zeros((1, 3), bool), "hidden": call.hidden()}
-    common = {"scale": scale, "single": 0.5}
+    common: dict[str, Any] = {"scale": scale, "single": 0.5}
     (score,) = run("VtrEvidence", **{**feeds, "query": query * np.nan}, **common, whole=0.9)
     assert score.tolist() == [[1, 1, 1]]
     (score,) = run("VtrEvidence", **feeds, **common, whole=0.0)
