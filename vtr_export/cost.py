@@ -49,6 +49,15 @@ def layer_rows(resolved: Resolved, vision_tokens: int, text_tokens: int) -> tupl
     return tuple(Rows(*pair) for pair in zip(tokens, after, strict=True))
 
 
+def decode_rows(resolved: Resolved, vision_tokens: int, text_tokens: int) -> tuple[Rows, ...]:
+    """Rows whose ``entering`` is what a layer's cache holds when decoding begins."""
+    rows = layer_rows(resolved, vision_tokens, text_tokens)
+    if not resolved.compacts:
+        return rows
+    first, left = resolved.cuts[0].before_layer, rows[-1].entering
+    return (*rows[:first], *(replace(row, entering=left) for row in rows[first:]))
+
+
 def without_cuts(resolved: Resolved) -> Resolved:
     """The same model, unpruned."""
     return replace(resolved, cuts=())
@@ -142,12 +151,12 @@ def decode_cost(
 ) -> int:
     """``steps`` tokens decoded one by one after the prefill, in the convention's unit.
 
-    Each layer's cache begins with the tokens that entered it and grows by one a step; a step cuts
-    nothing. ``exact`` adds the logits of every step.
+    Each layer's cache begins with the tokens that entered it, or what a compaction leaves of them,
+    and grows by one a step; a step cuts nothing. ``exact`` adds the logits of every step.
     """
     rule = get_convention(convention)
     total = 0
-    for row in layer_rows(resolved, vision_tokens, text_tokens):
+    for row in decode_rows(resolved, vision_tokens, text_tokens):
         first, last = (rule.layer(facts, row.step(done)) for done in (0, steps - 1))
         total += steps * (first + last) // 2  # each step costs as much more as the one before
     return total + (2 * facts.hidden * facts.vocab * steps if rule.name == "exact" else 0)

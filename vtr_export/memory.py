@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Final
 
-from vtr_export.cost import Rows, layer_rows
+from vtr_export.cost import Rows, decode_rows, layer_rows
 from vtr_export.errors import InputError
 from vtr_export.families import ModelFacts
 from vtr_export.schedule import Resolved
@@ -130,8 +130,8 @@ class Workload:
 def kv_bytes(
     facts: ModelFacts, resolved: Resolved, work: Workload, kind: WeightType, new_tokens: int
 ) -> int:
-    """The cache after ``new_tokens`` steps; every stage has its own length."""
-    rows = layer_rows(resolved, work.vision_tokens, work.text_tokens)
+    """The cache after ``new_tokens`` steps; every stage has its own length, unless compacted."""
+    rows = decode_rows(resolved, work.vision_tokens, work.text_tokens)
     tokens = sum(row.new_keys + new_tokens * (row.keys is None) for row in rows)
     return work.batch * tokens * kv_row_bytes(facts, kind)
 
@@ -166,17 +166,20 @@ def peak_bytes(
 ) -> Peak:
     """An estimate of the peak; ``fused`` attention never holds n x n scores.
 
-    Decode holds the cache twice: past goes in, present comes out.
+    Decode holds the cache twice: past goes in, present comes out. So does a compaction, of the
+    cache that the prefill left.
     """
+    whole, left = (
+        kv_bytes(facts, r, work, kind, 0) for r in (replace(resolved, decode=()), resolved)
+    )
     rows = layer_rows(resolved, work.vision_tokens, work.text_tokens)
     widest = max(_layer_activations(facts, row, kind, fused) for row in rows)
     embeddings = rows[0].entering * facts.hidden * kind.other
     return Peak(
         weights=weight_bytes(facts, kind),
         vision=_vision_activations(facts, work, kind, fused),
-        prefill=work.batch * (widest + embeddings + 4 * facts.vocab)
-        + kv_bytes(facts, resolved, work, kind, 0),
-        decode=2 * kv_bytes(facts, resolved, work, kind, work.new_tokens),
+        prefill=work.batch * (widest + embeddings + 4 * facts.vocab) + whole,
+        decode=max(whole + left, 2 * kv_bytes(facts, resolved, work, kind, work.new_tokens)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from vtr_export.cost import cut_flops, get_convention, layer_rows, vision_flops
+from vtr_export.cost import cut_flops, decode_rows, get_convention, layer_rows, vision_flops
 from vtr_export.devices import Device
 from vtr_export.families import ModelFacts
 from vtr_export.memory import (
@@ -47,7 +47,7 @@ def next_token_parts(
 ) -> list[Part]:
     """One decode step, halfway through the new tokens."""
     count = get_convention("exact").layer
-    rows = layer_rows(resolved, work.vision_tokens, work.text_tokens)
+    rows = decode_rows(resolved, work.vision_tokens, work.text_tokens)
     weights, kv = layer_bytes(facts, kind), kv_row_bytes(facts, kind)
     parts: list[Part] = []
     for row in rows:
