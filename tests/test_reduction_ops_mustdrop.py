@@ -35,8 +35,7 @@ def drawn(call: Call, data: st.DataObject) -> Array:
     """Which vision tokens are protected; pads may be said to be."""
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     share: float = data.draw(st.sampled_from([0.0, 0.3]))
-    marked: Array = rng.random(call.vision.shape) < share
-    return marked
+    return np.asarray(rng.random(call.vision.shape) < share)
 
 
 @given(calls(st.integers(0, 9)), HEADS, CHOICES, SHARES, SHARES, st.data())
