@@ -129,7 +129,7 @@ def test_one_row_and_its_continuation(model: Model) -> None:
     oracle, cache = Oracle(), model.decoder.empty(1)
     for turn in range(3):
         row = [7, *[IMAGE] * TOKENS, 11 + turn, 13]
-        features = model.encode(pixels(1, turn + 1))
+        features = model.encode(pixels(1, turn + 1)).features
         values = [7.0, *features.ravel().tolist(), 11.0 + turn, 13.0]
         done = generate(model, cache, [row], features, (), Options(), ends=(), limit=6)
         expected = oracle.answer(values, 6, set(), cut=True)
@@ -143,7 +143,7 @@ def test_one_row_and_its_continuation(model: Model) -> None:
 
 def test_a_batch_of_unlike_rows_is_its_rows(model: Model) -> None:
     rows = [[9, *[IMAGE] * TOKENS, 5], [8, 6], [*[IMAGE] * TOKENS, 1, *[IMAGE] * TOKENS, 2, 3]]
-    features = model.encode(pixels(3))
+    features = model.encode(pixels(3)).features
     batch = model.pad(rows)
     assert batch.input_ids.shape == (3, 3 + 6)
     done = generate(
@@ -201,7 +201,7 @@ def test_survivors_are_followed_through_the_stages(model: Model) -> None:
 def test_features_and_places_must_agree(model: Model) -> None:
     batch = model.pad([[IMAGE, 5]])
     with pytest.raises(ArtifactError, match="3 image features for 1 places"):
-        model.prefill(model.decoder.empty(1), batch, model.encode(pixels(1)))
+        model.prefill(model.decoder.empty(1), batch, model.encode(pixels(1)).features)
 
 
 def test_a_cache_that_does_not_close_is_refused(tmp_path: Path) -> None:
