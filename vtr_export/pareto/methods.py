@@ -11,15 +11,16 @@ from math import sqrt
 from typing import Any, Final, Literal
 
 from vtr_export.errors import InputError
-from vtr_export.families import ModelFacts
+from vtr_export.families import ModelFacts, tower_of
 from vtr_export.keeps import write_keep
+from vtr_export.reductions import VISION
 from vtr_export.schedule import Schedule
 from vtr_export.search.budget import Budget
-from vtr_export.search.candidate import Candidate, Score, Space
-from vtr_export.search.curves import Curve, FastV, Linear, Pyramid, Sigmoid, solve
+from vtr_export.search.candidate import Score, Space
+from vtr_export.search.curves import BISECTIONS, Curve, Linear, Pyramid, Sigmoid, solve
 
 Data = dict[str, Any]
-Vision = Callable[[int, ModelFacts], Sequence[Data]]
+Vision = Callable[[int, ModelFacts], Data]
 Prefill = Callable[[float, ModelFacts], Data]
 Phase = Literal["none", "vision", "prefill", "both"]
 SHARES: Final = (0.5, 0.25, 0.125)
@@ -56,8 +57,9 @@ class Method:
         data: Data = {"version": 1, "origin": {"method": self.name, "share": share}}
         if self.vision:
             tokens = _tokens(facts)
-            left = max(1, round((sqrt(share) if self.prefill else share) * tokens))
-            data["vision"] = tuple(self.vision(left, facts))
+            wanted = max(1, round((sqrt(share) if self.prefill else share) * tokens))
+            data["vision"] = (self.vision(wanted, facts),)
+            left = _left(data["vision"][0], facts)
             share, facts = share * tokens / left, replace(facts, tokens_per_image=left)
         if self.prefill:
             data["prefill"] = self.prefill(share, facts)
@@ -79,9 +81,66 @@ def _tokens(facts: ModelFacts) -> int:
 # --- before the decoder ------------------------------------------------------------------------
 
 
+def _left(entry: Data, facts: ModelFacts) -> int:
+    """Tokens that one leaves of an image, at most."""
+    tower = tower_of(facts)
+    if tower is None:
+        raise InputError(
+            "this model's images are not one square of tokens, projected one by one",
+            hint="compare what works inside the decoder: --method",
+        )
+    return max(1, VISION[entry["method"]].model_validate(entry).count(tower))
+
+
 def _kept(method: str, **options: Any) -> Vision:
     """A reduction whose ``keep`` is the number of tokens."""
-    return lambda keep, _: [{"method": method, "keep": keep, **options}]
+    return lambda left, _: {"method": method, "keep": left, **options}
+
+
+def _solved_by(make: Callable[[int], Data], most: Callable[[int], int]) -> Vision:
+    """A reduction with a number from 1 to ``most`` of the tokens: the one that leaves ``left``.
+
+    Or nearly so many, and rather fewer.
+    """
+
+    def vision(left: int, facts: ModelFacts) -> Data:
+        entries = [make(number) for number in range(1, most(_tokens(facts)) + 1)]
+        counts = {number: _left(entry, facts) for number, entry in enumerate(entries)}
+        fewer = {number: count for number, count in counts.items() if count <= left}
+        if not fewer:
+            raise InputError(
+                f"{entries[0]['method']} leaves {min(counts.values())} tokens at least, not {left}",
+                hint="ask for more",
+            )
+        return entries[max(fewer, key=lambda number: fewer[number])]
+
+    return vision
+
+
+def _same(entry: Data) -> Vision:
+    """One whose numbers are not ours to choose."""
+    return lambda *_: entry
+
+
+def _ratio(method: str) -> Vision:
+    """PruMerge's static form: so many of the tokens stand out."""
+    return lambda left, facts: _solved_by(
+        lambda best: {"method": method, "ratio": write_keep(Fraction(best, _tokens(facts)))},
+        lambda tokens: tokens,
+    )(left, facts)
+
+
+def _visionzip(left: int, _: ModelFacts) -> Data:
+    """In the published proportion, 54 to 10."""
+    contextual = max(1, round(left * 10 / 64))
+    return {"method": "visionzip", "dominant": left - contextual, "contextual": contextual}
+
+
+def _ficoco_v(left: int, facts: ModelFacts) -> Data:
+    """In the layers behind the tower's middle, as published."""
+    tower = tower_of(facts)
+    layers = 0 if tower is None else tower.layers_run - tower.layers // 2
+    return {"method": "ficoco_v", "each": (_tokens(facts) - left) // max(1, layers)}
 
 
 # --- inside the decoder ------------------------------------------------------------------------
@@ -91,19 +150,50 @@ def _list(curve: Curve, score: Data, **options: Any) -> Prefill:
     """A keep a layer: the curve whose mean is the share."""
 
     def prefill(share: float, facts: ModelFacts) -> Data:
-        keeps = _solved(curve, share, facts).keeps
-        return {"score": score, "keep": _shares(keeps, _tokens(facts)), **options}
+        budget = Budget(f"{share:.3g} of the tokens", share, lambda candidate: candidate.mean_keep)
+        keeps = solve(curve, Space(facts), Score(), budget).candidate.keeps
+        return _each(keeps, share, facts, score, options)
 
     return prefill
 
 
-def _solved(curve: Curve, share: float, facts: ModelFacts) -> Candidate:
-    """The curve at a mean share; InputError where the first layer alone sees as much."""
-    budget = Budget(f"{share:.3g} of the tokens", share, lambda candidate: candidate.mean_keep)
-    candidate = solve(curve, Space(facts), Score(), budget).candidate
-    if candidate.keeps[1] == 0:
+def _sigmoid(score: Data, **options: Any) -> Prefill:
+    """A list of the shape that searches find, with as few cuts: from all to none in few layers.
+
+    Eighths of the tokens, so that no cut drops one or two; what is missing from the share stays
+    longest where most go.
+    """
+
+    def prefill(share: float, facts: ModelFacts) -> Data:
+        tokens, curve = _tokens(facts), Sigmoid(0.0, STEEPNESS)
+        low, high = curve.limits(facts.layers)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            fits = sum(_eighths(curve, middle, facts)) <= share * tokens * facts.layers
+            low, high = (middle, high) if fits else (low, middle)
+        keeps = _eighths(curve, low, facts)
+        layer = next((i for i, keep in enumerate(keeps) if keep < tokens), None)
+        if layer is not None:
+            missing = max(0, int(share * tokens * facts.layers) - sum(keeps))
+            keeps[layer] = min(tokens, keeps[layer] + missing)
+        return _each(keeps, share, facts, score, options)
+
+    return prefill
+
+
+def _eighths(curve: Curve, value: float, facts: ModelFacts) -> list[int]:
+    tokens = _tokens(facts)
+    shares = curve.shares(facts.layers, value)
+    return [tokens, *(int(tokens * round(8 * share) / 8) for share in shares[1:])]
+
+
+def _each(
+    keeps: Sequence[int], share: float, facts: ModelFacts, score: Data, options: Data
+) -> Data:
+    """As a schedule has it; InputError where the first layer alone sees as much as the share."""
+    if keeps[1] == 0 or sum(keeps) > share * _tokens(facts) * facts.layers + 1:
         raise _too_few(share, facts)
-    return candidate
+    return {"score": score, "keep": _shares(keeps, _tokens(facts)), **options}
 
 
 def _too_few(share: float, facts: ModelFacts) -> InputError:
@@ -120,8 +210,11 @@ def _shares(keeps: Sequence[int], tokens: int) -> tuple[int | str, ...]:
 
 def _fastv(share: float, facts: ModelFacts) -> Data:
     """One cut, before layer 2 where that reaches the share, else before layer 1."""
-    layer = 2 if share > 2 / facts.layers else 1
-    return _list(FastV(layer), {"from": "previous", "query": "last"})(share, facts)
+    layer, tokens = 2 if share > 2 / facts.layers else 1, _tokens(facts)
+    keep = int((share * facts.layers - layer) / (facts.layers - layer) * tokens)
+    if keep < 1:
+        raise _too_few(share, facts)
+    return {"stages": ({"before_layer": layer, "keep": _shares([keep], tokens)[0]},)}
 
 
 def _pyramid(share: float, facts: ModelFacts) -> Data:
@@ -172,33 +265,42 @@ def _firsts(layers: Sequence[int], count: int) -> list[int]:
     return found
 
 
-_TEXT: Final = {"query": "text"}
-_LIST: Final = _list(Sigmoid(0.0, STEEPNESS), RANKED)
 _SPARSE: Final = ((2, 6, 15), 32, (300, 200, 110))  # its list for 192 tokens
-METHODS: Final[Mapping[str, Method]] = {
-    method.name: method
-    for method in (
-        Method("FasterVLM", _kept("fastervlm")),
-        Method("FastV", prefill=_fastv),
-        Method("PyramidDrop", prefill=_pyramid),
-        Method("VTW", prefill=_vtw),
-        Method("P-Sigmoid list", prefill=_LIST),
-        Method(
-            "SparseVLM",
-            prefill=_staged(*_SPARSE, {"query": "raters"}, positions="repacked",
-                            merge={"by": "recycle"}),
-        ),
-        Method("SparseVLM+", prefill=_staged(*_SPARSE, _TEXT)),
-        Method(
-            "FitPrune",
-            prefill=_list(Sigmoid(0.0, STEEPNESS), {"rule": "self_cross", "query": "text",
-                          "heads": "max"}, drop_point="inside"),
-        ),
-        Method(
-            "FiCoCo-L",
-            prefill=_list(Linear(), {"rule": "redundancy"}, drop_point="attended",
-                          merge={"by": "correlate"}),
-        ),
-        Method("FasterVLM, then list", _kept("fastervlm"), _LIST),
-    )
-}  # fmt: skip
+_PLUS: Final = _ratio("prumerge+")
+_LIST: Final = _sigmoid(RANKED)
+_TEXT: Final = {"query": "text"}
+_RATED: Final = _staged(
+    *_SPARSE, {"query": "raters"}, positions="repacked", merge={"by": "recycle"}
+)
+_PRODUCT: Final = _sigmoid(
+    {"rule": "self_cross", "query": "text", "heads": "max"}, drop_point="inside"
+)
+_CORRELATED: Final = _list(
+    Linear(), {"rule": "redundancy"}, drop_point="attended", merge={"by": "correlate"}
+)
+_LISTED: Final = (
+    Method("FasterVLM", _kept("fastervlm")),
+    Method("PruMerge", _ratio("prumerge")),
+    Method("PruMerge, adaptive", _same({"method": "prumerge"}), own=True),
+    Method("PruMerge+", _PLUS),
+    Method("PruMerge+, adaptive", _same({"method": "prumerge+"}), own=True),
+    Method("VisionZip", _visionzip),
+    Method("VisPruner", _kept("vispruner")),
+    Method("DivPrune", _kept("divprune")),
+    Method("FiCoCo-V", _ficoco_v),
+    Method("FastV", prefill=_fastv),
+    Method("PyramidDrop", prefill=_pyramid),
+    Method("VTW", prefill=_vtw),
+    Method("P-Sigmoid list", prefill=_LIST),
+    Method("SparseVLM", prefill=_RATED),
+    Method("SparseVLM+", prefill=_staged(*_SPARSE, _TEXT)),
+    Method("FitPrune", prefill=_PRODUCT),
+    Method("FiCoCo-L", prefill=_CORRELATED),
+    Method("FiCoCo-VL", _ficoco_v, _CORRELATED),
+    Method("FasterVLM & list", _kept("fastervlm"), _LIST),
+    Method("PruMerge+ & list", _PLUS, _LIST),
+    Method("PruMerge+ & list & cache", _PLUS, _LIST, "mustdrop"),
+    Method("VisionZip & list", _visionzip, _LIST),
+    Method("DivPrune & list", _kept("divprune"), _LIST),
+)
+METHODS: Final[Mapping[str, Method]] = {method.name: method for method in _LISTED}
