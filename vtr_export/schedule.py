@@ -241,6 +241,8 @@ class Schedule:
                 "positions: original",
             )
         self._check_blocks(bool(getattr(model, "crosses", ())))
+        self._check_recycling(model)
+        self._check_raters()
         self._check_layers(model.layers)
 
     def _check_blocks(self, crosses: bool) -> None:
@@ -255,6 +257,7 @@ class Schedule:
             (("score", "query"), prefill.score.query == "raters", "text"),
             (("threshold",), prefill.threshold is not None, "no threshold"),
             (("protect",), prefill.protect != "none", "none"),
+            (("merge",), isinstance(prefill.merge, Recycle), "{by: drop}"),
             (("drop_point",), merges and prefill.drop_point == "inside", "attended"),
         )
         for key, is_foreign, wanted in kinds:
@@ -269,14 +272,49 @@ class Schedule:
                 ("prefill",), f"{said}: here images are keys, and have no rows", "rule: attention"
             )
 
+    def _check_recycling(self, model: Model) -> None:
+        """What clusters behind the kept tokens cannot be combined with."""
+        prefill, key = self.prefill, ("prefill", "merge")
+        if not isinstance(merge := prefill.merge, Recycle):
+            return
+        if not isinstance(merge.share, Fraction):
+            raise self._error((*key, "share"), f"share is {merge.share}", "write a share, 30%")
+        if model.tokens_per_image is None:
+            why = "the number of clusters must be known, and this model's tokens per image vary"
+            raise self._error(key, f"merge by recycle: {why}", "merge: {by: drop}")
+        kinds = (
+            (("rank",), prefill.rank != "joint", "joint"),
+            (("drop_point",), prefill.drop_point != "between", "between"),
+            (("threshold",), prefill.threshold is not None, "no threshold"),
+            (("protect",), prefill.protect != "none", "none"),
+        )
+        self._refuse_beside("merge by recycle", kinds)
+        if self.document.decode:
+            why = "a cluster's tokens have no row of their own in earlier layers' caches"
+            raise self._error(("decode",), f"{why}, to be compacted to", "no decode part")
+
+    def _check_raters(self) -> None:
+        """What SparseVLM's raters cannot be combined with."""
+        prefill = self.prefill
+        if prefill.score.query == "raters":
+            kinds = (
+                (("threshold",), prefill.threshold is not None, "no threshold"),
+                (("protect",), prefill.protect != "none", "none"),
+            )
+            self._refuse_beside("query raters", kinds)
+
+    def _refuse_beside(self, said: str, kinds: Sequence[tuple[tuple[str, ...], bool, str]]) -> None:
+        for key, is_foreign, wanted in kinds:
+            if is_foreign:
+                what = f"{said} is not defined with this {key[-1]}"
+                raise self._error(("prefill", *key), what, f"{key[-1]}: {wanted}")
+
     def _check_written(self) -> None:
         """Words of the language that no pass knows yet."""
         prefill = self.prefill
         unknown = (
-            (("prefill", "score", "query"), prefill.score.query == "raters"),
             (("prefill", "threshold"), prefill.threshold is not None),
             (("prefill", "protect"), prefill.protect != "none"),
-            (("prefill", "merge"), isinstance(prefill.merge, Recycle)),
         )
         for key, is_used in unknown:
             if is_used:
@@ -333,6 +371,7 @@ class Schedule:
             (("score", "from"), prefill.score.source, "previous"),
             (("score", "query"), prefill.score.query, "last"),
             (("positions",), prefill.positions, "original"),
+            (("merge",), prefill.merge.by, "drop"),
             (("drop_point",), prefill.drop_point, "between"),
         )
         for place, said, wanted in asked:

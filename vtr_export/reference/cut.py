@@ -28,6 +28,7 @@ class Streams:
     planes: tuple[Tensor, ...] = ()  # [B, S, D] each: added to what leaves layer 0, 1, …
     layered: tuple[Tensor, ...] = ()  # [B, S, P] each: handed to layer 0, 1, … beside its rows
     protected: Tensor | None = None  # [B, S] bool: vision tokens that no cut may drop; None: none
+    raters: Tensor | None = None  # [B, S] bool: text that ranks, where not all of a kind does
 
     def rows(self, at: Tensor) -> "Streams":
         """Some rows of the batch."""
@@ -46,13 +47,14 @@ class Streams:
         planes, layered = (tuple(map(change, each)) for each in (self.planes, self.layered))
         positions = turn(self.positions)
         protected = None if self.protected is None else change(self.protected)
-        said = self.drafted, planes, layered, protected
+        raters = None if self.raters is None else change(self.raters)
+        said = self.drafted, planes, layered, protected, raters
         return Streams(hidden, mask, positions, vision, groups, *said)
 
     @classmethod
     def join(cls, parts: Sequence["Streams"]) -> "Streams":
         """Parts of one batch, put together again."""
-        marks = [part.protected for part in parts]
+        marks, raters = [part.protected for part in parts], [part.raters for part in parts]
         return cls(
             torch.cat([part.hidden for part in parts]),
             torch.cat([part.mask for part in parts]),
@@ -63,6 +65,7 @@ class Streams:
             tuple(map(torch.cat, zip(*(part.planes for part in parts), strict=True))),
             tuple(map(torch.cat, zip(*(part.layered for part in parts), strict=True))),
             None if None in marks else torch.cat([mark for mark in marks if mark is not None]),
+            None if None in raters else torch.cat([each for each in raters if each is not None]),
         )
 
     def is_protected(self) -> Tensor:
@@ -94,7 +97,9 @@ def row_shares(
     keys = attention.for_each_head(attention.keys).float()
     prompt = streams.mask.shape[1] - streams.drafted
     for row, columns in enumerate(streams.vision):
-        asking = _query_rows(streams.mask[row, :prompt], columns, query)
+        asking = query_rows(streams.mask[row, :prompt], columns, query)
+        if streams.raters is not None:
+            asking = streams.raters[row].nonzero()[:, 0]
         logits = attention.logits(attention.query[row][:, asking].float(), keys[row])
         logits = logits.masked_fill(~attention.visible[row][asking], -torch.inf)
         probabilities = logits.softmax(-1)
@@ -113,7 +118,7 @@ def vision_score(attention: Attention, streams: Streams, query: str, heads: str)
     return torch.where(streams.is_real(), score, PAD_SCORE)
 
 
-def _query_rows(mask: Tensor, vision: Tensor, query: str) -> Tensor:
+def query_rows(mask: Tensor, vision: Tensor, query: str) -> Tensor:
     """The columns of one row that ask: the last, or all text after the last vision token."""
     last = mask.shape[0] - 1
     if query == "last":

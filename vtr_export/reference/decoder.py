@@ -1,6 +1,6 @@
 """The oracle: a decoder with cuts in plain PyTorch, written from the definition of a cut."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr_export.reference import layered
+from vtr_export.reference.blocks import block_score, correlated
 from vtr_export.reference.compact import compacted
 from vtr_export.reference.crossing import Crossing, Walk, run_crossed
 from vtr_export.reference.cut import (
@@ -26,9 +27,11 @@ from vtr_export.reference.cut import (
     vision_score,
 )
 from vtr_export.reference.layers import Attention, Handed, Layers
+from vtr_export.reference.recycling import Recycled, raters_of, recycle
 from vtr_export.reference.state import Cache, Generation, Held, Step
 from vtr_export.reference.threshold import above, evidence, marked, nearest, protected_first
 from vtr_export.schedule import Cut, Resolved
+from vtr_export.schedule_document import Correlate, Recycle
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class _Choice:
     kept: Tensor
     margin: Tensor
     score: Tensor
+    label: Tensor | None = None
 
 
 @dataclass
@@ -54,6 +58,8 @@ class _Call:
     choices: list[_Choice] = field(default_factory=list)
     walk: Walk | None = None
     kept_vision: list[Tensor] = field(default_factory=list)
+    merged: Tensor | None = None  # what the next cut keeps: it was made inside the layer before
+    recycled: Recycled | None = None  # what the last cut made
 
 
 class Reference:
@@ -128,6 +134,7 @@ class Reference:
             kept_vision=tuple(call.kept_vision),
             margins=tuple(choice.margin for choice in call.choices),
             scores=tuple(choice.score for choice in call.choices),
+            labels=tuple(choice.label for choice in call.choices if choice.label is not None),
         )
 
     @torch.no_grad()
@@ -145,6 +152,8 @@ class Reference:
 
         They are rows like any other, but no cut's score asks them.
         """
+        if isinstance(self.schedule.merge, Correlate):
+            raise ValueError("what is merged inside a layer cannot be held before the next")
         inputs = inputs_embeds, attention_mask, position_ids, vision_index, groups
         return self._begin(*inputs, drafted)
 
@@ -243,7 +252,8 @@ class Reference:
             hidden, handed = self._layers.hand(own, positions, groups, crossed)
         noted = layered.noted(handed) if beside is not None else ()
         marks = marked(vision, protected, mask) if self.schedule.protect else None
-        more = drafted, tuple(planes), noted, marks
+        raters = raters_of(own, mask, vision, drafted) if self.schedule.query == "raters" else None
+        more = drafted, tuple(planes), noted, marks, raters
         streams = Streams(hidden, mask, positions, vision, groups, *more)
         return Held(0, streams, None, (vision.shape[1], streams.is_real().sum(1).tolist()))
 
@@ -261,22 +271,24 @@ class Reference:
         streams, score, handed = held.streams, held.score, self._hand(held.streams)
         for index in range(held.layer, last):
             if index in self.cuts:
-                if score is None:
-                    score = self._own_score(index, streams, handed, call)
-                kept = self._choose(self.cuts[index], score, streams, call)
+                kept = self._kept(index, streams, handed, score, call)
                 streams = self._narrow(streams, kept, call)
                 handed = self._hand(streams)
             visible = visible_keys(call.past.padding[call.stage], streams, self._grouped[index])
             past = call.past.of(index)
-            ran = self._layers.run(index, streams.hidden, handed, past, visible)
+            merging = self._merging(index + 1, streams, call)
+            inside = merging if self.schedule.drop_point == "attended" else None
+            ran = self._layers.run(index, streams.hidden, handed, past, visible, inside)
             hidden, attention, (keys, values) = ran
             call.keys.append(keys)
             call.values.append(values)
             is_asked = index + 1 in self.cuts or index + 1 == last < len(self._layers)
-            by_this = is_asked and self.schedule.source == "previous"
+            by_this = is_asked and self.schedule.source == "previous" and merging is None
             score = self._score(attention, streams) if by_this else None
             if index < len(streams.planes):
                 hidden = hidden + streams.planes[index]
+            if merging is not None and inside is None:
+                hidden = merging(hidden, attention)
             streams = replace(streams, hidden=hidden)
         if score is None and last < len(self._layers):
             score = self._own_score(last, streams, handed, call)
@@ -287,8 +299,36 @@ class Reference:
         again: Handed = layered.again(handed, streams.layered)
         return again
 
+    def _kept(
+        self, index: int, streams: Streams, handed: Handed, score: Tensor | None, call: _Call
+    ) -> Tensor:
+        """What the cut before layer ``index`` keeps, if that is not chosen already."""
+        if (merged := call.merged) is not None:
+            call.merged = None
+            return merged
+        if score is None:
+            score = self._own_score(index, streams, handed, call)
+        return self._choose(self.cuts[index], score, streams, call)
+
+    def _merging(
+        self, index: int, streams: Streams, call: _Call
+    ) -> Callable[[Tensor, Attention], Tensor] | None:
+        """What merges rows at the cut before layer ``index``, whose tokens it chooses."""
+        merge, cut = self.schedule.merge, self.cuts.get(index)
+        if not isinstance(merge, Correlate) or cut is None:
+            return None
+
+        def merged(hidden: Tensor, attention: Attention) -> Tensor:
+            call.merged = self._choose(cut, self._score(attention, streams), streams, call)
+            now = replace(streams, hidden=hidden)
+            return correlated(attention, now, call.merged, merge, self.schedule)
+
+        return merged
+
     def _score(self, attention: Attention, streams: Streams) -> Tensor:
         asked = self.schedule.query, self.schedule.heads
+        if self.schedule.rule != "attention":
+            return block_score(attention, streams, *asked, self.schedule.rule)
         if self.schedule.threshold is not None:
             return evidence(attention, streams, *asked, self.schedule.threshold)
         return protected_first(vision_score(attention, streams, *asked), streams)
@@ -310,28 +350,44 @@ class Reference:
             kept = survivors(streams, chosen)
         else:
             kept = call.forced[len(call.choices)]
+            if isinstance(self.schedule.merge, Recycle):
+                raise ValueError("who is kept does not say who is recycled")
+        if isinstance(merge := self.schedule.merge, Recycle):
+            return self._recycle(score, chosen, streams, merge, call)
         is_kept = is_among(streams.vision, kept)
         margin = nearest(score, is_kept) if by_threshold else margin_of(score, is_kept, images)
         call.choices.append(_Choice(kept, margin, score))
         return kept
 
+    def _recycle(
+        self, score: Tensor, chosen: Tensor, streams: Streams, merge: Recycle, call: _Call
+    ) -> Tensor:
+        """``_choose`` where dropped tokens become means behind the others."""
+        made = call.recycled = recycle(score, chosen, streams, merge)
+        margin = torch.minimum(margin_of(score, made.is_kept, 1), made.margin)
+        call.choices.append(_Choice(made.kept, margin, score, made.label))
+        return made.kept
+
     def _narrow(self, streams: Streams, kept: Tensor, call: _Call) -> Streams:
         """``streams`` on the columns ``kept``, in the next stage."""
         call.stage += 1
-        stands_in = is_stand_in(kept)
+        made = call.recycled
+        stands_in = is_stand_in(kept) if made is None else torch.zeros_like(kept) != 0
         mask = streams.mask.gather(1, kept).masked_fill(stands_in, 0)
         padding = torch.cat((call.past.padding[call.stage], mask), 1)
         positions = columns_at(streams.positions, kept)
         if self.schedule.positions == "repacked":
             positions = positions_of(padding)[:, -kept.shape[1] :]
         is_vision = is_among(kept, streams.vision) | stands_in
-        vision = torch.stack([row.nonzero()[:, 0] for row in is_vision])
+        vision = torch.stack([row.nonzero()[:, 0] for row in is_vision]) if not made else made.vision
         call.padding.append(padding)
         call.kept_vision.append(vision)
         planes = tuple(rows_at(plane, kept) for plane in streams.planes)
         beside = tuple(rows_at(each, kept) for each in streams.layered)
         marks = streams.protected
         marks = None if marks is None else marks.gather(1, kept) & ~stands_in
-        hidden, groups = rows_at(streams.hidden, kept), streams.groups.gather(1, kept)
-        more = streams.drafted, planes, beside, marks
+        hidden = rows_at(streams.hidden, kept) if made is None else made.hidden
+        groups = streams.groups.gather(1, kept)
+        raters = None if streams.raters is None else streams.raters.gather(1, kept)
+        more = streams.drafted, planes, beside, marks, raters
         return Streams(hidden, mask, positions, vision, groups, *more)

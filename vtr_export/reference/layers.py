@@ -22,6 +22,7 @@ Mix: TypeAlias = Callable[["Attention"], Tensor]
 Handed: TypeAlias = Sequence[Mapping[str, Any]] | Mapping[int, Mapping[str, Any]]
 """By layer: what it is called with beside its rows."""
 APART = "moe_mm_token_type_ids"  # of a decoder's forward: who has the experts of images
+BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm")  # the first there is
 UNHEARD = ("s_aux", "position_bias", "cache_position_bias")  # of an attention; we know no such term
 
 
@@ -204,18 +205,51 @@ class Layers:
         handed: Handed,
         past: tuple[Tensor | None, Tensor | None],
         visible: Tensor,
+        change: Callable[[Tensor, Attention], Tensor] | None = None,
     ) -> tuple[Tensor, Attention, tuple[Tensor, Tensor]]:
         """Layer ``index`` on rows ``[B, S, D]``: what leaves it, its attention, and its cache.
 
-        The cache holds keys and values, or latents that the layer makes them of.
+        The cache holds keys and values, or latents that the layer makes them of. ``change`` makes
+        other rows ``[B, S, D]`` of those between attention and MLP.
         """
         listening = _Listening(visible, self._mix)
-        left = self._call(index, hidden, handed, past, listening)
+        with self._changed(index, hidden, listening, change):
+            left = self._call(index, hidden, handed, past, listening)
         assert listening.attention is not None, "a layer attends"
         assert listening.past is not None
         assert listening.past.kept is not None, "a layer keeps its keys"
         hidden = left[0] if isinstance(left, tuple) else left
         return hidden, listening.attention, listening.past.kept
+
+    @contextmanager
+    def _changed(
+        self,
+        index: int,
+        entering: Tensor,
+        listening: _Listening,
+        change: Callable[[Tensor, Attention], Tensor] | None,
+    ) -> Iterator[None]:
+        """While inside, the norm before the MLP changes, in place, what it and the sum read."""
+        if change is None:
+            yield
+            return
+        layer = self.decoder.layers[index]
+        norms = (getattr(layer, name, None) for name in BEFORE_MLP)
+        norm = next((each for each in norms if each is not None), None)
+
+        def rewrite(_: nn.Module, given: tuple[Any, ...]) -> None:
+            (rows,) = given
+            if listening.attention is None or rows is entering:
+                raise ValueError(f"layer {index}: its MLP does not follow its attention")
+            rows.copy_(change(rows.clone(), listening.attention))
+
+        if norm is None:
+            raise ValueError(f"layer {index} has no norm before its MLP")
+        handle = norm.register_forward_pre_hook(rewrite)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def ask(
         self,

@@ -37,6 +37,7 @@ class Step:
     kept_vision: tuple[Tensor, ...]  # [B, V_{J+1}] columns of stage J + 1's sequence
     margins: tuple[Tensor, ...]  # [B] worst kept minus best dropped score; inf when none is
     scores: tuple[Tensor, ...]  # [B, V_J] fp32; NaN is -1, a pad is -2
+    labels: tuple[Tensor, ...] = ()  # [B, V_J] with recycled tokens: whose cluster each is, or -1
 
 
 @dataclass(frozen=True)
