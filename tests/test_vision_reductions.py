@@ -19,6 +19,12 @@ CASES: tuple[tuple[str, tuple[str, ...]], ...] = (  # vision part, and the encod
     ("[{method: ficoco_v, each: 3}]", ("clip", "siglip")),
     ("[{method: ficoco_v, each: 1/9, nearest: 2, from_layer: 1}]", ("clip", "siglip", "digits")),
     ("[{method: ficoco_v, each: 2, nearest: 0, beta: 1.0}]", ("clip",)),
+    ("[{method: divprune, keep: 25%}]", ALL),
+    ("[{method: fastervlm, keep: 50%}, {method: divprune, keep: 25%}]", ("clip", "internvl")),
+    ("[{method: visionzip, dominant: 5, contextual: 3}]", ALL),
+    ("[{method: visionzip, dominant: 0, contextual: 50%}]", ("clip",)),
+    ("[{method: vispruner, keep: 25%}]", ALL),
+    ("[{method: fastervlm, keep: 50%}, {method: vispruner, keep: 3, important: 0}]", ("clip",)),
 )
 RUNS = [(text, name) for text, names in CASES for name in names]
 

@@ -30,4 +30,6 @@ def tower_of(facts: ModelFacts) -> Tower | None:
         layers=vision.layers,
         layers_run=vision.layers_run,
         has_cls=vision.has_cls,
+        projected=facts.hidden,
+        projector_macs=facts.projector_macs,
     )

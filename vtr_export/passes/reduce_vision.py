@@ -1,6 +1,6 @@
 """Fewer vision tokens before the decoder: reductions written into a vision encoder's graph."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -10,7 +10,7 @@ from vtr_export import ops
 from vtr_export.analysis.axes import rank
 from vtr_export.analysis.layers import ancestors, descendants, order_of, residual
 from vtr_export.errors import AnalysisError
-from vtr_export.passes.build import Build
+from vtr_export.passes.build import Build, replay
 from vtr_export.passes.open_lengths import open_lengths
 from vtr_export.reductions import Tokens, Tower, VisionReduction
 
@@ -72,6 +72,20 @@ class ReducedImages:
     def features(self) -> ir.Value:
         """``[I,N,C]``."""
         return self._tokens.features
+
+    @property
+    def projected(self) -> ir.Value:
+        """``[I,N,D]``, by nodes of its own."""
+        if self._tokens.projected is None:
+            output, features = self.graph.outputs[0], self._tokens.features
+            _check_by_token(self._entry, self._order)
+            given = {self._entry: features}
+            projected = replay(self.build, output, self._entry, given, "projected")
+            projected.type = output.type
+            if features is not self._entry:
+                open_lengths(features, self._whole.grid.tokens)
+            self._tokens = replace(self._tokens, projected=projected)
+        return self._tokens.projected
 
     def query(self, layer: int) -> ir.Value:
         """``[I,H,n,d]``."""
@@ -180,9 +194,11 @@ class ReducedImages:
         """Project what is left, and say in the signature what it is."""
         tokens, entry = self._tokens, self._entry
         if tokens.features is not entry:
-            _check_by_token(entry, ancestors([tokens.features]))
+            _check_by_token(entry, self._order)
             self.replace(entry, tokens.features)
         (output, *_) = self.graph.outputs
+        if tokens.projected is not None:
+            output = self._instead(output, tokens.projected)
         if tokens.counts is None:
             width = self.tower.grid.tokens
             output.shape = (
@@ -200,6 +216,13 @@ class ReducedImages:
                 (value,) = self.call("VtrPackRows", [value, tokens.counts], [part])
             dtype = ir.DataType.BOOL if part == "protected" else ir.DataType.INT64
             self._show(value, name, lead, dtype)
+
+    def _instead(self, output: ir.Value, projected: ir.Value) -> ir.Value:
+        """``projected`` as the graph's output."""
+        projected.name, output.name = output.name, "vision.unread"
+        projected.type, projected.shape = output.type, output.shape
+        self.graph.outputs[0] = projected
+        return projected
 
     def _pack(self, output: ir.Value, counts: ir.Value) -> None:
         """The tokens of all images in one row, in place of ``output``."""
@@ -271,10 +294,10 @@ def _sum_behind(node: ir.Node, end: ir.Value | None) -> ir.Value:
     )
 
 
-def _check_by_token(entry: ir.Value, own: set[ir.Node]) -> None:
-    """What follows must treat tokens one by one, however many they are."""
-    for node in descendants(entry) - own:
-        if node.domain not in (ops.DOMAIN,) and node.op_type not in BY_TOKEN:
+def _check_by_token(entry: ir.Value, traced: Collection[ir.Node]) -> None:
+    """What the trace has behind it must treat tokens one by one, however many they are."""
+    for node in descendants(entry).intersection(traced):
+        if node.op_type not in BY_TOKEN:
             raise AnalysisError(
                 f"{node.op_type} behind the vision features does not go token by token",
                 where=f"node {node.name!r}",

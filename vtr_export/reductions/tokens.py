@@ -19,13 +19,15 @@ class Tokens:
     ``features`` [I,K,C] are what the projector takes. ``counts`` [I] int64: only so many of an
     image's are tokens, and they come first; None: all K. ``source`` [I,K] int64: which of the
     image's own tokens each one was, -1 for one that stands for several; None: none is one of them.
-    ``protected`` [I,K] bool: not to be dropped by any later phase.
+    ``protected`` [I,K] bool: not to be dropped by any later phase. ``projected`` [I,K,D]: what the
+    projector would give, where the reduction has it from ``Images.projected``.
     """
 
     features: ir.Value
     counts: ir.Value | None = None
     source: ir.Value | None = None
     protected: ir.Value | None = None
+    projected: ir.Value | None = None
 
 
 class Images(Protocol):
@@ -40,6 +42,11 @@ class Images(Protocol):
     @property
     def features(self) -> ir.Value:
         """``[I,N,C]``: what the projector takes, N = ``tower.grid.tokens``."""
+        ...
+
+    @property
+    def projected(self) -> ir.Value:
+        """``[I,N,D]``: what the projector gives for ``features``."""
         ...
 
     def query(self, layer: int) -> ir.Value:

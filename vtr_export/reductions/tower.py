@@ -22,8 +22,9 @@ class Tower:
 
     ``grid`` is of the tokens that the projector takes, ``width`` wide each; a token covers
     ``merge`` by ``merge`` patches of the tower's own ``patches``, which ``hidden`` numbers describe
-    in each of ``layers`` layers. ``layers_run`` of these feed the projector. A class token stands
-    before the patches where ``has_cls``.
+    in each of ``layers`` layers. ``layers_run`` of these feed the projector, which makes each token
+    ``projected`` wide by ``projector_macs`` multiply-adds. A class token stands before the patches
+    where ``has_cls``.
     """
 
     grid: Grid
@@ -36,6 +37,14 @@ class Tower:
     layers: int
     layers_run: int
     has_cls: bool
+    projected: int
+    projector_macs: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no reduction took tokens before."""
+        covered = self.grid.rows * self.merge, self.grid.columns * self.merge
+        return covered == (self.patches.rows, self.patches.columns)
 
     @property
     def sequence(self) -> int:

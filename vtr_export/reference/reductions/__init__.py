@@ -10,16 +10,26 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from vtr_export.reductions import Tower
-from vtr_export.reference.reductions import fastervlm, ficoco_v, prumerge
+from vtr_export.reference.reductions import (
+    divprune,
+    fastervlm,
+    ficoco_v,
+    prumerge,
+    visionzip,
+    vispruner,
+)
 from vtr_export.reference.reductions.seen import Reduced, Seen
 
 REDUCE: Final[Mapping[str, Callable[[Any, Seen], Reduced]]] = {
     "fastervlm": fastervlm.reduce,
     "prumerge": prumerge.reduce,
     "prumerge+": prumerge.reduce,
+    "vispruner": vispruner.reduce,
 }
 INSIDE: Final[
     Mapping[str, Callable[[Any, Any, Tower], AbstractContextManager[Callable[[Seen], Reduced]]]]
 ] = {
+    "divprune": divprune.inside,
+    "visionzip": visionzip.inside,
     "ficoco_v": ficoco_v.inside,
 }
