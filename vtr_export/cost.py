@@ -1,12 +1,13 @@
 """What prefill and decode cost: the four counting rules in use, and what our graph computes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
 from vtr_export.errors import InputError
 from vtr_export.families import ModelFacts
+from vtr_export.reductions import Tower, VisionReduction
 from vtr_export.schedule import Resolved
 
 
@@ -37,8 +38,8 @@ class Rows:
 
 
 def layer_rows(resolved: Resolved, vision_tokens: int, text_tokens: int) -> tuple[Rows, ...]:
-    """Rows per decoder layer of one prompt."""
-    keeps = resolved.keep_per_layer(vision_tokens)
+    """Rows per decoder layer of one prompt, whose images have ``vision_tokens`` unreduced."""
+    keeps = resolved.keep_per_layer(resolved.entering(vision_tokens))
     if resolved.crosses:
         return tuple(
             Rows(text_tokens, text_tokens, keys=keep if layer in resolved.crosses else None)
@@ -59,8 +60,8 @@ def decode_rows(resolved: Resolved, vision_tokens: int, text_tokens: int) -> tup
 
 
 def without_cuts(resolved: Resolved) -> Resolved:
-    """The same model, unpruned."""
-    return replace(resolved, cuts=())
+    """The same model, unpruned and unreduced."""
+    return replace(resolved, cuts=(), vision=(), tower=None, decode=())
 
 
 def _macs(facts: ModelFacts, rows: Rows, mlp_matrices: int) -> int:
@@ -181,6 +182,7 @@ def cut_flops(
     Its query rows meet all keys; with ``from: next`` they are projected, and so are the keys of
     the tokens then dropped. ``query: text`` counts all ``text_tokens`` as rows, an upper bound.
     """
+    vision_tokens = resolved.entering(vision_tokens)
     keeps = (vision_tokens, *(cut.keep.of(vision_tokens) for cut in resolved.cuts))
     rows = text_tokens if resolved.query == "text" else 1
     q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
@@ -193,9 +195,10 @@ def cut_flops(
     return tuple(costs)
 
 
-def vision_flops(facts: ModelFacts, images: int) -> int:
+def vision_flops(facts: ModelFacts, images: int, resolved: Resolved | None = None) -> int:
     """FLOPs of the encoder's layers that run, and of the projector, for ``images`` images.
 
+    With ``resolved`` also of its reductions before the decoder, and of fewer tokens to project.
     0 where an image's tokens vary.
     """
     vision = facts.vision
@@ -207,5 +210,17 @@ def vision_flops(facts: ModelFacts, images: int) -> int:
     patches = (vision.image_size // vision.patch_size) ** 2
     macs = patches * vision.channels * vision.patch_size**2 * d
     macs += vision.layers_run * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
-    macs += facts.tokens_per_image * facts.projector_macs
-    return 2 * macs * images
+    tokens, flops = facts.tokens_per_image, 0
+    if resolved is not None and resolved.tower is not None:
+        tokens, flops = resolved.entering(tokens), _reduction_flops(resolved.vision, resolved.tower)
+    macs += tokens * facts.projector_macs
+    return (2 * macs + flops) * images
+
+
+def _reduction_flops(reductions: Sequence[VisionReduction], tower: Tower) -> int:
+    """What reductions of one image compute themselves, and save in the tower."""
+    total = 0
+    for reduction in reductions:
+        total += reduction.flops(tower)
+        tower = reduction.leaves(tower)
+    return total

@@ -141,7 +141,7 @@ def _check_target(
 ) -> None:
     """Refuse what the target, its GPUs, or what is installed here could not build."""
     target, sms, plugin = options.target, options.sms, options.plugin
-    tokens, normed = facts.tokens_per_image or 0, facts.sandwiched
+    tokens, normed = resolved.entering(facts.tokens_per_image or 0), facts.sandwiched
     if not options.builds:
         check_name(target)
         check_fits_target(schedule, resolved, tokens, target, sandwiched=normed, plugin="off")

@@ -72,6 +72,7 @@ class PlanReport:
     answer_ratio: float
     ideal_speedup: float
     vision_flops: int
+    vision_flops_unpruned: int
     weight_bytes: int
     kv_bytes: int
     kv_bytes_unpruned: int
@@ -105,6 +106,7 @@ class PlanReport:
         whole = self.vision_tokens * len(self.vision_tokens_per_layer)
         lines = [
             ("vision tokens, over layers", f"{whole:,}", f"{sum(self.vision_tokens_per_layer):,}"),
+            *self._vision_rows(),
             *self._cost_rows(),
             ("weights", size(self.weight_bytes), size(self.weight_bytes)),
             ("KV cache", size(self.kv_bytes_unpruned), size(self.kv_bytes)),
@@ -119,6 +121,13 @@ class PlanReport:
             times = f"{self.tpot_ms_unpruned:.2f} ms", f"{self.tpot_ms:.2f} ms"
             lines.append((f"each next token, {self.device}", *times))
         return lines
+
+    def _vision_rows(self) -> list[tuple[str, str, str]]:
+        """The encoder, where reductions change what it computes."""
+        whole, reduced = self.vision_flops_unpruned, self.vision_flops
+        if whole == reduced:
+            return []
+        return [("vision encoder, FLOPs", f"{whole:.4g}", f"{reduced:.4g}")]
 
     def _cost_rows(self) -> list[tuple[str, str, str]]:
         """Prefill and, where tokens are decoded, decode and the sum."""
@@ -169,7 +178,13 @@ def plan(
     v = _vision_tokens(facts, images, vision_tokens)
     work = Workload(v, text_tokens, images, batch, new_tokens)
     limits = check_fits_target(
-        schedule, resolved, v, target, sms=sms, sandwiched=facts.sandwiched, plugin=plugin
+        schedule,
+        resolved,
+        resolved.entering(v),
+        target,
+        sms=sms,
+        sandwiched=facts.sandwiched,
+        plugin=plugin,
     )
     return PlanReport(
         model_type=facts.model_type,
@@ -180,7 +195,7 @@ def plan(
         plugin=plugin,
         limits=limits,
         parses=verdict(resolved) if target == "tensorrt-10" else None,
-        notes=_notes(facts, work, target, sms),
+        notes=(*_bounds(resolved), *_notes(facts, work, target, sms)),
         **asdict(work),
         **_cost(facts, resolved, work, convention),
         **_memory(facts, resolved, work, kind, _holds_scores(facts, device, target), memory),
@@ -302,7 +317,7 @@ def _cost(facts: ModelFacts, resolved: Resolved, work: Workload, convention: str
         "convention": rule.name,
         "unit": rule.unit,
         "formula": rule.formula,
-        "vision_tokens_per_layer": resolved.keep_per_layer(v),
+        "vision_tokens_per_layer": resolved.keep_per_layer(resolved.entering(v)),
         "total": total,
         "unpruned": unpruned,
         "ratio": total / unpruned if unpruned else 1.0,
@@ -310,8 +325,15 @@ def _cost(facts: ModelFacts, resolved: Resolved, work: Workload, convention: str
         "decode_unpruned": decode_unpruned,
         "answer_ratio": (total + decode) / answer if answer else 1.0,
         "ideal_speedup": ideal_speedup(facts, resolved, v, text),
-        "vision_flops": vision_flops(facts, work.images),
+        "vision_flops": vision_flops(facts, work.images, resolved),
+        "vision_flops_unpruned": vision_flops(facts, work.images),
     }
+
+
+def _bounds(resolved: Resolved) -> Iterator[str]:
+    """What of the numbers is a bound, because the image decides."""
+    if not resolved.is_static or resolved.threshold is not None:
+        yield "how many tokens are left depends on the image: all numbers are upper bounds"
 
 
 def _notes(facts: ModelFacts, work: Workload, target: str, sms: tuple[int, ...]) -> tuple[str, ...]:

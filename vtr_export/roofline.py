@@ -38,7 +38,7 @@ def first_token_parts(
     parts += [(work.batch * flops, 0) for flops in cuts]
     parts.append(_head(facts, work, kind))
     if images := work.images * work.batch:
-        parts.append((vision_flops(facts, images), vision_bytes(facts, kind)))
+        parts.append((vision_flops(facts, images, resolved), vision_bytes(facts, kind)))
     return parts
 
 

@@ -239,9 +239,10 @@ def count(resolved: Resolved, facts: ModelFacts, answers: Sequence[Answer]) -> C
     rows, flops = [], []
     for answer in answers:
         vision, text = answer.vision_tokens, answer.prompt_tokens - answer.vision_tokens
-        own = _as_kept(resolved, vision, answer)
+        own = _as_kept(replace(resolved, vision=(), tower=None), vision, answer)
         rows.append(own.keep_per_layer(vision))
-        flops.append(encoder_flops(facts, own) + prefill_cost(facts, own, vision, text, "exact"))
+        encoder = vision_flops(facts, 1, resolved)
+        flops.append(encoder + prefill_cost(facts, own, vision, text, "exact"))
     tokens = tuple(fmean(column) for column in zip(*rows, strict=True))
     return Counted(tokens, fmean(flops))
 
@@ -253,16 +254,6 @@ def _as_kept(resolved: Resolved, vision: int, answer: Answer) -> Resolved:
     pairs = zip(resolved.cuts, answer.kept, strict=True)
     cuts = tuple(replace(cut, keep=Keep(len(kept), vision)) for cut, kept in pairs)
     return replace(resolved, cuts=cuts)
-
-
-def encoder_flops(facts: ModelFacts, resolved: Resolved) -> float:
-    """One image's encoder, and what its reductions compute themselves."""
-    total, tower = float(vision_flops(facts, 1)), resolved.tower
-    for reduction in resolved.vision:
-        assert tower is not None, "there is a vision part"
-        total += reduction.flops(tower)
-        tower = reduction.leaves(tower)
-    return total
 
 
 def peak_bytes(folder: Path, asked: Asked) -> int:
