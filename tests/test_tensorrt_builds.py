@@ -14,6 +14,7 @@ from cut_graphs import Tracer, serialized
 from vtr_export.backends.tensorrt.library import environment
 from vtr_export.builder import build as engines
 from vtr_export.exporter import export
+from vtr_export.schedule import Schedule
 
 REFUSED = {"TRT_decomposable", "softmax_precision"}  # by ONNX Runtime; by TensorRT
 ROOT = Path(__file__).parents[1]
@@ -90,13 +91,16 @@ def test_a_budget_can_stay_an_input(traced: Tracer, tmp_path: Path) -> None:
 
 
 def test_the_sample_builds_with_and_without_the_plugin(tmp_path: Path) -> None:
+    """With what compacts its cache: an engine of its own, of TensorRT's layers either way."""
     sample, artifact = ROOT / "samples" / "digits", tmp_path / "artifact"
-    done = export(sample / "gsearch.yaml", sample / "model", artifact, dtype="fp16", verify="none")
+    said = (sample / "gsearch.yaml").read_text(encoding="utf-8")
+    schedule = Schedule.parse(said.replace("decode: []", "decode: [{method: mustdrop}]"))
+    done = export(schedule, sample / "model", artifact, dtype="fp16", verify="none")
     assert done.vision_tokens_per_layer is not None
     cuts = len(set(done.vision_tokens_per_layer)) - 1
     for plugin, layers in (("off", 0), ("on", cuts)):
         options: dict[str, Any] = {"plugin": plugin, "unverified": True}
         built = engines(artifact, tmp_path / plugin, sms=(86, 89, 120), **options)
         assert built.sms == (86, 89, 120)
-        assert [engine["plugin_layers"] for engine in built.engines] == [0, layers]
-        assert [engine["unfused_attentions"] for engine in built.engines] == [0, 0]
+        assert [engine["plugin_layers"] for engine in built.engines] == [0, layers, 0]
+        assert [engine["unfused_attentions"] for engine in built.engines] == [0, 0, 0]

@@ -16,6 +16,7 @@ from vtr_export.backends.tensorrt.build import build_plan
 from vtr_export.backends.tensorrt.child import Job
 from vtr_export.backends.tensorrt.profiles import (
     Ports,
+    compaction_profile,
     decoder_profiles,
     vision_profile,
 )
@@ -147,7 +148,7 @@ class _Build:
             with clock.step("lower the graphs"):
                 plans = self._lower(Path(scratch))
             with clock.step("replay the lowered graphs"):
-                self._check(plans[1])
+                self._check(plans[1])  # the decoder
             engines = tuple(self._build(plan, staging, clock) for plan in plans)
             with clock.step("copy the rest"):
                 self._copy(staging)
@@ -165,7 +166,15 @@ class _Build:
         return (
             self._plan("vision_encoder", graphs.vision_encoder, vision, (images,), scratch, None),
             self._plan("decoder", graphs.decoder, decoder, profiles, scratch, serving),
+            *self._lower_compaction(scratch),
         )
+
+    def _lower_compaction(self, scratch: Path) -> Iterator[_Plan]:
+        """The graph that runs behind a prefill, where there is one."""
+        if (name := self.manifest.graphs.compact_cache) is not None:
+            model = apply(lowering(), ir.load(self.folder / name))
+            profile = compaction_profile(_ports(model), self.given.request.ranges, self.given.keeps)
+            yield self._plan("compact_cache", name, model, (profile,), scratch, None)
 
     def _check(self, decoder: _Plan) -> None:
         """GateError when the graphs say something else than before they were lowered."""

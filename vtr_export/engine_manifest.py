@@ -11,7 +11,7 @@ from vtr_export.errors import EngineError
 from vtr_export.manifest import Manifest
 from vtr_export.published import Part, Published, RelativePath, Sha256
 
-Component = Literal["vision_encoder", "decoder"]
+Component = Literal["vision_encoder", "decoder", "compact_cache"]
 Shape = tuple[NonNegativeInt, ...]
 
 
@@ -34,7 +34,7 @@ class Bounds(Part):
 class Profile(Part):
     """One optimisation profile; its place in the list is its number in the plan."""
 
-    name: Literal["images", "context", "generation"]
+    name: Literal["images", "context", "generation", "compaction"]
     inputs: dict[str, Bounds]
 
 
@@ -118,8 +118,10 @@ class EngineManifest(Published):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        if [engine.component for engine in self.engines] != ["vision_encoder", "decoder"]:
-            raise ValueError("an engine folder has a vision encoder and a decoder")
+        wanted = ["vision_encoder", "decoder"]
+        wanted += ["compact_cache"] * (self.artifact.graphs.compact_cache is not None)
+        if [engine.component for engine in self.engines] != wanted:
+            raise ValueError(f"an engine folder of this artifact has {', '.join(wanted)}")
         missing = {*(e.file for e in self.engines), self.embeddings} - self.files.keys()
         if missing:
             raise ValueError(f"{min(missing)} is not among the files")

@@ -31,7 +31,7 @@ def read_engine(folder: Path) -> tuple[EngineManifest, list[Plan], Session]:
 
 
 def open_engine(folder: Path) -> tuple[EngineManifest, Sequence[Session]]:
-    """Vision encoder, embedding table and decoder of an engine folder.
+    """Vision encoder, embedding table, decoder and, where there is one, compaction of a folder.
 
     Checked in this order, and the first misfit is raised: manifest and hashes, TensorRT's flavour
     and version, the GPU, the plugin. UnavailableError for what this machine lacks.
@@ -43,8 +43,8 @@ def open_engine(folder: Path) -> tuple[EngineManifest, Sequence[Session]]:
     manifest.check_device(cuda.sm)
     _register_plugin(manifest, library, cuda.sm)
     gpu = Gpu.of(library, cuda)
-    vision, decoder = (open_session(plan.file, data=plan.data, gpu=gpu) for plan in plans)
-    return manifest, (vision, table, decoder)
+    vision, *decoders = (open_session(plan.file, data=plan.data, gpu=gpu) for plan in plans)
+    return manifest, (vision, table, *decoders)
 
 
 def _register_plugin(manifest: EngineManifest, library: Library, sm: int) -> None:

@@ -7,7 +7,7 @@ forced run would have computed the same. Rows that kept others are counted and n
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,8 @@ class Opened:
     vision: Session
     embedding: Session
     decoder: Session
+    compaction: Session | None = None  # of the cache, behind a prefill
+    _: KW_ONLY
     keep: Ints | None  # what a tunable decoder is to be given
     cut_layers: tuple[int, ...]  # the layer each cut stands before
     orders_ties: bool = True
@@ -68,12 +70,12 @@ class Opened:
     @classmethod
     def of(cls, manifest: EngineManifest, sessions: Sequence[Session]) -> "Opened":
         """Those of an engine folder."""
-        stages, (vision, embedding, decoder) = manifest.artifact.model.stages, sessions
+        stages, (vision, embedding, *decoders) = manifest.artifact.model.stages, sessions
         keeps = [stage.keep.numerator for stage in stages if stage.keep is not None]
         return cls(
             vision,
             embedding,
-            decoder,
+            *decoders,
             keep=np.array(keeps, np.int64) if manifest.artifact.tunable else None,
             cut_layers=tuple(stage.first_layer for stage in stages[1:]),
             orders_ties=manifest.plugin is not None or len(manifest.opened_cuts) == len(keeps),
@@ -165,10 +167,11 @@ def _port_gates(source: Path, manifest: EngineManifest) -> list[Gate]:
     import onnx_ir as ir
 
     graphs, gates = manifest.artifact.graphs, []
-    for component in ("vision_encoder", "decoder"):
+    for engine in manifest.engines:
+        component = engine.component
         model = ir.load(source / getattr(graphs, component))
         expected = {value.name for value in model.graph.inputs}
-        names = [set(p.inputs) for p in manifest.engine(component).profiles]
+        names = [set(p.inputs) for p in engine.profiles]
         others = set[str | None]().union(*(expected ^ each for each in names))
         detail = ", ".join(sorted(filter(None, others)))
         gates.append(at_most(f"{component}.inputs", len(others), 0, detail))
@@ -177,7 +180,8 @@ def _port_gates(source: Path, manifest: EngineManifest) -> list[Gate]:
 
 def play_cases(opened: Opened, cases: Sequence[Case]) -> tuple[list[Reply], list[str]]:
     """Every case that fits the profiles, and why the others do not. InputError when none does."""
-    decoder, answers, left_out = Decoder(opened.decoder, keep=opened.keep), [], []
+    decoder = Decoder(opened.decoder, opened.compaction, keep=opened.keep)
+    answers, left_out = list[Reply](), list[str]()
     last: InputError | None = None
     for case in cases:
         try:

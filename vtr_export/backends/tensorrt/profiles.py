@@ -76,6 +76,18 @@ def decoder_profiles(
     )
 
 
+def compaction_profile(ports: Ports, ranges: Ranges, keeps: Sequence[Keep]) -> Profile:
+    """Behind a prompt, or a later turn: every stage from the first token to a whole cache."""
+    text = ranges.opt_text_tokens
+    prompt = ranges.max_vision_tokens + ranges.max_text_tokens
+    lengths: dict[str, Range] = {"batch": (1, ranges.opt_batch, ranges.max_batch)}
+    for stage, keep in enumerate(keeps, start=1):
+        new = keep.of(ranges.opt_vision_tokens) + text
+        lengths[f"sequence_{stage}"] = (1, new, prompt)
+        lengths[f"total_{stage}"] = (1, new, ranges.max_tokens)
+    return _profile("compaction", ports, lengths, (), ())
+
+
 def vision_profile(ports: Ports, ranges: Ranges, tokens_per_image: int) -> Profile:
     """From one image to all of a batch; where images keep their size, one image a row."""
     each = max(1, -(-ranges.max_vision_tokens // tokens_per_image))
