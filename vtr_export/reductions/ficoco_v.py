@@ -41,9 +41,7 @@ class FiCoCoV(VisionReduction):
     each: KeepValue = 42
     from_layer: int | None = Field(default=None, ge=0, description="Half the tower, if not given.")
     beta: float = Field(default=0.35, ge=0, le=1)
-    nearest: int | None = Field(
-        default=None, ge=0, description="Kept tokens that get each."
-    )
+    nearest: int | None = Field(default=None, ge=0, description="Kept tokens that get each.")
 
     def layers(self, tower: Tower) -> range:
         """Those that drop tokens: no layer behind the features does."""

@@ -75,11 +75,13 @@ def _reduce(
     queries, keys = [each.query for each in heard], [each.key for each in heard]
     scales = [each.scale for each in heard]
     whole = Reduced(features, torch.arange(tower.grid.tokens))
-    inside = iter(notes)
+    inside, last = iter(notes), None
     for number, reduction in enumerate(reductions):
-        seen = Seen(whole.features, queries, keys, scales, tower, reductions[:number], whole.source)
+        before = reductions[:number]
+        seen = Seen(whole.features, queries, keys, scales, tower, before, whole.source, last)
         if reduction.method in INSIDE:
             left = next(inside)(seen)
+            last = left.source
         else:
             left = REDUCE[reduction.method](reduction, seen)
         whole = _behind(whole, left)

@@ -24,7 +24,8 @@ class Seen:
     """Features [N,C] as the projector takes them, and every layer's queries and keys [H,n,d].
 
     ``before`` are the reductions that came first, ``source`` [N] which of the image's own tokens
-    the features are.
+    the features are; ``inside`` [M], which ones the tower's last layer had, where one came first
+    that works in the tower.
     """
 
     features: Tensor
@@ -34,6 +35,7 @@ class Seen:
     whole: Tower  # before any reduction
     before: Sequence[VisionReduction] = ()
     source: Tensor | None = None
+    inside: Tensor | None = None
 
     @property
     def tower(self) -> Tower:
@@ -72,6 +74,10 @@ class Seen:
             return score
         if self.source is None or bool((self.source < 0).any()):
             raise ValueError("tokens that stand for several have no attention of their own")
+        if self.inside is not None and len(score) == len(self.inside):
+            return score[(self.source[:, None] == self.inside).int().argmax(1)]
+        if len(score) != self.whole.grid.tokens:
+            raise ValueError(f"some of what layer {layer} attends to leaves the tower behind it")
         return score[self.source]
 
 
