@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from block_oracle import block_scores, clear, correlations, divided, given, merged
 from cut_oracle import Array, Call, ranked, scored, selected, visible
 
 from vtr_export import ops
 from vtr_export.schedule import Cut, Resolved
+from vtr_export.schedule_document import Correlate
 
 EPSILON = 1e-5
 PAD_SCORE = -2
@@ -78,6 +80,11 @@ class Oracle:
         if kept is not None and self.schedule.drop_point == "inside":
             mixed, rows, kept = take(mixed, kept[0]), self._narrow(rows, kept), None
         hidden = rows.hidden + mixed @ self._weight("wo", index)
+        if kept is not None and isinstance(self.schedule.merge, Correlate):
+            assert self.schedule.drop_point == "attended"
+            hidden = self._merged(hidden, rows, kept[0], query, keys)
+        if kept is not None and self.schedule.drop_point == "attended":
+            hidden, rows, kept = take(hidden, kept[0]), self._narrow(rows, kept), None
         hidden = hidden + np.tanh(hidden @ self._weight("wm", index))
         rows = Rows(hidden, rows.positions, rows.call, rows.groups)
         return rows if kept is None else self._narrow(rows, kept)
@@ -109,8 +116,9 @@ class Oracle:
         """Surviving columns, and where the vision tokens stand among them."""
         schedule, columns = self.schedule, self.call.vision.shape[1]
         said = schedule.query, schedule.heads, schedule.rank
-        choice = ops.Choice(*said, softcap=self.softcap)
-        score = scored(call, query, keys, query.shape[-1] ** -0.5, choice, groups)
+        choice = ops.Choice(*said, softcap=self.softcap, rule=schedule.rule)
+        rank = scored if schedule.rule == "attention" else block_scores
+        score = rank(call, query, keys, query.shape[-1] ** -0.5, choice, groups)
         keep, chosen = cut.keep.of(columns), []
         images = columns // (schedule.tokens_per_image or 1) if schedule.rank == "per_image" else 1
         for b, count in enumerate(self.call.counts):
@@ -127,6 +135,24 @@ class Oracle:
                 ]
             )
         return selected(call, chosen)
+
+    def _merged(
+        self, hidden: Array, rows: Rows, columns: Array, query: Array, keys: Array
+    ) -> Array:
+        """``hidden`` with dropped vision rows added to those they are correlated with."""
+        schedule, merge = self.schedule, self.schedule.merge
+        assert isinstance(merge, Correlate)
+        choice = ops.Choice(schedule.query, schedule.heads, softcap=self.softcap)
+        after = hidden.copy()
+        for b in range(len(hidden)):
+            scale = query.shape[-1] ** -0.5
+            found = given(rows.call, b, query, keys, scale, choice, rows.groups)
+            kept = [column in columns[b] for column in found.columns]
+            correlation = correlations(found, merge.direct)
+            self.found.margin = min(self.found.margin, clear(correlation, kept, merge.nearest))
+            shares = divided(correlation, kept, merge.nearest)
+            after[b, found.columns] = merged(hidden[b, found.columns], shares)
+        return after
 
     def _narrow(self, rows: Rows, kept: tuple[Array, Array]) -> Rows:
         """The rows that survive, in the next stage."""

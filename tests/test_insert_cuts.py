@@ -54,7 +54,8 @@ def before(case: str) -> ir.Model:
 def choice(case: str) -> ops.Choice:
     schedule = resolved(case)
     is_ragged = schedule.tokens_per_image is None and len(schedule.cuts) > 1
-    return ops.Choice(schedule.query, schedule.heads, schedule.rank, is_ragged, SOFTCAP.get(case))
+    said = schedule.query, schedule.heads, schedule.rank
+    return ops.Choice(*said, is_ragged, SOFTCAP.get(case), schedule.rule)
 
 
 def cut(model: ir.Model, schedule: Resolved, *, tunable: bool = False) -> ir.Model:
