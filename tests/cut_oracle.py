@@ -93,13 +93,18 @@ def asked(
     scale: float,
     choice: ops.Choice,
     groups: Array | None = None,
+    raters: Array | None = None,
 ) -> list[Array]:
-    """What each asking row gives all keys, [R,T] of each row of the batch, in double precision."""
+    """What each asking row gives all keys, [R,T] of each row of the batch, in double precision.
+
+    ``raters`` [B,S] above 0, if any, ask in place of those that the choice says.
+    """
     mask = visible(call.padding, call.current.shape[1], groups)
     group, found = query.shape[1] // keys.shape[1], []
     for b in range(len(call.past)):
         rows = []
-        for i in asking(call, b, choice.query):
+        rates = [] if raters is None else np.flatnonzero(raters[b])
+        for i in rates if len(rates) else asking(call, b, choice.query):
             heads = []
             for h in range(query.shape[1]):
                 logits = keys[b, h // group].astype(float) @ query[b, h, i].astype(float) * scale
@@ -120,11 +125,12 @@ def scored(
     scale: float,
     choice: ops.Choice,
     groups: Array | None = None,
+    raters: Array | None = None,
 ) -> Array:
     """[B,V] in double precision."""
     batch, past, _, tokens = call.sizes
     score = np.zeros((batch, tokens))
-    for b, rows in enumerate(asked(call, query, keys, scale, choice, groups)):
+    for b, rows in enumerate(asked(call, query, keys, scale, choice, groups, raters)):
         mean = np.mean(rows, 0)
         for e, column in enumerate(call.vision[b]):
             value = mean[past + column]

@@ -22,7 +22,7 @@ MERGES = st.builds(
 SEEDS = st.integers(0, 2**32)
 
 
-def told(merge: Recycle) -> dict[str, int]:
+def told(merge: Recycle) -> dict[str, Any]:
     """Attributes."""
     share = Fraction(merge.share)
     return {"numerator": share.numerator, "denominator": share.denominator, "each": merge.each}
@@ -90,7 +90,7 @@ def test_clusters_are_the_same_whatever_the_order(
 
     def groups(given: Array, names: list[int]) -> set[frozenset[int]]:
         sizes = {"recycled": [count], "clusters": [clusters], "most": [clusters]}
-        feeds = {name: np.array(value) for name, value in sizes.items()}
+        feeds: dict[str, Any] = {name: np.array(value) for name, value in sizes.items()}
         label = run("VtrClusters", hidden=given, **feeds)[1][0]
         return {
             frozenset(n for n, mine in zip(names, label, strict=True) if mine == c)
@@ -103,7 +103,11 @@ def test_clusters_are_the_same_whatever_the_order(
 @pytest.mark.parametrize("value", [1.0, np.nan, np.inf])
 def test_ties_go_to_the_lower_index_and_every_centre_is_its_own(value: float) -> None:
     """Tokens that are all alike, and those that are no numbers."""
-    feeds = {"recycled": np.array([6]), "clusters": np.array([3]), "most": np.array([3])}
+    feeds: dict[str, Any] = {
+        "recycled": np.array([6]),
+        "clusters": np.array([3]),
+        "most": np.array([3]),
+    }
     centre, label = run("VtrClusters", hidden=np.full((1, 6, 4), value, np.float32), **feeds)
     assert centre.tolist() == [[0, 1, 2]]
     assert label.tolist() == [[0, 1, 2, 0, 0, 0]]
@@ -209,7 +213,10 @@ def test_raters_are_text_that_the_image_attends_to_above_the_mean(call: Call, se
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
 def test_where_nobody_rates_above_the_mean_the_last_row_asks(value: float) -> None:
-    feeds = {"padding": np.ones((1, 6), np.int64), "vision_index": np.array([[1, 2]])}
+    feeds: dict[str, Any] = {
+        "padding": np.ones((1, 6), np.int64),
+        "vision_index": np.array([[1, 2]]),
+    }
     (weight,) = run("VtrRaters", hidden=np.full((1, 6, 2), value, np.float32), **feeds)
     assert weight.tolist() == [[0, 0, 0, 0, 0, 1]]
 
@@ -221,7 +228,12 @@ def test_a_raters_score_is_their_mean_of_what_text_rows_give(
     """One rater gives what it gives alone; all text rows give what ``query: text`` does."""
     query, keys, scale = attention(call, Heads(1, 2, 4), seed, "f4")
     mask = visible(call.padding, call.current.shape[1])
-    feeds = {"query": query, "keys": keys, "mask": mask, "vision_index": call.vision}
+    feeds: dict[str, Any] = {
+        "query": query,
+        "keys": keys,
+        "mask": mask,
+        "vision_index": call.vision,
+    }
     last = np.zeros(call.current.shape, np.float32)
     last[:, -1] = 1
     for asked, weight in (("last", last), ("text", texts(call))):
@@ -239,4 +251,5 @@ def texts(call: Call) -> Array:
     for b, real in enumerate(call.current):
         seen = [int(c) for c in call.vision[b] if real[c]]
         weight[b, max(seen, default=-1) + 1 :] = real[max(seen, default=-1) + 1 :]
-    return weight / weight.sum(1, keepdims=True)
+    shared: Array = weight / weight.sum(1, keepdims=True)
+    return shared

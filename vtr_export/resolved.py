@@ -86,7 +86,17 @@ class Resolved:
 
     def keep_per_layer(self, v: int) -> tuple[int, ...]:
         """Vision tokens entering each decoder layer when the call brings ``v``."""
-        tokens = [v] * self.layers
-        for cut in self.cuts:
-            tokens[cut.before_layer :] = [cut.keep.of(v)] * (self.layers - cut.before_layer)
+        tokens, behind = [v] * self.layers, self.behind_cuts(v)
+        for cut, left in zip(self.cuts, behind, strict=True):
+            tokens[cut.before_layer :] = [left] * (self.layers - cut.before_layer)
         return tuple(tokens)
+
+    def behind_cuts(self, v: int) -> tuple[int, ...]:
+        """Vision tokens behind each cut when the call brings ``v``: kept, and made of dropped."""
+        left = [v]
+        for cut in self.cuts:
+            made = 0
+            if isinstance(self.merge, Recycle):
+                _, made = self.merge.of(left[-1] - cut.keep.of(v))
+            left.append(cut.keep.of(v) + made)
+        return tuple(left[1:])

@@ -12,12 +12,11 @@ from vtr_export import generators
 from vtr_export.errors import ScheduleError
 from vtr_export.generators import Ratio
 from vtr_export.resolved import Cut, Keep, Resolved, Rounding
+from vtr_export.schedule_beside import check_beside
 from vtr_export.schedule_document import (
-    Correlate,
     Document,
     Drop,
     Prefill,
-    Recycle,
     check,
     first_layer_error,
     growth_error,
@@ -240,74 +239,8 @@ class Schedule:
                 "learned positions are added to tokens before layer 0 and cannot be repacked",
                 "positions: original",
             )
-        self._check_blocks(bool(getattr(model, "crosses", ())))
-        self._check_recycling(model)
-        self._check_raters()
+        check_beside(self.document, model, self._error)
         self._check_layers(model.layers)
-
-    def _check_blocks(self, crosses: bool) -> None:
-        """What a rule or a merge that looks at all vision rows cannot be combined with."""
-        prefill = self.prefill
-        merges = isinstance(prefill.merge, Correlate)
-        if prefill.score.rule == "attention" and not merges:
-            return
-        said = f"rule {prefill.score.rule}" if not merges else "merge by correlate"
-        kinds = (
-            (("score", "from"), prefill.score.source != "previous", "previous"),
-            (("score", "query"), prefill.score.query == "raters", "text"),
-            (("threshold",), prefill.threshold is not None, "no threshold"),
-            (("protect",), prefill.protect != "none", "none"),
-            (("merge",), isinstance(prefill.merge, Recycle), "{by: drop}"),
-            (("drop_point",), merges and prefill.drop_point == "inside", "attended"),
-        )
-        for key, is_foreign, wanted in kinds:
-            if is_foreign:
-                raise self._error(
-                    ("prefill", *key),
-                    f"{said} is defined on one layer's whole attention, not with this {key[-1]}",
-                    f"{key[-1]}: {wanted}",
-                )
-        if crosses:
-            raise self._error(
-                ("prefill",), f"{said}: here images are keys, and have no rows", "rule: attention"
-            )
-
-    def _check_recycling(self, model: Model) -> None:
-        """What clusters behind the kept tokens cannot be combined with."""
-        prefill, key = self.prefill, ("prefill", "merge")
-        if not isinstance(merge := prefill.merge, Recycle):
-            return
-        if not isinstance(merge.share, Fraction):
-            raise self._error((*key, "share"), f"share is {merge.share}", "write a share, 30%")
-        if model.tokens_per_image is None:
-            why = "the number of clusters must be known, and this model's tokens per image vary"
-            raise self._error(key, f"merge by recycle: {why}", "merge: {by: drop}")
-        kinds = (
-            (("rank",), prefill.rank != "joint", "joint"),
-            (("drop_point",), prefill.drop_point != "between", "between"),
-            (("threshold",), prefill.threshold is not None, "no threshold"),
-            (("protect",), prefill.protect != "none", "none"),
-        )
-        self._refuse_beside("merge by recycle", kinds)
-        if self.document.decode:
-            why = "a cluster's tokens have no row of their own in earlier layers' caches"
-            raise self._error(("decode",), f"{why}, to be compacted to", "no decode part")
-
-    def _check_raters(self) -> None:
-        """What SparseVLM's raters cannot be combined with."""
-        prefill = self.prefill
-        if prefill.score.query == "raters":
-            kinds = (
-                (("threshold",), prefill.threshold is not None, "no threshold"),
-                (("protect",), prefill.protect != "none", "none"),
-            )
-            self._refuse_beside("query raters", kinds)
-
-    def _refuse_beside(self, said: str, kinds: Sequence[tuple[tuple[str, ...], bool, str]]) -> None:
-        for key, is_foreign, wanted in kinds:
-            if is_foreign:
-                what = f"{said} is not defined with this {key[-1]}"
-                raise self._error(("prefill", *key), what, f"{key[-1]}: {wanted}")
 
     def _check_written(self) -> None:
         """Words of the language that no pass knows yet."""

@@ -72,6 +72,14 @@ class Recycle(StrictModel):
     share: KeepValue = Field(default=Fraction(3, 10), description="Of the dropped tokens.")
     each: int = Field(default=10, ge=1, description="Tokens of a cluster, about.")
 
+    def of(self, dropped: int) -> tuple[int, int]:
+        """Of ``dropped`` tokens: how many are recycled, into how many clusters (its code's rule).
+
+        One at least of each, where there is any.
+        """
+        recycled = min(dropped, int(dropped * Fraction(self.share)) + 1)
+        return recycled, min(recycled, recycled // self.each + 1)
+
 
 class Correlate(StrictModel):
     """FiCoCo: each dropped token is added to the kept ones that it correlates with."""

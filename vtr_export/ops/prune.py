@@ -11,8 +11,16 @@ PROTECT: Final = "VtrProtectPrune"
 THRESHOLD: Final = "VtrThresholdPrune"
 SCORED: Final = "VtrScoredPrune"
 CORRELATE: Final = "VtrCorrelatePrune"
-CUTS: Final = frozenset((PRUNE, PROTECT, THRESHOLD, SCORED, CORRELATE))
-"""What stands for a cut: its first four inputs, its last and its outputs are those of PRUNE."""
+RATERS: Final = "VtrRaterPrune"
+RECYCLE: Final = "VtrRecyclePrune"
+RATER_RECYCLE: Final = "VtrRaterRecyclePrune"
+CUTS: Final = frozenset(
+    (PRUNE, PROTECT, THRESHOLD, SCORED, CORRELATE, RATERS, RECYCLE, RATER_RECYCLE)
+)
+"""What stands for a cut: its first six inputs, its last and its outputs are those of PRUNE.
+
+Where tokens are recycled a fourth output says whose cluster each vision token is, [B,V] or -1.
+"""
 BLOCKS: Final = "VtrVisionBlocks"
 """(query, keys, mask, vision_index, hidden) → what vision rows [B,V,V] and asking rows [B,V,R] give
 each vision key, which vision tokens are real [B,V], and which rows ask [B,R]."""
@@ -43,6 +51,8 @@ def scoring(cut: ir.Node) -> list[ir.Node]:
     said = [cut.attributes[name] for name in ("scale", "whole", "single") if name in cut.attributes]
     if cut.op_type == THRESHOLD:
         return [ir.Node(DOMAIN, "VtrEvidence", [*first, cut.inputs[-2], hidden], said)]
+    if cut.op_type in (RATERS, RATER_RECYCLE):
+        return [ir.Node(DOMAIN, "VtrRaterScore", [*first, cut.inputs[-2], hidden], said)]
     score = ir.Node(DOMAIN, "VtrScore", [*first, hidden], said)
     if cut.op_type == PROTECT:
         return [score, ir.Node(DOMAIN, "VtrProtect", [score.outputs[0], cut.inputs[-2]])]
@@ -56,9 +66,16 @@ def _block_scoring(cut: ir.Node) -> list[ir.Node]:
     return [blocks, ir.Node(DOMAIN, ranks, blocks.outputs)]
 
 
-def narrowing(cut: ir.Node, kept: ir.Value) -> ir.Node:
-    """A new node that makes what ``cut`` makes of its hidden states, with ``kept`` chosen."""
+def narrowing(cut: ir.Node, kept: ir.Value, *chosen: ir.Value) -> ir.Node:
+    """A new node that makes what ``cut`` makes of its hidden states, with its outputs given.
+
+    ``kept`` and ``chosen``: those but the first.
+    """
     hidden = cut.inputs[-1]
+    if cut.op_type in (RECYCLE, RATER_RECYCLE):
+        vision, label = chosen
+        asked = [cut.inputs[3], label, kept, vision, cut.inputs[4], hidden]
+        return ir.Node(DOMAIN, "VtrMerge", asked)
     if cut.op_type != CORRELATE:
         return ir.Node(DOMAIN, "VtrNarrow", [hidden, kept])
     said = [cut.attributes[name] for name in ("scale", "direct", "nearest")]

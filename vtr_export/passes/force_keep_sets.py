@@ -17,7 +17,8 @@ class ForceKeepSets(ir.passes.InPlacePass):
 
         hidden' = vtr.VtrNarrow(hidden, kept.J)     # inputs kept.J [B,S'], kept_vision.J [B,k]
 
-    The output ``kept.J`` goes; inputs that nothing reads any more stay.
+    The output ``kept.J`` goes; inputs that nothing reads any more stay. Where tokens are recycled
+    there is also an input kept_label.J [B,V]: whose cluster each vision token is, or -1.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -30,7 +31,8 @@ class ForceKeepSets(ir.passes.InPlacePass):
             _force(graph, node)
         if cuts:
             ops.declare(model, "VtrNarrow")
-        for name in {node.op_type for node in graph if node.op_type == "VtrCorrelateKept"}:
+        merging = ("VtrCorrelateKept", "VtrMerge")
+        for name in {node.op_type for node in graph if node.op_type in merging}:
             ops.declare(model, name)  # what it calls was resolved with the cut
         return ir.passes.PassResult(model, modified=bool(cuts))
 
@@ -45,17 +47,20 @@ def _check(node: ir.Node) -> None:
 
 
 def _force(graph: ir.Graph, node: ir.Node) -> None:
-    hidden, kept, vision = node.outputs
+    hidden, kept, vision, *labels = node.outputs
     number = (kept.name or "").removeprefix("kept.")
     graph.outputs.remove(kept)
+    after = int(number) + 1
+    ports = [(kept, "kept", f"sequence_{after}"), (vision, "kept_vision", f"vision_{after}")]
+    ports += [(label, "kept_label", f"vision_{number}") for label in labels]
     inputs = []
-    for old, name, axis in ((kept, "kept", "sequence"), (vision, "kept_vision", "vision")):
-        shape = ["batch", f"{axis}_{int(number) + 1}"]
+    for old, name, axis in ports:
+        shape = ["batch", axis]
         new = ir.val(f"{name}.{number}", ir.DataType.INT64, shape)
         inputs.append(new)
         old.replace_all_uses_with(new)
     graph.inputs.extend(inputs)
-    narrow = ops.narrowing(node, inputs[0])
+    narrow = ops.narrowing(node, *inputs)
     narrow.name, result = node.name, narrow.outputs[0]
     result.name, result.type, result.shape = hidden.name, hidden.type, hidden.shape
     hidden.replace_all_uses_with(result)

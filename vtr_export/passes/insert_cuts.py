@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import onnx_ir as ir
 
@@ -12,7 +13,7 @@ from vtr_export.analysis.layers import descendants
 from vtr_export.errors import AnalysisError
 from vtr_export.passes.build import Build, renamed, replay
 from vtr_export.schedule import Resolved
-from vtr_export.schedule_document import Correlate
+from vtr_export.schedule_document import Correlate, Recycle
 
 
 @dataclass
@@ -20,8 +21,8 @@ class Stage:
     """What the layers between two cuts run on.
 
     ``padding`` [B,T] tells real keys, ``current`` [B,S] real rows, ``groups`` [B,S] who else sees
-    each other (None: nobody), ``marks`` [B,S] who is protected; ``streams`` maps the unpruned
-    graph's values to this stage's.
+    each other (None: nobody), ``marks`` [B,S] who is protected, ``raters`` [B,S] the weights of who
+    ranks; ``streams`` maps the unpruned graph's values to this stage's.
     """
 
     hidden: ir.Value
@@ -30,6 +31,7 @@ class Stage:
     vision_index: ir.Value
     groups: ir.Value | None
     marks: ir.Value | None = None
+    raters: ir.Value | None = None
     streams: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
 
@@ -120,6 +122,17 @@ def _by_blocks(schedule: Resolved, scale: float) -> tuple[str, dict[str, float |
     return ops.CORRELATE, said | {"direct": merge.direct, "nearest": merge.nearest}
 
 
+def _by_raters(schedule: Resolved, scale: float) -> tuple[str, dict[str, float | str]]:
+    """The cut of SparseVLM, or "" for none of its kind; and what its node says."""
+    said: dict[str, float | str] = {"scale": scale}
+    rates = schedule.query == "raters"
+    if not isinstance(merge := schedule.merge, Recycle):
+        return (ops.RATERS if rates else ""), said
+    share = Fraction(merge.share)
+    said |= {"numerator": share.numerator, "denominator": share.denominator, "each": merge.each}
+    return (ops.RATER_RECYCLE if rates else ops.RECYCLE), said
+
+
 class _Surgeon:
     """One operation on one model."""
 
@@ -176,8 +189,8 @@ class _Surgeon:
         self.width = build.op("Shape", [vision_index], "width", start=1, end=2)
         masks = [mask for site in sites for mask in (site.scored.mask, *site.masks)]
         groups = next(filter(None, map(ops.groups_of, masks)), None)
-        marks = self._marks(vision_index, hidden)
-        return Stage(hidden, padding, current, vision_index, groups, marks)
+        marks, raters = self._marks(vision_index, hidden), self._raters(vision_index, sites)
+        return Stage(hidden, padding, current, vision_index, groups, marks, raters)
 
     def _cut(self, number: int, site: Site, stage: Stage) -> Stage:
         build = self.build
@@ -204,7 +217,10 @@ class _Surgeon:
         marks = stage.marks
         if marks is not None:
             marks = build.call("VtrNarrow", [marks, kept], "marks")
-        new = Stage(hidden, padding, current, vision_index, groups, marks)
+        raters = stage.raters
+        if raters is not None:
+            raters = build.call("VtrNarrow", [raters, kept], "raters")
+        new = Stage(hidden, padding, current, vision_index, groups, marks, raters)
         new.streams = self._narrow(site, stage, new, kept)
         if wide_key is not None:
             new.streams[site.scored.key] = build.narrow(wide_key, kept, axis=2, name="key")
@@ -227,6 +243,20 @@ class _Surgeon:
         protected = self.build.graph_input("protected", shape, ir.DataType.INT64)
         return self.build.call("VtrMark", [vision_index, protected, hidden], "marks")
 
+    def _raters(self, vision_index: ir.Value, sites: Sequence[Site]) -> ir.Value | None:
+        """``[B,S]``: the weights of those who rank, where not all of a kind do."""
+        if self.schedule.query != "raters":
+            return None
+        hidden, padding = self.inputs["inputs_embeds"], self.inputs["attention_mask"]
+        widths = [value.shape and value.shape[-1] for value in (hidden, sites[0].scored.entry)]
+        if widths[0] != widths[1]:
+            raise AnalysisError(
+                "what else enters with the embeddings stands beside them in one tensor",
+                where="input inputs_embeds",
+                hint="use score: {query: text}",
+            )
+        return self.build.call("VtrRaters", [hidden, padding, vision_index], "raters")
+
     def _pruned(
         self, asked: Sequence[ir.Value], entry: ir.Value, stage: Stage, scale: float
     ) -> Sequence[ir.Value]:
@@ -236,6 +266,12 @@ class _Surgeon:
         operator, said = _by_blocks(self.schedule, scale)
         if operator:
             return build.calls(operator, [*asked, entry], names, **said)
+        operator, said = _by_raters(self.schedule, scale)
+        if operator:
+            raters = [] if stage.raters is None else [stage.raters]
+            labels = ["label"] if isinstance(self.schedule.merge, Recycle) else []
+            made = build.calls(operator, [*asked, *raters, entry], names + labels, **said)
+            return made[:3]
         if stage.marks is not None:
             protected = build.call("VtrMarked", [stage.marks, stage.vision_index], "protected")
         elif threshold is not None:
@@ -287,7 +323,8 @@ class _Surgeon:
         groups = stage.groups if ops.groups_of(layer.mask) else None
         last = build.call("VtrTail", [groups or hidden, some], "mask_tail")
         mask = self._mask(padding, last, groups, "scored_mask")
-        return query, keys, mask, None if self.schedule.positions == "repacked" else key
+        made = self.schedule.positions == "repacked" or isinstance(self.schedule.merge, Recycle)
+        return query, keys, mask, None if made else key
 
     def _mask(
         self, padding: ir.Value, rows: ir.Value, groups: ir.Value | None, name: str

@@ -45,7 +45,7 @@ class OpenCuts(ir.passes.InPlacePass):
 
 
 def _open(build: Build, node: ir.Node) -> None:
-    hidden, kept, vision_index = node.outputs
+    hidden, kept, vision_index = node.outputs[:3]
     for use in list(kept.uses()):
         if use.node.op_type == NARROW:
             narrowed, stream = use.node.outputs[0], use.node.inputs[0]

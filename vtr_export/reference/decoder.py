@@ -379,7 +379,8 @@ class Reference:
         if self.schedule.positions == "repacked":
             positions = positions_of(padding)[:, -kept.shape[1] :]
         is_vision = is_among(kept, streams.vision) | stands_in
-        vision = torch.stack([row.nonzero()[:, 0] for row in is_vision]) if not made else made.vision
+        rows = made.vision if made is not None else [row.nonzero()[:, 0] for row in is_vision]
+        vision = torch.stack(tuple(rows))
         call.padding.append(padding)
         call.kept_vision.append(vision)
         planes = tuple(rows_at(plane, kept) for plane in streams.planes)

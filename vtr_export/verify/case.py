@@ -76,6 +76,7 @@ class Case:
     scores: tuple[Array, ...]
     margins: tuple[Array, ...]
     ties: tuple[Ints, ...]  # kept when every score is NaN: then only the order of columns decides
+    labels: tuple[Ints, ...] = ()  # where tokens are recycled
     trace: Trace | None = None
 
     @property

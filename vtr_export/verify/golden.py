@@ -48,7 +48,7 @@ def _pack(case: Case) -> dict[str, Array]:
     for part in _IMAGES:
         arrays |= {f"{part}.{name}": x for name, x in getattr(case.question, part).items()}
     arrays |= {name: getattr(case, name) for name in ("tokens", "logits", "logit_ids", "features")}
-    for name in _CUTS:
+    for name in (*_CUTS, "labels"):
         arrays |= {f"{name}.{cut}": values for cut, values in enumerate(getattr(case, name))}
     return arrays
 
@@ -71,7 +71,7 @@ def load_golden(file: Path) -> Case:
 
 
 def _unpack(name: str, arrays: dict[str, Array]) -> Case:
-    count = sum(each.startswith("kept.") for each in arrays)
+    count, recycling = (sum(n.startswith(kind) for n in arrays) for kind in ("kept.", "labels."))
     kept, kept_vision, scores, margins, ties = (
         tuple(arrays[f"{each}.{cut}"] for cut in range(count)) for each in _CUTS
     )
@@ -88,6 +88,7 @@ def _unpack(name: str, arrays: dict[str, Array]) -> Case:
         scores=scores,
         margins=margins,
         ties=ties,
+        labels=tuple(arrays[f"labels.{cut}"] for cut in range(recycling)),
     )
 
 

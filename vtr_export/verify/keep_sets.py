@@ -56,7 +56,9 @@ def _compare_row(case: Case, kept: Sequence[Ints], b: int, near_tie: float) -> l
         scored = theirs[vision_index]
         ours, theirs = _named(ours, mine[b]), theirs[expected[b]]
         sides = frozenset(ours.tolist()), frozenset(theirs.tolist())
-        excused |= _near_ties(scored, case.scores[cut][b], sides[1], vision, near_tie)
+        made = scored[case.labels[cut][b] >= 0] if case.labels else scored[:0]
+        as_themselves = sides[1] - set(made.tolist())  # a cluster stands in its centre's column
+        excused |= _near_ties(scored, case.scores[cut][b], as_themselves, vision, near_tie)
         rows.append(
             Row(
                 question.name,

@@ -85,6 +85,7 @@ class Oracle:
             kept=_arrays(prefill.kept),
             kept_vision=_arrays(prefill.kept_vision),
             scores=_arrays(prefill.scores),
+            labels=_arrays(prefill.labels),
             margins=_arrays(prefill.margins),
             ties=_arrays(silent.kept),
             trace=Trace(self._text_embeds(ids), np.stack(streams)),

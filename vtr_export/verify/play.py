@@ -113,14 +113,15 @@ def play(decoder: Decoder, inputs: Inputs, forced: Forced | None = None) -> Play
     """Prefill, then the tokens the reference chose, one by one."""
     case = inputs.case
     if forced is not None:
-        forced.force(case.kept, case.kept_vision)
+        forced.force(case.kept, case.kept_vision, case.labels)
         forced.shown.clear()
     step = _prefill(decoder, inputs, inputs.embeds)
     kept, logits = step.kept, [step.logits]
     if forced is not None:
         none = np.zeros((case.batch, 0), np.int64)
         first = none if case.question.crossing else np.zeros((case.batch, 1), np.int64)
-        forced.force([first] * len(case.kept), [none] * len(case.kept))
+        labels = [none] * len(case.labels)
+        forced.force([first] * len(case.kept), [none] * len(case.kept), labels)
     for column in range(case.tokens.shape[1]):
         step = decoder(
             step.cache,

@@ -205,9 +205,11 @@ class Forced:
         """How many keep-sets it takes."""
         return sum(name.startswith("kept.") for name in self._session.inputs)
 
-    def force(self, kept: Sequence[Ints], kept_vision: Sequence[Ints]) -> None:
-        """Set what the next calls keep."""
-        sets = {"kept": kept, "kept_vision": kept_vision}
+    def force(
+        self, kept: Sequence[Ints], kept_vision: Sequence[Ints], labels: Sequence[Ints] = ()
+    ) -> None:
+        """Set what the next calls keep, and whose cluster their tokens are."""
+        sets = {"kept": kept, "kept_vision": kept_vision, "kept_label": labels}
         self._kept = {
             f"{name}.{cut}": values for name, of in sets.items() for cut, values in enumerate(of)
         }
