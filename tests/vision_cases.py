@@ -31,6 +31,7 @@ from vtr_export.frontends.transformers import load
 from vtr_export.passes.reduce_vision import ReduceVision
 from vtr_export.reductions import Tower, VisionReduction
 from vtr_export.reference.inputs import image_features
+from vtr_export.reference.load import with_held
 from vtr_export.reference.reducing import reduced_features
 from vtr_export.reference.reductions.seen import Reduced
 from vtr_export.schedule import Schedule
@@ -141,14 +142,24 @@ def traced(name: str) -> Traced:
     graph = run(canonical(), load(opened, facts, "fp32", whole=True).vision_encoder)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
     model.name_or_path = name
-    return Traced(model.eval(), facts, tower, graph)
+    held = {name: torch.from_numpy(weight) for name, weight in sampler(tower).items()}
+    return Traced(with_held(model.eval(), held), facts, tower, graph)
+
+
+def sampler(tower: Tower) -> dict[str, np.ndarray[Any, Any]]:
+    """FocusLLaVA's router, random, for features of the tower."""
+    (reduction,) = entries("[{method: focusllava}]")
+    rng = np.random.default_rng(0)
+    shapes = reduction.weights(tower).items()
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes}
 
 
 def graph_of(name: str, text: str) -> ir.Model:
     """A copy of a traced encoder, reduced."""
     own = traced(name)
+    held = {weight: ir.tensor(values) for weight, values in sampler(own.tower).items()}
     passes = (
-        ReduceVision(entries(text), own.tower),
+        ReduceVision(entries(text), own.tower, held),
         RemoveUnusedNodesPass(),
         TopologicalSortPass(),
         *copied(),
@@ -157,14 +168,20 @@ def graph_of(name: str, text: str) -> ir.Model:
 
 
 @cache
-def _session(name: str, text: str) -> onnxruntime.InferenceSession:
+def file_of(name: str, text: str) -> Path:
+    """The reduced encoder, written."""
     folder = Path(mkdtemp(prefix="vtr-reduced-"))
     model = graph_of(name, text)
     write_weights({"vision_encoder": model}, folder)
     ir.save(model, folder / "vision_encoder.onnx")
+    return folder / "vision_encoder.onnx"
+
+
+@cache
+def _session(name: str, text: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(folder / "vision_encoder.onnx", options)
+    return onnxruntime.InferenceSession(file_of(name, text), options)
 
 
 def pictures(name: str, count: int = 2, seed: int = 0) -> np.ndarray[Any, Any]:

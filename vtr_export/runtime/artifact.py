@@ -14,7 +14,8 @@ from vtr_export.manifest import Manifest
 from vtr_export.published import kind_of
 from vtr_export.runtime.batch import Ints
 from vtr_export.runtime.decoder import Cache, Decoder
-from vtr_export.runtime.encoder import Encoded, left
+from vtr_export.runtime.encoder import Encoded, origins
+from vtr_export.runtime.encoder import left as tokens_left
 from vtr_export.runtime.generation import Finish, Generated, generate, left_to_say
 from vtr_export.runtime.images import ImageInputs, Picture, Seen, Video
 from vtr_export.runtime.model import Model
@@ -193,10 +194,10 @@ class Artifact:
         """Images with as many tokens as reductions leave; encoded where they decide how many."""
         reduced = self.manifest.model.reduced
         if inputs is None or reduced is None or reduced.is_static:
-            return inputs and left(inputs, reduced), None, 0.0
+            return inputs and tokens_left(inputs, reduced), None, 0.0
         start = time.perf_counter()
         encoded = self.model.encode(inputs.feeds)
-        return left(inputs, reduced, encoded.counts), encoded, time.perf_counter() - start
+        return tokens_left(inputs, reduced, encoded.counts), encoded, time.perf_counter() - start
 
     def written(self, prompt: str, images: Sequence[Picture]) -> tuple[str, Form]:
         """A first prompt as text, and how to encode it."""
@@ -274,7 +275,8 @@ class Artifact:
     def show_kept(self, images: Sequence[Picture] | Picture, answer: Answer) -> Image.Image:
         """The images of ``answer``'s call, one panel a stage, dropped patches darkened."""
         inputs = self.image_inputs(as_list(images))
-        if inputs is None or inputs.tokens != answer.vision_tokens:
+        left, encoded, _ = self.counted(inputs)
+        if inputs is None or left is None or left.tokens != answer.vision_tokens:
             raise InputError(
                 "the images are not those of this answer's call", hint="give those of that call"
             )
@@ -282,7 +284,10 @@ class Artifact:
         views = [kind.view(inputs, number) for number in numbers]
         grids = [Grid.of(*pair) for pair in zip(views, inputs.seen, strict=True)]
         starts = np.cumsum([0, *(image.tokens for image in inputs.seen)]).tolist()
-        kept = (np.arange(answer.vision_tokens), *answer.kept)
+        own = np.arange(answer.vision_tokens)
+        if (reduced := self.manifest.model.reduced) is not None:
+            own = origins(encoded or self.model.encode(inputs.feeds), reduced)
+        kept = tuple(own[left] for left in (np.arange(len(own)), *answer.kept))
         stages = [
             (layers, left)
             for layers, left in zip(self.stage_layers(), kept, strict=True)

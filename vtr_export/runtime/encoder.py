@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from vtr_export.errors import InputError
 from vtr_export.manifest import Reduced
 from vtr_export.runtime.batch import Ints
 from vtr_export.runtime.images import ImageInputs
@@ -60,6 +61,21 @@ def left(inputs: ImageInputs, reduced: Reduced | None, counts: Ints | None = Non
     seen = zip(inputs.seen, sizes, strict=True)
     fewer = tuple(replace(image, tokens=size, grid=None) for image, size in seen)
     return ImageInputs(inputs.feeds, inputs.given, fewer)
+
+
+def origins(encoded: Encoded, reduced: Reduced) -> Ints:
+    """``[tokens]``: which of a call's tokens before reductions each was, -1 for none alone."""
+    if encoded.source is None:
+        raise InputError(
+            "each token of this artifact stands for several patches: none is kept or dropped",
+            hint="ask without --show-kept",
+        )
+    counts = encoded.counts
+    if counts is None:
+        counts = np.full(encoded.tokens // max(reduced.most, 1), reduced.most)
+    tile = np.repeat(np.arange(len(counts)), counts)
+    where: Ints = np.where(encoded.source < 0, -1, tile * reduced.before + encoded.source)
+    return where
 
 
 def image_by_image(

@@ -214,7 +214,9 @@ def space_of(folder: Path) -> Space:
     space = Space(facts, (score,))
     given = {name: getattr(schedule, name) for name in _AS_SEARCHED}
     missing = sorted(set(range(1, space.layers)) - {stage.first_layer for stage in stages})
-    if not manifest.tunable:
+    if manifest.model.reduced is not None:
+        problem = "its vision encoder reduces tokens, and a search counts those of whole images"
+    elif not manifest.tunable:
         problem = "its keeps are frozen"
     elif missing:
         problem = f"it has no cut before layers {', '.join(map(str, missing))}"
