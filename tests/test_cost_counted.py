@@ -31,6 +31,16 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "two cuts": {"keep": (4, 3, 1)},
     "inside": {"keep": (4, 3, 1), "drop_point": "inside"},
     "text": {"keep": (4, 3, 1), "score": {"query": "text", "heads": "max"}},
+    "self and cross": {
+        "keep": (4, 3, 1),
+        "score": {"rule": "self_cross", "query": "text"},
+        "drop_point": "inside",
+    },
+    "redundancy": {
+        "keep": (4, 3, 1),
+        "score": {"rule": "redundancy"},
+        "drop_point": "attended",
+    },
     "next": {"keep": (4, 3, 1), "score": {"from": "next"}},
 }
 
@@ -68,7 +78,9 @@ def behind_attention(schedule: Resolved, model: Any) -> int:
     if schedule.drop_point == "between":
         return 0
     config = model.config.text_config
-    row = 2 * config.hidden_size * (config.hidden_size + 3 * config.intermediate_size)
+    row = 6 * config.hidden_size * config.intermediate_size
+    if schedule.drop_point == "inside":
+        row += 2 * config.hidden_size**2
     kept = (VISION, *(cut.keep.of(VISION) for cut in schedule.cuts))
     return (kept[0] - kept[-1]) * row
 

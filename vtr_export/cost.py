@@ -9,21 +9,29 @@ from vtr_export.errors import InputError
 from vtr_export.families import ModelFacts
 from vtr_export.reductions import Tower, VisionReduction
 from vtr_export.schedule import Resolved
+from vtr_export.schedule_document import Correlate
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens of one decoder layer: ``entering`` it, and ``leaving`` its attention (o_proj, MLP).
+    """Tokens of one decoder layer: ``entering`` it, and ``leaving`` its attention for the MLP.
 
-    They differ in the layer before a cut with ``drop_point: inside``. ``past`` tokens are in the
-    layer's cache already and are only attended to. ``keys`` of images are attended to in place of
-    the layer's own tokens, where it crosses.
+    They differ in the layer before a cut with ``drop_point: inside`` or ``attended``. ``past``
+    tokens are in the layer's cache already and are only attended to. ``keys`` of images are
+    attended to in place of the layer's own tokens, where it crosses. o_proj runs on ``projected``
+    rows, where they are more than those that leave.
     """
 
     entering: int
     leaving: int
     past: int = 0
     keys: int | None = None
+    projected: int | None = None
+
+    @property
+    def mixed(self) -> int:
+        """Rows of o_proj."""
+        return self.leaving if self.projected is None else self.projected
 
     @property
     def new_keys(self) -> int:
@@ -46,8 +54,10 @@ def layer_rows(resolved: Resolved, vision_tokens: int, text_tokens: int) -> tupl
             for layer, keep in enumerate(keeps)
         )
     tokens = [v + text_tokens for v in keeps]
-    after = [*tokens[1:], tokens[-1]] if resolved.drop_point == "inside" else tokens
-    return tuple(Rows(*pair) for pair in zip(tokens, after, strict=True))
+    after = tokens if resolved.drop_point == "between" else [*tokens[1:], tokens[-1]]
+    pairs = zip(tokens, after, strict=True)
+    is_attended = resolved.drop_point == "attended"
+    return tuple(Rows(*pair, projected=pair[0] if is_attended else None) for pair in pairs)
 
 
 def decode_rows(resolved: Resolved, vision_tokens: int, text_tokens: int) -> tuple[Rows, ...]:
@@ -68,7 +78,7 @@ def _macs(facts: ModelFacts, rows: Rows, mlp_matrices: int) -> int:
     """Multiply-adds of one layer: projections, attention of all rows to all keys, MLP."""
     n, a, d = rows.entering, rows.leaving, facts.hidden
     q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-    projections = n * d * q + rows.new_keys * d * 2 * kv + a * q * d
+    projections = n * d * q + rows.new_keys * d * 2 * kv + rows.mixed * q * d
     attention = 2 * n * (rows.past + rows.new_keys) * q
     return projections + attention + mlp_matrices * a * d * facts.intermediate
 
@@ -88,7 +98,7 @@ def _f_c(facts: ModelFacts, rows: Rows) -> int:
 def _f_d(facts: ModelFacts, rows: Rows) -> int:
     """Knows nothing of key-value heads or the MLP's width: m = 4d, 24nd² + 4n²d."""
     n, a, k, d = rows.entering, rows.leaving, rows.new_keys, facts.hidden
-    return 2 * n * d * d + 4 * k * d * d + 18 * a * d * d + 4 * n * (rows.past + k) * d
+    return (2 * n + 4 * k + 2 * rows.mixed + 16 * a) * d * d + 4 * n * (rows.past + k) * d
 
 
 @dataclass(frozen=True)
@@ -181,14 +191,20 @@ def cut_flops(
 
     Its query rows meet all keys; with ``from: next`` they are projected, and so are the keys of
     the tokens then dropped. ``query: text`` counts all ``text_tokens`` as rows, an upper bound.
+    Other rules, and a merge by correlation, ask all vision rows too; the merge multiplies what
+    text gives to each two tokens, and what each gives to each with their hidden states.
     """
     vision_tokens = resolved.entering(vision_tokens)
     keeps = (vision_tokens, *(cut.keep.of(vision_tokens) for cut in resolved.cuts))
     rows = text_tokens if resolved.query == "text" else 1
+    merges = isinstance(resolved.merge, Correlate)
+    asks_all = resolved.rule != "attention" or merges
     q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     costs = []
     for before, after in pairwise(keeps):
-        cost = 2 * rows * (before + text_tokens * (not resolved.crosses)) * q
+        asking = rows + before * asks_all
+        cost = 2 * asking * (before + text_tokens * (not resolved.crosses)) * q
+        cost += 2 * before**2 * (rows + facts.hidden) * merges
         if resolved.source == "next":
             cost += 2 * facts.hidden * (rows * q + (before - after) * kv)
         costs.append(cost if vision_tokens else 0)
