@@ -1,6 +1,7 @@
 """Fewer vision tokens before the decoder: reductions written into a vision encoder's graph."""
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -42,12 +43,18 @@ class ReduceVision(ir.passes.InPlacePass):
     ``image_protected`` say which tokens they were, and which no later phase may drop.
     """
 
-    def __init__(self, reductions: Sequence[VisionReduction], tower: Tower) -> None:
-        self.reductions, self.tower = reductions, tower
+    def __init__(
+        self,
+        reductions: Sequence[VisionReduction],
+        tower: Tower,
+        held: Mapping[str, ir.TensorProtocol] | None = None,
+    ) -> None:
+        """``held``: weights that only reductions read, by name."""
+        self.reductions, self.tower, self.held = reductions, tower, held or {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Reduce, then show what the next phases need."""
-        images = ReducedImages(model, self.tower)
+        images = ReducedImages(model, self.tower, self.held)
         for number, reduction in enumerate(self.reductions):
             images.build.prefix = f"vision.{number}"
             images.take(reduction, reduction.reduce(images))
@@ -60,13 +67,18 @@ class ReduceVision(ir.passes.InPlacePass):
 class ReducedImages:
     """The ``Images`` of a traced graph; ``tower`` is what is left of it so far."""
 
-    def __init__(self, model: ir.Model, tower: Tower) -> None:
+    def __init__(
+        self, model: ir.Model, tower: Tower, held: Mapping[str, ir.TensorProtocol]
+    ) -> None:
         self.build, self.graph, self.tower = Build(model, ops.Choice()), model.graph, tower
-        self._whole = tower
+        self._whole, self._held = tower, held
         self._order = order_of(model.graph)
         self._attentions = _attentions(model.graph, tower)
         self._entry = _projected(model.graph)
         self._tokens = Tokens(self._entry)
+        self._names = Counter[str]()
+        self._inside = list[ir.Value]()  # streams of the tower that a reduction made
+        self._rows: ir.Value | None = None  # which of the tower's last rows the tokens are
 
     @property
     def features(self) -> ir.Value:
@@ -76,16 +88,17 @@ class ReducedImages:
     @property
     def projected(self) -> ir.Value:
         """``[I,N,D]``, by nodes of its own."""
-        if self._tokens.projected is None:
-            output, features = self.graph.outputs[0], self._tokens.features
-            _check_by_token(self._entry, self._order)
-            given = {self._entry: features}
-            projected = replay(self.build, output, self._entry, given, "projected")
-            projected.type = output.type
-            if features is not self._entry:
-                open_lengths(features, self._whole.grid.tokens)
-            self._tokens = replace(self._tokens, projected=projected)
-        return self._tokens.projected
+        if self._tokens.projected is not None:
+            return self._tokens.projected
+        output, features = self.graph.outputs[0], self._tokens.features
+        _check_by_token(self._entry, self._order)
+        given = {self._entry: features}
+        projected = replay(self.build, output, self._entry, given, "projected")
+        projected.type = output.type
+        if features is not self._entry:
+            open_lengths(features, self._whole.grid.tokens)
+        self._tokens = replace(self._tokens, projected=projected)
+        return projected
 
     def query(self, layer: int) -> ir.Value:
         """``[I,H,n,d]``."""
@@ -117,15 +130,34 @@ class ReducedImages:
         if tower.merge > 1:
             grid = tower.grid.rows, tower.merge, tower.grid.columns, tower.merge
             (score,) = self.call("VtrPoolPatches", [score, self.constant(grid, "grid")], ["pooled"])
-        if self._tokens.features is self._entry:
-            return score
+        return score if self._is_whole(layer) else self._of_left(score, layer)
+
+    def _behind(self, layer: int) -> int:
+        """How many of the streams that reductions made a layer attends to."""
+        before = ancestors([self.query(layer)])
+        return sum(stream.producer() in before for stream in self._inside)
+
+    def _is_whole(self, layer: int) -> bool:
+        """Whether a layer attends to the tokens that there are, in their order."""
+        is_last = self._behind(layer) == len(self._inside)
+        return is_last and self._tokens.features is self._entry
+
+    def _of_left(self, score: ir.Value, layer: int) -> ir.Value:
+        """``score`` of what a layer attends to, of the tokens that are left."""
+        behind, of_last = self._behind(layer), len(self._inside)
         if self._tokens.source is None:
             raise AnalysisError(
                 "tokens that stand for several have no attention of their own",
                 hint="list the reduction that ranks by attention first",
             )
-        nobody = self.constant([0], "nobody")
-        source = self.op("Max", [self._tokens.source, nobody], "known")
+        if 0 < behind < of_last:
+            raise AnalysisError(
+                f"some of the tokens that layer {layer} attends to leave the tower behind it",
+                hint="rank by layer -1, or by one before the reduction inside the tower",
+            )
+        known = self._rows if of_last and behind == of_last else self._tokens.source
+        assert known is not None, "tokens behind the tower have sources"
+        source = self.op("Max", [known, self.constant([0], "nobody")], "known")
         return self.op("GatherElements", [score, source], "left", axis=1)
 
     def attended(self, layer: int) -> ir.Value:
@@ -154,8 +186,35 @@ class ReducedImages:
         for use in list(stream.uses()):
             if use.node in self._order and use.node not in made:  # one of the traced graph
                 use.node.replace_input_with(use.idx, by)
+        if stream is not self._entry:
+            self._inside.append(by)
         by.type = stream.type
         open_lengths(by, self._whole.sequence, self._whole.patches.tokens, self._whole.grid.tokens)
+
+    def weight(self, name: str) -> ir.Value:
+        """One of ``held``, as an initializer."""
+        if name not in self._held:
+            raise AnalysisError(
+                f"a reduction reads {name}, which the checkpoint does not hold",
+                hint="give a checkpoint that was trained with it",
+            )
+        if name not in self.graph.initializers:
+            tensor = self._held[name]
+            value = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def show_only(self, mask: ir.Value, layer: int) -> None:
+        """For towers whose own attention sees everything."""
+        for node in self._attentions[layer + 1 :]:
+            if len(node.inputs) > 3:
+                raise AnalysisError(
+                    "an attention of the vision tower has a mask of its own",
+                    where=f"node {node.name!r}",
+                    hint="choose a form with a fixed number of tokens",
+                )
+            node.resize_inputs(4)
+            node.replace_input_with(3, mask)
 
     def call(
         self,
@@ -165,30 +224,44 @@ class ReducedImages:
         **attributes: float,
     ) -> Sequence[ir.Value]:
         """One of our operators."""
-        return self.build.calls(operator, inputs, names, **attributes)
+        own = [self._unlike_others(name) for name in names]
+        return self.build.calls(operator, inputs, own, **attributes)
 
     def op(
         self, op_type: str, inputs: Sequence[ir.Value], name: str, **attributes: int
     ) -> ir.Value:
         """A standard operator with one output."""
-        return self.build.op(op_type, inputs, name, **attributes)
+        return self.build.op(op_type, inputs, self._unlike_others(name), **attributes)
 
     def constant(self, values: Sequence[int], name: str) -> ir.Value:
         """An int64 vector."""
-        return self.build.constant(values, name)
+        return self.build.constant(values, self._unlike_others(name))
+
+    def _unlike_others(self, name: str) -> str:
+        """A method may ask for the same thing twice, and call what it makes as we do."""
+        whole = f"{self.build.prefix}.{name}"
+        self._names[whole] += 1
+        return name if self._names[whole] == 1 else f"{name}.{self._names[whole]}"
 
     def take(self, reduction: VisionReduction, tokens: Tokens) -> None:
         """What ``reduction`` left is what there is."""
         before = self._tokens
+        if tokens.features is not self._entry:
+            self._rows = self._among(self._rows, tokens.source, "row")
         if tokens.source is not None and before.source is not None:
-            nobody = self.constant([0], "from")
-            at = self.op("Max", [tokens.source, nobody], "at")
-            source = self.op("GatherElements", [before.source, at], "origin", axis=1)
-            tokens = replace(tokens, source=source)
+            tokens = replace(tokens, source=self._among(before.source, tokens.source, "origin"))
         if tokens.protected is None and before.protected is not None and tokens.source is not None:
             kept = self.op("GatherElements", [before.protected, tokens.source], "still", axis=1)
             tokens = replace(tokens, protected=kept)
         self._tokens, self.tower = tokens, reduction.leaves(self.tower)
+
+    def _among(self, known: ir.Value | None, at: ir.Value | None, name: str) -> ir.Value | None:
+        """``at`` points into ``known``, or at what everything else points at."""
+        if known is None or at is None:
+            return at
+        nobody = self.constant([0], f"{name}.nobody")
+        somebody = self.op("Max", [at, nobody], f"{name}.at")
+        return self.op("GatherElements", [known, somebody], name, axis=1)
 
     def finish(self) -> None:
         """Project what is left, and say in the signature what it is."""

@@ -36,9 +36,9 @@ def _reduce(reduction: VisionZip, seen: Seen, class_row: Tensor) -> Reduced:
     kept = best(seen.attention_to(reduction.layer, "sum"), wanted - int(shown))
     rest = [token for token in range(tokens) if token not in kept.tolist()]
     context = _context(reduction, seen, rest, reduction.count(seen.tower) - wanted)
-    nobody = [torch.full((len(part),), -1) for part in (class_row[: int(shown)], context)]
-    features = torch.cat((class_row[: int(shown)], seen.features[kept], context))
-    return Reduced(features, torch.cat((nobody[0], kept, nobody[1])))
+    row = class_row if shown else seen.features[:0]
+    sources = torch.full((len(row),), -1), kept, torch.full((len(context),), -1)
+    return Reduced(torch.cat((row, seen.features[kept], context)), torch.cat(sources))
 
 
 def _context(reduction: VisionZip, seen: Seen, rest: list[int], wanted: int) -> Tensor:
@@ -61,5 +61,5 @@ def _keys(reduction: VisionZip, seen: Seen) -> Tensor:
     tower = seen.tower
     keys = seen.key(reduction.layer).float().mean(0)[int(tower.has_cls) :]
     grid, merge = tower.grid, tower.merge
-    windows = keys.unflatten(0, (grid.rows, merge, grid.columns, merge))
-    return windows.mean((1, 3)).flatten(0, 1)
+    windows = keys.view(grid.rows, merge, grid.columns, merge, -1)
+    return windows.mean((1, 3)).view(grid.tokens, -1)

@@ -27,6 +27,6 @@ def _thinned(seen: Seen, listed: torch.Tensor, wanted: int) -> torch.Tensor:
     while len(listed) > wanted:
         even, odd = listed[::2], listed[1::2]
         most = (unit[even] @ unit[odd].T).max(1).values.tolist()
-        ordered = sorted(range(len(even)), key=lambda i: (-most[i], place[int(even[i])]))  # noqa: B023 -- called at once
+        ordered = sorted(range(len(even)), key=lambda i: (-most[i], place[int(even[i])]))
         listed = torch.cat((even[ordered[min(8, len(listed) - wanted) :]], odd))
     return listed
