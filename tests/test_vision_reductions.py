@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import vision_cases
 
-from vtr_export.reductions import VISION
+from vtr_export.reductions.registry import VISION
 from vtr_export.reference.reducing import KNOWN
 
 ALL = ("digits", "clip", "siglip", "internvl")
@@ -12,6 +12,7 @@ CASES: tuple[tuple[str, tuple[str, ...]], ...] = (  # vision part, and the encod
     ("[{method: fastervlm, keep: 50%}]", ALL),
     ("[{method: fastervlm, keep: 3, layer: -1}]", ALL),
     ("[{method: fastervlm, keep: 3}, {method: fastervlm, keep: 1, layer: -1}]", ALL),
+    ("[{method: focusllava}]", ALL),
     ("[{method: prumerge}]", ALL),
     ("[{method: prumerge, ratio: 25%}]", ALL),
     ("[{method: prumerge+}]", ALL),
@@ -19,6 +20,15 @@ CASES: tuple[tuple[str, tuple[str, ...]], ...] = (  # vision part, and the encod
     ("[{method: ficoco_v, each: 3}]", ("clip", "siglip")),
     ("[{method: ficoco_v, each: 1/9, nearest: 2, from_layer: 1}]", ("clip", "siglip", "digits")),
     ("[{method: ficoco_v, each: 2, nearest: 0, beta: 1.0}]", ("clip",)),
+    ("[{method: ficoco_v, each: 2}, {method: fastervlm, keep: 9, layer: 1}]", ("clip", "siglip")),
+    (
+        "[{method: ficoco_v, each: 2}, {method: fastervlm, keep: 9, layer: -1},"
+        " {method: fastervlm, keep: 5, layer: -1}]",
+        ("clip",),
+    ),
+    ("[{method: mustdrop, windows: 2}]", ("clip", "siglip", "digits")),
+    ("[{method: mustdrop, layer: 1, similarity: 0.45, keys: 3}]", ("clip", "siglip")),
+    ("[{method: mustdrop, similarity: 0.6, keys: 20%}]", ("clip", "digits")),
     ("[{method: divprune, keep: 25%}]", ALL),
     ("[{method: fastervlm, keep: 50%}, {method: divprune, keep: 25%}]", ("clip", "internvl")),
     ("[{method: visionzip, dominant: 5, contextual: 3}]", ALL),
