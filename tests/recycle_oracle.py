@@ -49,7 +49,7 @@ def clustered(rows: Array, clusters: int) -> Clusters:
     margins = [np.inf]
     if clusters < count:
         ends = product[best[clusters - 1]], product[best[clusters]]
-        margins.append(0 if ends[0] == ends[1] else ends[0] - ends[1])
+        margins.append(np.inf if ends[0] == ends[1] else ends[0] - ends[1])
     margins += [
         float(b - a)
         for i, row in enumerate(near)
@@ -57,7 +57,7 @@ def clustered(rows: Array, clusters: int) -> Clusters:
         for a, b in [np.sort(np.append(row, np.inf))[:2]]
     ]
     ties = np.diff(np.sort(spread))
-    margins += [float(tie) for tie in ties]
+    margins += [float(tie) for tie in ties if tie]  # two that are each other's nearest do tie
     return Clusters(centres, label, min(margins))
 
 

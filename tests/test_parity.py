@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from torch import Tensor
 from vtr_export.passes.widen import Widen
 from vtr_export.reference import Reference, Step, embed, pad_batch, positions_of, vision_index_of
 from vtr_export.schedule import Cut, Keep, Resolved
+from vtr_export.schedule_document import Recycle
 
 GATE = 1e-4  # largest difference of fp32 logits, keys and values
 CLEAR = 1e-5  # a margin above this survives another order of summation
+RECYCLE = Recycle(share=Fraction(4, 5), each=3)
 CASES: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
     "last": ({1: 8, 3: 3}, {}),
     "text": ({2: 5}, {"query": "text"}),
@@ -31,6 +34,11 @@ CASES: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
     "repacked_next": ({1: 8, 2: 3}, {"positions": "repacked", "source": "next"}),
     "per_image": ({1: 8, 3: 3}, {"rank": "per_image"}),
     "per_image_next": ({0: 8, 1: 3, 2: 1}, {"rank": "per_image", "source": "next"}),
+    "raters": ({1: 8, 3: 3}, {"query": "raters"}),
+    "raters_next": ({0: 9, 2: 4}, {"query": "raters", "source": "next"}),
+    "recycled": ({1: 8, 3: 3}, {"merge": RECYCLE}),
+    "recycled_next": ({0: 8, 2: 3}, {"merge": RECYCLE, "source": "next"}),
+    "sparsevlm": ({1: 8, 3: 3}, {"query": "raters", "merge": RECYCLE, "positions": "repacked"}),
     "uncut": ({}, {}),
 }
 SHORT = ("qwen2", "four_tokens")  # variants that get one schedule each
@@ -152,6 +160,7 @@ SINGLE: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
     "last": ({1: 3, 2: 1}, {}),
     "text": ({1: 2, 2: 1}, {"query": "text", "positions": "repacked"}),
     "next": ({0: 3, 2: 0}, {"source": "next", "heads": "max"}),
+    "sparsevlm": ({1: 2, 2: 1}, {"query": "raters", "merge": RECYCLE, "positions": "repacked"}),
     "per_image": ({1: 2, 2: 1}, {"rank": "per_image", "drop_point": "inside"}),
 }
 
@@ -280,6 +289,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "inside": ("llama", {"drop_point": "inside"}),
     "per_image": ("llama", {"rank": "per_image"}),
     "repacked": ("llama", {"positions": "repacked"}),
+    "sparsevlm": ("llama", {"query": "raters", "merge": RECYCLE, "positions": "repacked"}),
     "qwen2": ("qwen2", {}),
     "fp16": ("fp16", {}),
 }

@@ -107,8 +107,9 @@ def peaks(rows: Tensor, clusters: int) -> tuple[list[tuple[int, list[int]]], flo
     for i in set(range(len(rows))) - set(centres):
         members[min(centres, key=lambda c: (float(squared[i, c]), c))].append(i)
     ends = best.values[clusters - 1 : clusters + 1]
-    clear = float(ends[0] - ends[1]) if len(ends) == 2 else torch.inf
-    return [(c, sorted(members[c])) for c in centres], 0.0 if clear != clear else clear
+    is_decided = len(ends) < 2 or bool(ends[0] == ends[1])  # two that are each other's nearest
+    clear = torch.inf if is_decided else float(ends[0] - ends[1])
+    return [(c, sorted(members[c])) for c in centres], clear
 
 
 def _lay(row: _Row, streams: Streams, b: int, most: int) -> tuple[Tensor, ...]:
