@@ -51,4 +51,10 @@ def _check(reductions: Sequence[VisionReduction], tower: Tower, refuse: Refuse) 
                 f"how many tokens {reduction.method} leaves depends on the image",
                 "list it last",
             )
+        if reduction.projects and number + 1 < len(reductions):
+            raise refuse(
+                ("vision", number),
+                f"{reduction.method} works behind the projector",
+                "list it last, or give it features where it can take them",
+            )
         tower = reduction.leaves(tower)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vtr_export.keeps import KeepValue, tokens_of
-from vtr_export.reductions.reduction import VisionReduction
+from vtr_export.reductions.reduction import VisionReduction, unranked
 from vtr_export.reductions.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ class FasterVLM(VisionReduction):
     method: Literal["fastervlm"] = "fastervlm"
     keep: KeepValue
     layer: int = -2
+
+    def misfit(self, tower: Tower) -> tuple[str, str] | None:
+        """Attention is given to the tower's own tokens."""
+        return None if tower.is_own else unranked(self.method)
 
     def count(self, tower: Tower) -> int:
         """``keep``, of all tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -19,6 +20,7 @@ class Reduction(StrictModel):
 
     method: str
     PAPER: ClassVar[str] = ""  # arXiv number
+    STATIC_FORM: ClassVar[str] = ""  # what to write for it, where there are several forms
 
     @property
     def form(self) -> Form:
@@ -29,10 +31,23 @@ class Reduction(StrictModel):
 class VisionReduction(Reduction):
     """Fewer tokens before the decoder."""
 
+    PROTECTS: ClassVar[bool] = False  # it tells tokens that no later phase drops
+    MERGES: ClassVar[bool] = False  # a token that it leaves may stand for several
+
+    @property
+    def projects(self) -> bool:
+        """Whether it works on what the projector gives, so that no other can follow."""
+        return False
+
     def misfit(self, tower: Tower) -> tuple[str, str] | None:
         """Why it cannot be done on a tower, and what can; None where it can."""
         del tower
         return None
+
+    def weights(self, tower: Tower) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what the checkpoint must hold for it, by name (``vision_sampler.…``)."""
+        del tower
+        return {}
 
     def count(self, tower: Tower) -> int:
         """Tokens of an image that are left; of a data-dependent form, at most."""
@@ -40,7 +55,8 @@ class VisionReduction(Reduction):
 
     def leaves(self, tower: Tower) -> Tower:
         """The tower as a reduction behind this one sees it; tokens in no grid are a row."""
-        return replace(tower, grid=Grid(1, self.count(tower)))
+        own = tower.is_own and not self.MERGES
+        return replace(tower, grid=Grid(1, self.count(tower)), is_own=own)
 
     def flops(self, tower: Tower) -> int:
         """What the reduction itself computes for one image: 2 a multiply-add, as a cost says.
@@ -52,3 +68,8 @@ class VisionReduction(Reduction):
     def reduce(self, images: Images) -> Tokens:
         """Write it into a vision encoder's graph."""
         raise NotImplementedError
+
+
+def unranked(method: str) -> tuple[str, str]:
+    """The misfit of one that ranks by attention what nobody attended to."""
+    return f"{method} ranks by attention, and some tokens stand for several", "list it first"

@@ -24,7 +24,7 @@ class Tower:
     ``merge`` by ``merge`` patches of the tower's own ``patches``, which ``hidden`` numbers describe
     in each of ``layers`` layers. ``layers_run`` of these feed the projector, which makes each token
     ``projected`` wide by ``projector_macs`` multiply-adds. A class token stands before the patches
-    where ``has_cls``.
+    where ``has_cls``. ``is_own``: each token is one of the tower's own, none stands for several.
     """
 
     grid: Grid
@@ -39,6 +39,7 @@ class Tower:
     has_cls: bool
     projected: int
     projector_macs: int
+    is_own: bool = True
 
     @property
     def is_whole(self) -> bool:

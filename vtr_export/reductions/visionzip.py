@@ -29,6 +29,7 @@ class VisionZip(VisionReduction):
     """
 
     PAPER: ClassVar[str] = "2412.04467"
+    MERGES: ClassVar[bool] = True
     method: Literal["visionzip"] = "visionzip"
     dominant: KeepValue = 54
     contextual: KeepValue = 10

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from vtr_export.keeps import KeepValue, tokens_of
-from vtr_export.reductions.reduction import VisionReduction
+from vtr_export.reductions.reduction import VisionReduction, unranked
 from vtr_export.reductions.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class VisPruner(VisionReduction):
     keep: KeepValue
     important: KeepValue = Fraction(1, 2)
     layer: int = -2
+
+    def misfit(self, tower: Tower) -> tuple[str, str] | None:
+        """Attention is given to the tower's own tokens."""
+        return None if tower.is_own else unranked(self.method)
 
     def count(self, tower: Tower) -> int:
         """``keep``, of all tokens."""
