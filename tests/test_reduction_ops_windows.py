@@ -1,6 +1,7 @@
 """MustDrop's windows and key set as operators, against their definition in numpy."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 from cut_oracle import Array
@@ -54,7 +55,7 @@ def test_windows_become_their_means_and_all_others_stay(
     assume(own)
     stream, rng = smooth(images, tokens, seed), np.random.default_rng(seed)
     likeness = rng.random((images, len(own)), np.float32)
-    windows = {"window": np.array(window)}
+    windows: dict[str, Any] = {"window": np.array(window)}
     chosen, width = run(
         "VtrLikeWindows", likeness=likeness, stream=stream, similarity=0.5, **windows
     )
