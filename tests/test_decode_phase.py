@@ -1,5 +1,6 @@
 """Decoding behind a compacted cache is decoding behind one whose dropped tokens are hidden."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from conftest import in_this_process
 from cut_graphs import Traced, Tracer, serialized
 from PIL import Image
+from simulated_tensorrt import Simulation
 from test_families import LLAVA_7B
 from test_parity import GATE, Turn, assert_close, turn, words
 from tiny_models import save_checkpoint, tiny_llava
@@ -29,6 +31,7 @@ from vtr_export.runtime.artifact import Artifact, Request
 from vtr_export.runtime.decoder import Decoder
 from vtr_export.runtime.sampling import Options
 from vtr_export.runtime.session import OnnxRuntime, Resident
+from vtr_export.runtime.tensorrt import Gpu, Plan, TensorRT
 from vtr_export.schedule import Resolved, Schedule
 from vtr_export.verify.compare import compare
 from vtr_export.verify.gates import BARS
@@ -89,12 +92,10 @@ class Graphs:
         decoder = tiny.cut(schedule)
         compaction = compact_cache(decoder)
         assert compaction is not None
-        sessions = []
-        for name, model in (("decoder", decoder), ("compaction", compaction)):
-            file = folder / f"{name}.onnx"
+        self.files = [folder / "decoder.onnx", folder / "compaction.onnx"]
+        for file, model in zip(self.files, (decoder, compaction), strict=True):
             file.write_bytes(serialized(model))
-            sessions.append(OnnxRuntime(file, threads=1))
-        self.decoder = Decoder(*sessions)
+        self.decoder = Decoder(*(OnnxRuntime(file, threads=1) for file in self.files))
         self.cache: Any = None
 
     def __call__(self, embeds: Tensor, mask: Tensor, vision: Tensor) -> Any:
@@ -108,6 +109,27 @@ class Graphs:
         """Tokens of every cache."""
         values = self.cache.values.items()
         return [value.shape[-2] for name, value in values if name.startswith(part)]
+
+
+def on_engines(files: Sequence[Path]) -> Decoder:
+    """The same graphs as two plans of one simulated GPU, for calls of any length."""
+    simulation, sessions = Simulation(), []
+    gpu = Gpu.of(simulation.library(), simulation.cuda)  # type: ignore[arg-type]  # of no device
+    for file in files:
+        ports = OnnxRuntime(file, threads=1).inputs.values()
+        dims = {
+            p.name: [(d, d) if isinstance(d, int) else (0, 500) for d in p.shape] for p in ports
+        }
+        bounds = {
+            name: ([least for least, _ in each], [most for _, most in each])
+            for name, each in dims.items()
+        }
+        plan = file.with_suffix(".plan")
+        plan.write_bytes(file.name.encode())
+        simulation.serve(file.name.encode(), str(file), [bounds])
+        data = Plan.open(plan, list(simulation.known)[-1]).data
+        sessions.append(TensorRT(plan, data=data, gpu=gpu))
+    return Decoder(*sessions)
 
 
 def conversation(tiny: Traced, generator: torch.Generator) -> list[Turn]:
@@ -132,6 +154,20 @@ def test_a_conversation_equals_one_with_dropped_tokens_hidden(
         whole, *others = graphs.lengths()[::2]
         assert len(set(others)) == 1, "caches behind the first cut have one length"
         assert others[0] < whole
+
+
+def test_an_engine_hands_its_cache_from_one_plan_to_the_other(
+    traced: Tracer, tmp_path: Path
+) -> None:
+    tiny = traced("llama")
+    graphs = Graphs(tiny, tiny.schedule({1: 12, 2: 6, 3: 3}, decode=DECODE), tmp_path)
+    calls = conversation(tiny, torch.Generator().manual_seed(7))
+    expected = [graphs(*call).logits for call in calls]
+    graphs.decoder, graphs.cache = on_engines(graphs.files), None
+    for call, logits in zip(calls, expected, strict=True):
+        assert np.array_equal(graphs(*call).logits, logits)
+        caches = graphs.cache.values.items()
+        assert all(isinstance(v, Resident) for name, v in caches if name.startswith("past"))
 
 
 @pytest.mark.parametrize("case", ["original", "repacked"])

@@ -12,8 +12,9 @@ from test_families import LLAVA_7B, tiny
 
 from vtr_export.errors import InputError, ScheduleError
 from vtr_export.families import read_facts
-from vtr_export.plan import check_fits_target, plan
-from vtr_export.schedule import Resolved, Schedule
+from vtr_export.plan import plan
+from vtr_export.schedule import Cut, Keep, Resolved, Schedule
+from vtr_export.target_fit import check_fits_target
 from vtr_export.targets import (
     RTX_SMS,
     SMS,
@@ -146,7 +147,13 @@ def test_the_plugin_serves_whatever_a_schedule_says() -> None:
     from vtr_export.backends.tensorrt.python_plugin import SERVED  # brings onnx_ir
 
     said = get_type_hints(Resolved)
-    assert {name: get_args(said[name]) for name in SERVED} == SERVED
+    left = {name: {*get_args(said[name])} - {*served} for name, served in SERVED.items()}
+    assert left == {"query": {"raters"}, "heads": set(), "rank": set()}
+    raters = Resolved(32, 576, (Cut(2, Keep(288, 576)),), query="raters")
+    with pytest.raises(InputError, match="plugin"):
+        check_fits_target(Schedule.fastv(), raters, 576, "tensorrt-rtx", plugin="on")
+    with pytest.raises(ScheduleError, match=r"7\.5"):  # which the plugin helps with elsewhere
+        check_fits_target(Schedule.fastv(), raters, 576, "tensorrt-rtx", sms=(75,), plugin="auto")
     text = Schedule.parse(TEXT_ROWS)
     for choice in ("on", "auto"):
         long = plan(text, LLAVA, images=14, target="tensorrt-rtx", plugin=choice)
@@ -184,6 +191,36 @@ def test_the_check_of_an_export_takes_no_plugin_for_granted() -> None:
         check_fits_target(schedule, schedule.resolve(LLAVA), 8064, "tensorrt-rtx")
     with pytest.raises(InputError, match="abacus"):
         check_fits_target(schedule, schedule.resolve(LLAVA), 8064, "abacus")
+
+
+TENSORRT = ("tensorrt", "tensorrt-rtx", "tensorrt-10")
+
+
+@pytest.mark.parametrize("target", TENSORRT)
+@pytest.mark.parametrize(
+    ("text", "where", "way_out"),
+    [
+        ("vision: [{method: prumerge}]", "vision", "ratio: 1/8"),
+        ("prefill: {stages: [], threshold: {whole: 0, single: 0}}", "threshold", "keep says"),
+    ],
+)
+def test_what_lets_an_image_decide_is_for_no_engine(
+    target: str, text: str, where: str, way_out: str
+) -> None:
+    schedule = Schedule.parse(f"version: 1\n{text}")
+    document = schedule.document
+    resolved = Resolved(32, 576, (), vision=document.vision, threshold=document.prefill.threshold)
+    with pytest.raises(ScheduleError) as caught:
+        check_fits_target(schedule, resolved, 576, target)
+    assert where in caught.value.where
+    assert way_out in str(caught.value.hint)
+    assert check_fits_target(schedule, resolved, 576, "onnxruntime") == ()
+
+
+def test_a_static_form_is_for_every_target() -> None:
+    schedule = Schedule.parse("version: 1\nvision: [{method: prumerge, ratio: 1/8}]")
+    for target in TENSORRT:
+        plan(schedule, LLAVA, target=target)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from vtr_export.backends.tensorrt.profiles import choose_ranges
 from vtr_export.engine_manifest import Request
 from vtr_export.errors import EngineError, InputError, UnavailableError
 from vtr_export.manifest import Manifest
-from vtr_export.schedule import Keep
+from vtr_export.schedule import Keep, Schedule
 from vtr_export.targets import SANDWICHED, TOP_K, TURING, check_target
 
 
@@ -48,6 +48,7 @@ class Buildable:
         manifest = Manifest.load(folder)
         _check_verified(manifest, folder, unverified)
         _check_tokens(manifest, folder)
+        _check_static(manifest, folder)
         _check_beside(manifest, folder)
         library, chosen = check_builds(target, sms, manifest.dtype)
         request = Request(
@@ -117,6 +118,19 @@ def _check_tokens(manifest: Manifest, folder: Path) -> None:
             where=str(folder),
             hint="run the artifact in ONNX Runtime: vtr run ARTIFACT --device cuda",
         )
+
+
+def _check_static(manifest: Manifest, folder: Path) -> None:
+    """``target_fit`` says it earlier, and where it is written."""
+    reduced, said = manifest.model.reduced, Schedule.parse(manifest.schedule.text)
+    if (reduced is None or reduced.is_static) and said.prefill.threshold is None:
+        return
+    raise EngineError(
+        "what an image shows decides how many of its tokens are left, and an engine's lengths "
+        "follow from its inputs'",
+        where=str(folder),
+        hint="export a static form (vtr plan --target names it), or run it in ONNX Runtime",
+    )
 
 
 def _check_beside(manifest: Manifest, folder: Path) -> None:
@@ -193,7 +207,7 @@ def _find_plugin(
 def _limit(
     graph: ir.Model, manifest: Manifest, request: Request, target: str, sms: tuple[int, ...]
 ) -> str | None:
-    """Why TensorRT's own layers cannot be the cuts (``plan.check_fits_target`` says it earlier)."""
+    """Why TensorRT's own layers cannot be the cuts (``target_fit`` says it earlier)."""
     largest = max(_selected(keep, manifest, request) for keep in keeps_of(manifest))
     if largest > TOP_K:
         return f"{largest} tokens may be kept, TensorRT's own TopK takes {TOP_K}"

@@ -15,12 +15,12 @@ from vtr_export.frontends.remote import run_config
 from vtr_export.frontends.tokenizer import write_tokenizer
 from vtr_export.manifest import Gate, Manifest
 from vtr_export.memory import get_weight_type, weight_bytes
-from vtr_export.plan import check_fits_target
 from vtr_export.process import Announce, Clock, peak_rss_bytes
 from vtr_export.publish import check_target as check_place
 from vtr_export.publish import publish
 from vtr_export.published import MANIFEST, hash_files
 from vtr_export.schedule import Resolved, Schedule
+from vtr_export.target_fit import check_fits_target
 from vtr_export.targets import check_name, check_target
 
 if TYPE_CHECKING:

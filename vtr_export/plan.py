@@ -13,7 +13,7 @@ from vtr_export.cost import (
     without_cuts,
 )
 from vtr_export.devices import get_device
-from vtr_export.errors import InputError, ScheduleError
+from vtr_export.errors import InputError
 from vtr_export.families import ModelFacts
 from vtr_export.memory import (
     Peak,
@@ -28,16 +28,8 @@ from vtr_export.memory import (
 from vtr_export.process import size
 from vtr_export.roofline import first_token_parts, next_token_parts, seconds
 from vtr_export.schedule import Resolved, Schedule
-from vtr_export.targets import (
-    PLUGINS,
-    SANDWICHED,
-    TOP_K,
-    TURING,
-    check_name,
-    check_target,
-    fuses_attention,
-    target_notes,
-)
+from vtr_export.target_fit import check_fits_target
+from vtr_export.targets import check_target, fuses_attention, target_notes
 from vtr_export.tensorrt_10 import verdict
 
 
@@ -201,91 +193,6 @@ def plan(
         **_memory(facts, resolved, work, kind, _holds_scores(facts, device, target), memory),
         **_times(facts, resolved, work, kind, device),
     )
-
-
-def check_fits_target(
-    schedule: Schedule,
-    resolved: Resolved,
-    vision_tokens: int,
-    target: str,
-    *,
-    sms: tuple[int, ...] = (),
-    sandwiched: bool = False,
-    plugin: str = "off",
-) -> tuple[str, ...]:
-    """Refuse cuts that ``target`` cannot build; what it can build with our plugin only is returned.
-
-    TensorRT's TopK selects at most 3840: of a call, or with ``rank: per_image`` of an image.
-    TensorRT-RTX multiplies no fp32 matrices for Turing, and a cut's scores are such a product; and
-    it fails to compile a cut's own layers ahead of ``sandwiched`` ones (its 1.7.1).
-    ``plugin`` is auto, on or off.
-    """
-    check_name(target)
-    _check_plugin(target, plugin)
-    if not target.startswith("tensorrt"):
-        return ()
-    limits = [*_too_many(resolved, vision_tokens, target), *_unscored(resolved, target, sms)]
-    limits += _uncompiled(resolved, target, sandwiched)
-    way_out = _way_to_plugin(target, plugin)
-    for before_layer, limit, hint in limits:
-        if way_out is not None:
-            raise ScheduleError(
-                limit,
-                where=schedule.place_of(before_layer),
-                hint=f"{hint}{way_out}, or target onnxruntime",
-            )
-    return tuple(f"{limit}: needs the plugin" for _, limit, _ in limits)
-
-
-def _check_plugin(target: str, plugin: str) -> None:
-    """InputError for what is no choice, and for a plugin that would have to serve and cannot."""
-    if plugin not in PLUGINS:
-        raise InputError(f"no plugin choice {plugin!r}", hint=f"one of: {', '.join(PLUGINS)}")
-    if plugin == "on" and target in ("onnxruntime", "tensorrt-10"):
-        raise InputError(
-            f"{target} takes no plugin of ours",
-            where="--plugin on",
-            hint="leave it out: the operators' own bodies run there",
-        )
-
-
-def _way_to_plugin(target: str, plugin: str) -> str | None:
-    """None where the plugin serves; else what of the plugin is a way out, for the end of a hint."""
-    if target == "tensorrt-10":
-        return ""
-    return ", --plugin auto" if plugin == "off" else None
-
-
-def _too_many(
-    resolved: Resolved, vision_tokens: int, target: str
-) -> Iterator[tuple[int, str, str]]:
-    """Cuts beyond TopK: (layer, limit, way out). Engines leave out a cut that keeps everything."""
-    for cut in resolved.cuts:
-        kept = cut.keep.of(vision_tokens)
-        if kept == vision_tokens and target != "tensorrt-10":
-            continue
-        selected = cut.keep.numerator if resolved.rank == "per_image" else kept
-        if selected > TOP_K:
-            limit = f"{selected} tokens kept before layer {cut.before_layer}"
-            limit += f", but TensorRT selects at most {TOP_K}"
-            yield cut.before_layer, limit, f"keep at most {TOP_K}, fewer images a call"
-
-
-def _unscored(
-    resolved: Resolved, target: str, sms: tuple[int, ...]
-) -> Iterator[tuple[int, str, str]]:
-    """The first cut, where its scores cannot be multiplied: (layer, limit, way out)."""
-    if resolved.cuts and target == "tensorrt-rtx" and TURING in sms:
-        limit = "a cut's scores are an fp32 product, and TensorRT-RTX has none for SM 7.5 (Turing)"
-        yield resolved.cuts[0].before_layer, limit, "leave SM 7.5 out"
-
-
-def _uncompiled(
-    resolved: Resolved, target: str, sandwiched: bool
-) -> Iterator[tuple[int, str, str]]:
-    """The first cut, where TensorRT-RTX fails on what follows: (layer, limit, way out)."""
-    if resolved.cuts and target == "tensorrt-rtx" and sandwiched:
-        yield resolved.cuts[0].before_layer, SANDWICHED, "cut nothing"
 
 
 def _check_count(name: str, value: int, least: int) -> None:

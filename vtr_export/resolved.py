@@ -80,6 +80,12 @@ class Resolved:
         return tokens // self.tower.grid.tokens * self.tokens_left
 
     @property
+    @property
+    def is_fusible(self) -> bool:
+        """Whether a plugin may stand for its cuts: they rank by attention and drop, no more."""
+        ranks = self.rule == "attention" and self.query != "raters" and self.threshold is None
+        return ranks and not self.protect and self.merge is None
+
     def compacts(self) -> bool:
         """Whether caches are narrowed behind a prefill: those between two cuts."""
         return bool(self.decode) and len(self.cuts) > 1

@@ -67,6 +67,8 @@ class PruMerge(VisionReduction):
     """
 
     PAPER: ClassVar[str] = "2403.15388"
+    STATIC_FORM: ClassVar[str] = "ratio: 1/8 (any share)"
+    MERGES: ClassVar[bool] = True
     method: Literal["prumerge"] = "prumerge"
     ratio: Ratio = None
 

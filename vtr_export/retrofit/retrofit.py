@@ -7,7 +7,7 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from vtr_export.assemble import schedule_facts, versions
-from vtr_export.errors import AnalysisError, InputError
+from vtr_export.errors import AnalysisError, InputError, ScheduleError
 from vtr_export.manifest import Gate
 from vtr_export.process import Announce, Clock
 from vtr_export.publish import check_target, publish
@@ -69,6 +69,12 @@ def retrofit(request: Request, progress: Announce | None = None) -> Report:
     with clock.step("analyse"):
         decoder = _understood(request.onnx)
         request, embedding = _with_embedding(request, decoder)
+        if schedule.document.decode:
+            raise ScheduleError(
+                "decode needs a runtime that narrows the cache behind a prefill",
+                where=schedule.source.at(("decode",)),
+                hint="leave it out, or export from the checkpoint: vtr export --model",
+            )
         resolved = schedule.resolve(
             _Model(len(decoder.kinds), request.image_tokens, decoder.has_mrope)
         )

@@ -161,7 +161,7 @@ def serves(model: ir.Model) -> str | None:
     """None when the plugin can stand behind every cut of ``model``; else why not."""
     cuts = [node for node in model.graph if is_prune(node)]
     if not cuts:
-        return "the graph has no cut"
+        return "no cut of the graph ranks by attention and drops, and does no more"
     return next((why for node in cuts if (why := _refusal(node)) is not None), None)
 
 
