@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vtr_export.reductions import Decode, Tower, Vision
+from vtr_export.reductions import Tower
+from vtr_export.reductions.registry import Decode, Vision
 from vtr_export.schedule_document import Correlate, Recycle, Threshold
 
 Rounding = Literal["floor", "ceil"]
@@ -80,12 +81,12 @@ class Resolved:
         return tokens // self.tower.grid.tokens * self.tokens_left
 
     @property
-    @property
     def is_fusible(self) -> bool:
         """Whether a plugin may stand for its cuts: they rank by attention and drop, no more."""
         ranks = self.rule == "attention" and self.query != "raters" and self.threshold is None
         return ranks and not self.protect and self.merge is None
 
+    @property
     def compacts(self) -> bool:
         """Whether caches are narrowed behind a prefill: those between two cuts."""
         return bool(self.decode) and len(self.cuts) > 1

@@ -10,6 +10,9 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
+from vtr_export.errors import AnalysisError
+from vtr_export.reductions.registry import operator_folders
+
 DOMAIN = "vtr"
 VERSION = 1
 OLDEST = 18  # opset whose operators a body can be read with: reductions take their axes as input
@@ -61,7 +64,20 @@ def folder() -> Path:
 
 @cache
 def _parse(name: str) -> onnx.FunctionProto:
-    return onnx.parser.parse_function((folder() / f"{name}.onnxtxt").read_text(encoding="utf-8"))
+    return onnx.parser.parse_function(_file(name).read_text(encoding="utf-8"))
+
+
+def _file(name: str) -> Path:
+    """Ours, or that of a package that brings a reduction."""
+    places = [place / f"{name}.onnxtxt" for place in (folder(), *operator_folders())]
+    found = [place for place in places if place.is_file()]
+    if len(found) != 1:
+        said = "twice: " + ", ".join(map(str, found)) if found else "nowhere"
+        raise AnalysisError(
+            f"the operator {name} is {said}",
+            hint="its text lies in `graphs` beside the reduction that calls it, under its own name",
+        )
+    return found[0]
 
 
 def load(name: str, choice: Choice) -> ir.Function:

@@ -1,7 +1,7 @@
 """An artifact for each method and share, all of one trace."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,10 +100,14 @@ class TracedOnce:
 
     def __call__(self, *given: object, whole: bool = False) -> "Graphs":
         """One trace with all layers of the tower, one with those that feed the projector."""
-        from vtr_export.frontends.transformers import Graphs, load
+        from vtr_export.frontends.transformers import load
 
         if whole not in self.known:
             self.known[whole] = load(*given, whole=whole)  # type: ignore[arg-type]
         graphs = self.known[whole]
-        copies = (graphs.vision_encoder, graphs.embed_tokens, graphs.decoder)
-        return Graphs(*(graph.clone() for graph in copies))
+        return replace(
+            graphs,
+            vision_encoder=graphs.vision_encoder.clone(),
+            embed_tokens=graphs.embed_tokens.clone(),
+            decoder=graphs.decoder.clone(),
+        )

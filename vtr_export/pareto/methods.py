@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 from vtr_export.errors import InputError
 from vtr_export.families import ModelFacts, tower_of
 from vtr_export.keeps import write_keep
-from vtr_export.reductions import VISION
+from vtr_export.reductions.registry import VISION
 from vtr_export.schedule import Schedule
 from vtr_export.search.budget import Budget
 from vtr_export.search.candidate import Score, Space

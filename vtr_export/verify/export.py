@@ -14,6 +14,7 @@ import vtr_export
 from vtr_export import errors
 from vtr_export.errors import UnavailableError
 from vtr_export.manifest import Gate
+from vtr_export.reductions.registry import check_references
 from vtr_export.schedule import Resolved
 
 _KILLED = (-9, 137)
@@ -57,6 +58,7 @@ def verify_export(
     from vtr_export.verify.check import Job
     from vtr_export.verify.child import FINDINGS, write_job
 
+    check_references(schedule.vision)
     job = Job(
         artifact=staging.absolute(),
         checkpoint=checkpoint.absolute(),
