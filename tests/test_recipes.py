@@ -61,18 +61,22 @@ PYRAMID = (576,) * 8 + (288,) * 8 + (144,) * 8 + (72,) * 8
             PYRAMID,
         ),
         ("layer_list = [8, 16, 24]  # of 32\nimage_token_ratio_list = [.5, .25, .125]\n", PYRAMID),
-        ("RETAIN_TOKN=192 bash eval.sh", (576,) * 3 + (300,) * 4 + (200,) * 9 + (110,) * 16),
+        # 83, 33 and 29 of the dropped tokens make 9, 4 and 3 clusters
+        (
+            "RETAIN_TOKN=192 bash eval.sh",
+            (576,) * 3 + (300 + 9,) * 4 + (200 + 4,) * 9 + (110 + 3,) * 16,
+        ),
         (
             "USE_VERSION=2_0 RETAIN_TOKN=64 bash eval.sh",
             (576,) * 3 + (66,) * 4 + (34,) * 9 + (20,) * 16,
         ),
         (
             "sparse_token_list_96 = [238,48,26]",
-            (576,) * 3 + (238,) * 4 + (48,) * 9 + (26,) * 16,
+            (576,) * 3 + (238 + 11,) * 4 + (48 + 7,) * 9 + (26 + 1,) * 16,
         ),
         (
             "{pruning_loc: [4, 9], sparse_token_list: [100, 10]}",
-            (576,) * 5 + (100,) * 5 + (10,) * 22,
+            (576,) * 5 + (100 + 15,) * 5 + (10 + 4,) * 22,
         ),
         ("--use_vtw --k=15", (576,) * 15 + (0,) * 17),
         ("vtw_k: 5", (576,) * 5 + (0,) * 27),
@@ -104,9 +108,9 @@ def test_a_recipe_ranks_as_its_code_does() -> None:
         "{layer_list: [8], image_token_ratio_list: [0.5]}": (
             *("next", "last", "mean", "repacked", "between"),
         ),
-        "{RETAIN_TOKN: 192}": ("previous", "text", "mean", "repacked", "between"),
+        "{RETAIN_TOKN: 192}": ("previous", "raters", "mean", "repacked", "between"),
         "{RETAIN_TOKN: 192, USE_VERSION: 2_0}": (
-            *("previous", "text", "mean", "original", "between"),
+            *("previous", "raters", "mean", "original", "between"),
         ),
         "[1, 0]": ("previous", "text", "max", "original", "inside"),
     }
@@ -131,6 +135,7 @@ def test_a_schedule_is_no_recipe() -> None:
 # what is published
 
 AVERAGES = {192: 202.8, 128: 140.8, 96: 110.2, 64: 79.2}  # not the numbers they are named after
+WITH_CLUSTERS = {192: 206.5, 128: 145.4, 96: 114.1, 64: 82.2}  # and means of what is recycled
 
 
 @pytest.mark.parametrize("tokens", AVERAGES)
@@ -139,6 +144,8 @@ def test_sparsevlm_keeps_more_than_its_name_says(tokens: int) -> None:
     mean = steps.mean_share()
     assert mean is not None
     assert float(mean * 576) == pytest.approx(AVERAGES[tokens], abs=0.0501)
+    entering = keeps(Schedule.sparsevlm(tokens))
+    assert sum(entering) / 32 == pytest.approx(WITH_CLUSTERS[tokens], abs=0.0501)
 
 
 PUBLISHED: dict[str, Callable[[], Schedule]] = {
@@ -276,7 +283,8 @@ def test_any_cuts_are_a_pyramid(drawn: tuple[int, list[int], list[int]]) -> None
 @given(layers_and_keeps, st.sampled_from(["original", "repacked"]))
 def test_any_cuts_are_a_sparsevlm(drawn: tuple[int, list[int], list[int]], positions: str) -> None:
     tokens, layers, amounts = drawn
-    prefill = {"score": {"query": "text"}, "positions": positions}
+    merge = {"by": "recycle" if positions == "repacked" else "drop"}
+    prefill = {"score": {"query": "raters"}, "positions": positions, "merge": merge}
     both_ways(schedule_of(**prefill, stages=stages(layers, amounts)), "sparsevlm", tokens)
 
 
@@ -310,6 +318,12 @@ def test_any_decimal_share_goes_both_ways_without_a_number_of_tokens(share: Any,
 # what is refused
 
 
+def raters(**prefill: Any) -> Schedule:
+    return schedule_of(
+        score={"query": "raters"}, stages=({"before_layer": 3, "keep": 9},), **prefill
+    )
+
+
 @pytest.mark.parametrize(
     ("schedule", "notation", "reason"),
     [
@@ -322,7 +336,9 @@ def test_any_decimal_share_goes_both_ways_without_a_number_of_tokens(share: Any,
         (Schedule.fastv(2, "1/3", tokens=9), "fastv", "no share"),
         (Schedule.fastv(), "sparsevlm", "counts tokens"),
         (Schedule.pyramid(), "pyramiddrop", "positions: repacked"),
-        (Schedule.fitprune("60%"), "sparsevlm", "score.heads: mean"),
+        (Schedule.fitprune("60%"), "sparsevlm", "score.query: raters"),
+        (raters(positions="repacked"), "sparsevlm", "SparseVLM has merge: {by: recycle}"),
+        (raters(merge={"by": "recycle"}), "sparsevlm", "SparseVLM+ has merge: {by: drop}"),
         (Schedule.from_keeps([9, 9, 5], score={"query": "text"}), "fitprune", "heads: max"),
         (
             Schedule.from_keeps([9, 9, 5], score={"query": "text", "heads": "max"}),

@@ -118,10 +118,10 @@ def sparsevlm_list(
 ) -> Data:
     """SparseVLM: ``keeps[i]`` tokens are left after layer ``layers[i]``, which runs in full.
 
-    Its raters are the text tokens closest to the image; here all text after it ranks. SparseVLM
-    numbers survivors anew and appends a few merged tokens, which this schedule drops; SparseVLM+
-    keeps positions, merges nothing, and ranks by the heads that look at the image most, where
-    this schedule takes their mean.
+    SparseVLM (v1 of its code) appends means of clusters of dropped tokens and numbers all anew.
+    SparseVLM+ keeps positions and merges nothing; it also corrects its score for positions and
+    ranks by the heads that look at the image most, which the language has no words for: its
+    origin says that all heads rank, uncorrected.
     """
     where = "Schedule.sparsevlm"
     for i, layer in enumerate(layers):
@@ -132,12 +132,15 @@ def sparsevlm_list(
             where=where,
             hint="one number of tokens for each layer",
         )
-    prefill = {
-        "score": {"query": "text"},
+    prefill: Data = {
+        "score": {"query": "raters"},
         "positions": "original" if plus else "repacked",
+        "merge": {"by": "drop" if plus else "recycle"},
         "stages": _stages([layer + 1 for layer in layers], keeps),
     }
-    origin: Data = {"method": "sparsevlm+" if plus else "sparsevlm"}
+    origin: Data = {"method": "sparsevlm"}
+    if plus:
+        origin = {"method": "sparsevlm+", "score": "uncorrected, mean of all heads"}
     return _document(prefill, origin | ({} if tokens is None else {"tokens": tokens}))
 
 
@@ -165,11 +168,47 @@ def fitprune(reduction: Ratio) -> Data:
     return data | {"origin": {"method": "fitprune", "reduction": write_keep(share)}}
 
 
+def ficoco(vision: int | None, prefill: int | None, layers: int, tokens: int) -> Data:
+    """FiCoCo-V, FiCoCo-L or both: tokens that leave each layer of the tower, of the decoder.
+
+    The decoder's from layer 5 on, between attention and MLP, as long as some are left; its last
+    layer drops none here. ``tokens`` are an image's that enter the decoder.
+    """
+    where = "Schedule.ficoco"
+    for name, count in (("vision", vision), ("prefill", prefill), ("tokens", tokens)):
+        _check_count(1 if count is None else count, name, 1, where)
+    if vision is None and prefill is None:
+        raise ScheduleError("no tokens leave", where=where, hint="give vision, prefill or both")
+    data: Data = {"version": _VERSION}
+    if vision is not None:
+        data["vision"] = ({"method": "ficoco_v", "each": vision},)
+    if prefill is not None:
+        _check_count(layers, "layers", FICOCO_LAYER + 2, where)
+        data["prefill"] = {
+            "score": {"rule": "redundancy", "query": "text"},
+            "positions": "repacked",
+            "drop_point": "attended",
+            "merge": {"by": "correlate"},
+            "keep": _ficoco_keeps(prefill, layers, tokens),
+        }
+    kind = {(True, False): "v", (False, True): "l"}.get((vision is not None, prefill is not None))
+    return data | {"origin": {"method": f"ficoco_{kind or 'vl'}"}}
+
+
+def _ficoco_keeps(each: int, layers: int, tokens: int) -> tuple[int, ...]:
+    """Tokens entering each layer; what would leave none is not done."""
+    keeps = [tokens]
+    for layer in range(layers - 1):
+        left = keeps[-1] - each if layer >= FICOCO_LAYER else keeps[-1]
+        keeps.append(left if left > 0 else keeps[-1])
+    return tuple(keeps)
+
+
 def from_deletions(deletions: Sequence[int], tokens: int) -> Data:
     """FitPrune's recipes: tokens deleted inside each layer, after attention and before o_proj.
 
     Layer l's deletion narrows layer l+1's input, so the last layer's must be 0. FitPrune ranks by
-    cross x self attention, max over heads; this schedule uses the cross part (``query: text``).
+    cross x self attention, max over heads (arXiv 2409.10197, as in its code).
     """
     where = "Schedule.from_deletions"
     _check_count(tokens, "tokens", 1, where)
@@ -187,7 +226,10 @@ def from_deletions(deletions: Sequence[int], tokens: int) -> Data:
         raise ScheduleError(
             "tokens deleted inside the last layer", where=where, hint="write 0 for the last layer"
         )
-    options = {"score": {"query": "text", "heads": "max"}, "drop_point": "inside"}
+    options = {
+        "score": {"rule": "self_cross", "query": "text", "heads": "max"},
+        "drop_point": "inside",
+    }
     return _document({**options, "keep": tuple(keeps)}, {"method": "fitprune"})
 
 
@@ -210,6 +252,7 @@ def _check_count(value: int, name: str, least: int, where: str) -> None:
 _VERSION: Final = 1
 
 # Published integers, for images of 576 tokens and decoders of 32 layers.
+FICOCO_LAYER: Final = 5  # of the decoder: the first that tokens leave
 SPARSEVLM_LAYERS: Final = (2, 6, 15)
 SPARSEVLM: Final[Mapping[int, tuple[int, ...]]] = {
     192: (300, 200, 110),

@@ -12,7 +12,7 @@ from vtr_export.errors import InputError, ScheduleError
 from vtr_export.keeps import write_keep
 from vtr_export.recipe_text import LIST, Options, read_options
 from vtr_export.schedule import Schedule
-from vtr_export.schedule_document import plain
+from vtr_export.schedule_document import Drop, Recycle, plain
 from vtr_export.schedule_yaml import Key, Source
 from vtr_export.steps import Amount, Steps
 
@@ -139,6 +139,13 @@ def _read_sparsevlm(given: Options) -> Data:
 
 def _write_sparsevlm(schedule: Schedule, steps: Steps) -> str:
     plus = schedule.prefill.positions == "original"
+    if schedule.prefill.merge != (wanted := Drop() if plus else Recycle()):
+        merge = f"{{by: {wanted.by}}}"
+        raise ScheduleError(
+            f"{'SparseVLM+' if plus else 'SparseVLM'} has merge: {merge}, with its own numbers",
+            where=schedule.source.at(("prefill", "merge")),
+            hint=f"write merge: {merge}, if that may be",
+        )
     version = "2_0" if plus else "1_0"
     layers = tuple(layer - 1 for layer, _ in steps.cuts)
     keeps = tuple(_count(schedule, keep, "SparseVLM") for _, keep in steps.cuts)
@@ -290,7 +297,7 @@ NOTATIONS: Final[Mapping[str, Notation]] = {
         "SparseVLM",
         ("RETAIN_TOKN", "retained_tokens", *_KEEP_LISTS),
         ("USE_VERSION", "pruning_loc"),
-        _form("previous", "text", "mean"),
+        _form("previous", "raters", "mean"),
         _read_sparsevlm,
         _write_sparsevlm,
     ),
