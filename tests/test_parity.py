@@ -16,11 +16,15 @@ from torch import Tensor
 from vtr_export.passes.widen import Widen
 from vtr_export.reference import Reference, Step, embed, pad_batch, positions_of, vision_index_of
 from vtr_export.schedule import Cut, Keep, Resolved
+from vtr_export.schedule_document import Correlate
 from vtr_export.schedule_document import Recycle
 
 GATE = 1e-4  # largest difference of fp32 logits, keys and values
 CLEAR = 1e-5  # a margin above this survives another order of summation
 RECYCLE = Recycle(share=Fraction(4, 5), each=3)
+SELF_CROSS = {"rule": "self_cross", "query": "text", "heads": "max"}
+REDUNDANCY = {"rule": "redundancy", "query": "text"}
+MERGED: dict[str, Any] = {"drop_point": "attended", "merge": Correlate()}
 CASES: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
     "last": ({1: 8, 3: 3}, {}),
     "text": ({2: 5}, {"query": "text"}),
@@ -39,6 +43,10 @@ CASES: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
     "recycled": ({1: 8, 3: 3}, {"merge": RECYCLE}),
     "recycled_next": ({0: 8, 2: 3}, {"merge": RECYCLE, "source": "next"}),
     "sparsevlm": ({1: 8, 3: 3}, {"query": "raters", "merge": RECYCLE, "positions": "repacked"}),
+    "self_cross": ({1: 8, 3: 3}, {**SELF_CROSS, "drop_point": "inside"}),
+    "redundancy": ({1: 8, 3: 3}, {**REDUNDANCY, "drop_point": "attended"}),
+    "correlate": ({1: 8, 3: 3}, {**REDUNDANCY, **MERGED, "positions": "repacked"}),
+    "correlate_between": ({1: 8, 2: 0}, {"merge": Correlate(nearest=1)}),
     "uncut": ({}, {}),
 }
 SHORT = ("qwen2", "four_tokens")  # variants that get one schedule each
@@ -162,6 +170,7 @@ SINGLE: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
     "next": ({0: 3, 2: 0}, {"source": "next", "heads": "max"}),
     "sparsevlm": ({1: 2, 2: 1}, {"query": "raters", "merge": RECYCLE, "positions": "repacked"}),
     "per_image": ({1: 2, 2: 1}, {"rank": "per_image", "drop_point": "inside"}),
+    "correlate": ({1: 3, 2: 1}, {**REDUNDANCY, **MERGED, "rank": "per_image"}),
 }
 
 
@@ -290,6 +299,8 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "per_image": ("llama", {"rank": "per_image"}),
     "repacked": ("llama", {"positions": "repacked"}),
     "sparsevlm": ("llama", {"query": "raters", "merge": RECYCLE, "positions": "repacked"}),
+    "redundancy": ("llama", REDUNDANCY | {"drop_point": "attended"}),
+    "correlate": ("llama", SELF_CROSS | MERGED),
     "qwen2": ("qwen2", {}),
     "fp16": ("fp16", {}),
 }
