@@ -22,7 +22,18 @@ from vtr_export.exporter import Report
 from vtr_export.schedule import Schedule
 
 COMMANDS = ["export", "plan", "run", "verify", "bench", "inspect", "doctor", "schedule"]
-MAKERS = ["fastv", "pyramid", "sparsevlm", "fitprune", "vtw", "keeps", "show", "convert", "diff"]
+MAKERS = [
+    "fastv",
+    "pyramid",
+    "sparsevlm",
+    "fitprune",
+    "ficoco",
+    "vtw",
+    "keeps",
+    "show",
+    "convert",
+    "diff",
+]
 
 
 def write(path: Path, text: str) -> Path:
@@ -211,6 +222,11 @@ def test_plan_warns_on_stderr(schedule: Path) -> None:
         (["sparsevlm", "--tokens", 64], Schedule.sparsevlm(64)),
         (["sparsevlm", "--plus"], Schedule.sparsevlm(192, plus=True)),
         (["fitprune", "--reduction", "0.5"], Schedule.fitprune("50%")),
+        (["ficoco", "--vision", 42], Schedule.ficoco(42)),
+        (
+            ["ficoco", "--prefill", 6, "--tokens", 191, "--layers", 8],
+            Schedule.ficoco(prefill=6, tokens=191, layers=8),
+        ),
         (["vtw", "--k", 5], Schedule.vtw(5)),
         (["keeps", 4, 4, "50%"], Schedule.from_keeps([4, 4, "50%"])),
         (
@@ -236,6 +252,9 @@ def test_schedules_are_made(tmp_path: Path, arguments: list[object], expected: S
         ["keeps", "x"],
         ["sparsevlm", "--tokens", 100],
         ["fitprune", "--reduction", "70%"],
+        ["ficoco"],
+        ["ficoco", "--vision", 0],
+        ["ficoco", "--prefill", 3, "--layers", 6],
     ],
 )
 def test_an_impossible_schedule_is_refused(arguments: list[object]) -> None:

@@ -106,6 +106,14 @@ def test_a_sample_costs_what_is_published(name: str, published: float) -> None:
     assert teras(schedule) == pytest.approx(published, rel=0.005)
 
 
+@pytest.mark.parametrize(("leave", "published"), [(35, 3.3), (41, 2.4), (47, 1.5)])
+def test_ficoco_v_costs_what_is_published(leave: int, published: float) -> None:
+    """Its tables count the decoder alone, with 60 tokens of text."""
+    resolved = Schedule.ficoco(leave).resolve(LLAVA)
+    cost = prefill_cost(LLAVA, resolved, 576, 60, "F-C")
+    assert cost / 1e12 == pytest.approx(published, abs=0.05)
+
+
 @pytest.mark.parametrize(("drop_point", "share"), [("inside", 0.403), ("between", 0.421)])
 def test_the_drop_point_is_part_of_the_cost(drop_point: str, share: float) -> None:
     keeps = Schedule.from_deletions(FITPRUNE[60], tokens=576).resolve(LLAVA).keep_per_layer(576)

@@ -280,6 +280,15 @@ def test_vtw_drops_everything() -> None:
     assert Schedule.vtw(3).resolve(DYNAMIC).cuts == (Cut(3, Keep(0, 1)),)
 
 
+def test_ficoco_drops_as_long_as_some_are_left() -> None:
+    samples = SAMPLES[0].parent
+    assert Schedule.load(samples / "ficoco_v.yaml") == Schedule.ficoco(42)
+    assert Schedule.load(samples / "ficoco_l.yaml") == Schedule.ficoco(prefill=14)
+    assert Schedule.load(samples / "ficoco_vl.yaml") == Schedule.ficoco(35, 6, tokens=191)
+    few = Schedule.ficoco(prefill=4, layers=9, tokens=9).prefill
+    assert few.keep == (9, 9, 9, 9, 9, 9, 5, 1, 1)
+
+
 def test_fitprune_deletes_inside_the_layer() -> None:
     resolved = Schedule.from_deletions(FITPRUNE[60]).resolve(Model(32, 576))
     assert resolved.keep_per_layer(576)[:4] == (576, 562, 529, 440)

@@ -191,8 +191,8 @@ def ficoco(vision: int | None, prefill: int | None, layers: int, tokens: int) ->
             "merge": {"by": "correlate"},
             "keep": _ficoco_keeps(prefill, layers, tokens),
         }
-    kind = {(True, False): "v", (False, True): "l"}.get((vision is not None, prefill is not None))
-    return data | {"origin": {"method": f"ficoco_{kind or 'vl'}"}}
+    parts = "v" * (vision is not None) + "l" * (prefill is not None)
+    return data | {"origin": {"method": f"ficoco_{parts}"}}
 
 
 def _ficoco_keeps(each: int, layers: int, tokens: int) -> tuple[int, ...]:

@@ -108,6 +108,22 @@ class Schedule:
         return cls.from_data(generators.fitprune(reduction), Source("Schedule.fitprune"))
 
     @classmethod
+    def ficoco(
+        cls,
+        vision: int | None = None,
+        prefill: int | None = None,
+        *,
+        layers: int = 32,
+        tokens: int = 576,
+    ) -> "Schedule":
+        """FiCoCo: ``vision`` tokens leave each later layer of the tower, ``prefill`` the decoder's.
+
+        Its code has 42 and 14. ``tokens`` of an image enter the decoder, with ``vision`` too.
+        """
+        data = generators.ficoco(vision, prefill, layers, tokens)
+        return cls.from_data(data, Source("Schedule.ficoco"))
+
+    @classmethod
     def vtw(cls, k: int = 16) -> "Schedule":
         """VTW: drop all vision tokens before layer ``k``."""
         return cls.from_data(generators.vtw(k), Source("Schedule.vtw"))

@@ -129,6 +129,24 @@ def fitprune(
 
 
 @app.command()
+def ficoco(
+    vision: Annotated[
+        int | None, typer.Option(help="Leave each later layer of the tower; its code: 42.")
+    ] = None,
+    prefill: Annotated[
+        int | None, typer.Option(help="Leave each layer of the decoder from 5 on; its code: 14.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Of the decoder.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Of an image that enter the decoder.")] = 576,
+    out: Out = None,
+) -> None:
+    """FiCoCo-V, FiCoCo-L or both: tokens leave layer by layer, for those like them."""
+    from vtr_export.schedule import Schedule
+
+    _write(Schedule.ficoco(vision, prefill, layers=layers, tokens=tokens), out)
+
+
+@app.command()
 def vtw(
     k: Annotated[int, typer.Option(help="The first layer without vision tokens.")] = 16,
     out: Out = None,
