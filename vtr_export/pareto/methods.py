@@ -7,7 +7,7 @@ are: what the literature's tables call 192, 128 or 64 tokens.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import sqrt
+from math import isqrt, sqrt
 from typing import Any, Final, Literal
 
 from vtr_export.errors import InputError
@@ -136,6 +136,25 @@ def _visionzip(left: int, _: ModelFacts) -> Data:
     return {"method": "visionzip", "dominant": left - contextual, "contextual": contextual}
 
 
+def _pool(kind: str) -> Vision:
+    """Windows that fill the grid, as near to squares as there are for so few tokens."""
+
+    def vision(left: int, facts: ModelFacts) -> Data:
+        rows = isqrt(_tokens(facts))
+        sides = [side for side in range(1, rows + 1) if rows % side == 0]
+        grids = [(a, b) for a in sides for b in sides if b <= a and a * b <= left]
+        grid = max(grids, key=lambda one: (one[0] * one[1], one[1]))
+        return {"method": "pool", "kind": kind, "grid": grid}
+
+    return vision
+
+
+def _mustdrop(left: int, facts: ModelFacts) -> Data:
+    """So many windows of 3 by 3 merge as leave the number; the adaptive form has its own."""
+    windows = -(-(_tokens(facts) - left) // 8)
+    return {"method": "mustdrop", "windows": min(windows, (isqrt(_tokens(facts)) // 3) ** 2)}
+
+
 def _ficoco_v(left: int, facts: ModelFacts) -> Data:
     """In the layers behind the tower's middle, as published."""
     tower = tower_of(facts)
@@ -194,6 +213,14 @@ def _each(
     if keeps[1] == 0 or sum(keeps) > share * _tokens(facts) * facts.layers + 1:
         raise _too_few(share, facts)
     return {"score": score, "keep": _shares(keeps, _tokens(facts)), **options}
+
+
+def _thresholds(share: float, facts: ModelFacts) -> Data:
+    """MustDrop's, published for 576 tokens: a token of fewer has a larger share of attention."""
+    tokens = _tokens(facts)
+    both = {"whole": min(1.0, 0.576 / tokens), "single": min(1.0, 0.576 / tokens)}
+    listed = _staged((2, 6, 10, 14), 32, (300, 200, 150, 110), _TEXT, positions="repacked")
+    return listed(share, facts) | {"threshold": both, "protect": "keys"}
 
 
 def _too_few(share: float, facts: ModelFacts) -> InputError:
@@ -276,7 +303,11 @@ _PRODUCT: Final = _sigmoid(
     {"rule": "self_cross", "query": "text", "heads": "max"}, drop_point="inside"
 )
 _CORRELATED: Final = _list(
-    Linear(), {"rule": "redundancy"}, drop_point="attended", merge={"by": "correlate"}
+    Linear(),
+    {"rule": "redundancy", "query": "text"},
+    positions="repacked",
+    drop_point="attended",
+    merge={"by": "correlate"},
 )
 _LISTED: Final = (
     Method("FasterVLM", _kept("fastervlm")),
@@ -288,6 +319,11 @@ _LISTED: Final = (
     Method("VisPruner", _kept("vispruner")),
     Method("DivPrune", _kept("divprune")),
     Method("FiCoCo-V", _ficoco_v),
+    Method("FocusLLaVA sampler", _same({"method": "focusllava"}), own=True),
+    Method("MustDrop windows", _mustdrop),
+    Method("pool, average", _pool("average")),
+    Method("pool, max", _pool("max")),
+    Method("pool, bilinear", _pool("bilinear")),
     Method("FastV", prefill=_fastv),
     Method("PyramidDrop", prefill=_pyramid),
     Method("VTW", prefill=_vtw),
@@ -296,11 +332,14 @@ _LISTED: Final = (
     Method("SparseVLM+", prefill=_staged(*_SPARSE, _TEXT)),
     Method("FitPrune", prefill=_PRODUCT),
     Method("FiCoCo-L", prefill=_CORRELATED),
+    Method("MustDrop", _mustdrop, _thresholds, "mustdrop"),
     Method("FiCoCo-VL", _ficoco_v, _CORRELATED),
     Method("FasterVLM & list", _kept("fastervlm"), _LIST),
     Method("PruMerge+ & list", _PLUS, _LIST),
     Method("PruMerge+ & list & cache", _PLUS, _LIST, "mustdrop"),
     Method("VisionZip & list", _visionzip, _LIST),
     Method("DivPrune & list", _kept("divprune"), _LIST),
+    Method("pool & list", _pool("average"), _LIST),
+    Method("pool & list & cache", _pool("average"), _LIST, "mustdrop"),
 )
 METHODS: Final[Mapping[str, Method]] = {method.name: method for method in _LISTED}
