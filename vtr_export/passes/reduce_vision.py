@@ -200,7 +200,7 @@ class ReducedImages:
             )
         if name not in self.graph.initializers:
             tensor = self._held[name]
-            value = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
+            value = ir.val(name, tensor.dtype, tensor.shape.numpy(), const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
@@ -248,11 +248,11 @@ class ReducedImages:
         before = self._tokens
         if tokens.features is not self._entry:
             self._rows = self._among(self._rows, tokens.source, "row")
+        if tokens.protected is None and before.protected is not None and tokens.source is not None:
+            still = self._among(before.protected, tokens.source, "still")
+            tokens = replace(tokens, protected=still)
         if tokens.source is not None and before.source is not None:
             tokens = replace(tokens, source=self._among(before.source, tokens.source, "origin"))
-        if tokens.protected is None and before.protected is not None and tokens.source is not None:
-            kept = self.op("GatherElements", [before.protected, tokens.source], "still", axis=1)
-            tokens = replace(tokens, protected=kept)
         self._tokens, self.tower = tokens, reduction.leaves(self.tower)
 
     def _among(self, known: ir.Value | None, at: ir.Value | None, name: str) -> ir.Value | None:
