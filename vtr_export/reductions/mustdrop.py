@@ -33,6 +33,7 @@ class MustDrop(VisionReduction):
 
     PAPER: ClassVar[str] = "2411.10803"
     PROTECTS: ClassVar[bool] = True
+    MERGES: ClassVar[bool] = True
     method: Literal["mustdrop"] = "mustdrop"
     layer: int = Field(default=0, ge=0)
     similarity: float = Field(default=0.8, ge=-1, le=1)
