@@ -32,7 +32,7 @@ from vtr_export.passes.reduce_vision import ReduceVision
 from vtr_export.reductions import Tower, VisionReduction
 from vtr_export.reference.inputs import image_features
 from vtr_export.reference.load import with_held
-from vtr_export.reference.reducing import reduced_features
+from vtr_export.reference.reducing import projector_name, reduced_features
 from vtr_export.reference.reductions.seen import Reduced
 from vtr_export.schedule import Schedule
 from vtr_export.weights import write_weights
@@ -57,6 +57,7 @@ class Traced:
     facts: ModelFacts
     tower: Tower
     graph: ir.Model
+    held: Mapping[str, Tensor]  # weights of trained reductions
 
     def reduced(self, text: str, pixels: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """The graph's outputs by name, with the ``vision`` entries that ``text`` lists."""
@@ -131,7 +132,7 @@ def checkpoint(name: str) -> Path:
 
 
 @cache
-def traced(name: str) -> Traced:
+def traced(name: str, dtype: str = "fp32") -> Traced:
     """One of MODELS, or ``digits``."""
     torch.set_num_threads(1)
     folder = checkpoint(name)
@@ -139,25 +140,34 @@ def traced(name: str) -> Traced:
     facts = read_facts(opened.config, str(folder))
     tower = tower_of(facts)
     assert tower is not None
-    graph = run(canonical(), load(opened, facts, "fp32", whole=True).vision_encoder)
+    graph = run(canonical(), load(opened, facts, dtype, whole=True).vision_encoder)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
     model.name_or_path = name
-    held = {name: torch.from_numpy(weight) for name, weight in sampler(tower).items()}
-    return Traced(with_held(model.eval(), held), facts, tower, graph)
+    held = sampler(model.eval(), facts, tower)
+    return Traced(with_held(model, held), facts, tower, graph, held)
 
 
-def sampler(tower: Tower) -> dict[str, np.ndarray[Any, Any]]:
-    """FocusLLaVA's router, random, for features of the tower."""
+@torch.no_grad()
+def sampler(model: Any, facts: ModelFacts, tower: Tower) -> dict[str, Tensor]:
+    """FocusLLaVA's router, random, where the usual features are the middle: it takes every scale."""
+    seen = list[Tensor]()
+    projector = model.get_submodule(projector_name(model))
+    handle = projector.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    image_features(model, {"pixel_values": torch.from_numpy(noise(facts, 4, 1))})
+    handle.remove()
     (reduction,) = entries("[{method: focusllava}]")
-    rng = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = reduction.weights(tower).items()
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes}
+    found = {name: torch.randn(shape, generator=generator) for name, shape in shapes}
+    inner, bias, *_ = found
+    found[bias] = -found[inner] @ seen[0].flatten(0, 1).mean(0)
+    return found
 
 
-def graph_of(name: str, text: str) -> ir.Model:
+def graph_of(name: str, text: str, dtype: str = "fp32") -> ir.Model:
     """A copy of a traced encoder, reduced."""
-    own = traced(name)
-    held = {weight: ir.tensor(values) for weight, values in sampler(own.tower).items()}
+    own = traced(name, dtype)
+    held = {weight: ir.tensor(values.numpy()) for weight, values in own.held.items()}
     passes = (
         ReduceVision(entries(text), own.tower, held),
         RemoveUnusedNodesPass(),
@@ -168,10 +178,10 @@ def graph_of(name: str, text: str) -> ir.Model:
 
 
 @cache
-def file_of(name: str, text: str) -> Path:
+def file_of(name: str, text: str, dtype: str = "fp32") -> Path:
     """The reduced encoder, written."""
     folder = Path(mkdtemp(prefix="vtr-reduced-"))
-    model = graph_of(name, text)
+    model = graph_of(name, text, dtype)
     write_weights({"vision_encoder": model}, folder)
     ir.save(model, folder / "vision_encoder.onnx")
     return folder / "vision_encoder.onnx"
@@ -186,7 +196,12 @@ def _session(name: str, text: str) -> onnxruntime.InferenceSession:
 
 def pictures(name: str, count: int = 2, seed: int = 0) -> np.ndarray[Any, Any]:
     """Smooth noise as the encoder takes it, ``[count, 3, H, W]``: near patches look alike."""
-    side = traced(name).facts.vision.image_size  # type: ignore[union-attr]  # it has a tower
+    return noise(traced(name).facts, count, seed)
+
+
+def noise(facts: ModelFacts, count: int, seed: int) -> np.ndarray[Any, Any]:
+    """``pictures`` of a model."""
+    side = facts.vision.image_size  # type: ignore[union-attr]  # it has a tower
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 5, 5, generator=generator)
     fine = torch.randn(count, 3, side, side, generator=generator)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from vtr_export.published import File, hash_files
 from vtr_export.runtime.reader import FOLDER as READER
 from vtr_export.runtime.text import SPECIAL_TOKENS_MAP, TOKENIZER, TOKENIZER_CONFIG
 from vtr_export.schedule import Resolved, Schedule
+from vtr_export.trained import check_trained
 
 if TYPE_CHECKING:
     from vtr_export.weights import WeightsReport
@@ -60,8 +61,12 @@ CAPS_BEFORE_MASKS: Final = ">=1.27"  # before, a softcap made masked keys visibl
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors")
 
 
-def check_assets(checkpoint: Checkpoint) -> None:
-    """CheckpointError for a small file that no run could read; before any weight is read."""
+def check_assets(checkpoint: Checkpoint, schedule: Resolved) -> None:
+    """CheckpointError for a small file that no run could read, before any weight is read.
+
+    And for weights that ``schedule`` asks for and that are not there.
+    """
+    check_trained(checkpoint, schedule)
     for name in ASSETS:
         if name.endswith(".json") and (checkpoint.folder / name).is_file():
             read_json(checkpoint.folder / name)

@@ -1,7 +1,7 @@
 """The compiler on one page: what happens, in what order."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +58,18 @@ def decoder(schedule: Resolved, *, tunable: bool = False) -> Passes:
     )
 
 
-def vision_encoder(schedule: Resolved) -> Passes:
-    """The passes that make a vision encoder give fewer tokens, as ``schedule`` says."""
+def vision_encoder(
+    schedule: Resolved, held: Mapping[str, ir.TensorProtocol] | None = None
+) -> Passes:
+    """The passes that make a vision encoder give fewer tokens, as ``schedule`` says.
+
+    ``held``: weights that only reductions read, by name.
+    """
     if schedule.tower is None or not schedule.vision:
         return canonical()
     return (
         *canonical(),
-        ReduceVision(schedule.vision, schedule.tower),
+        ReduceVision(schedule.vision, schedule.tower, held),
         common.RemoveUnusedNodesPass(),
         common.TopologicalSortPass(),
     )
@@ -119,7 +124,7 @@ def lower(
         if model is graphs.decoder:
             first = decoder(schedule, tunable=tunable)
         elif model is graphs.vision_encoder:
-            first = vision_encoder(schedule)
+            first = vision_encoder(schedule, graphs.held)
         last = linked() if weights == "link" else copied(shared)
         folder = dump / name if dump is not None else None
         passes = (*first, *last, common.ClearMetadataAndDocStringPass())

@@ -1,7 +1,7 @@
 """A checkpoint folder to three graphs, traced by transformers' own code on fake tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import Parameter, signature
 
@@ -45,7 +45,8 @@ from vtr_export.passes.add_planes import AddPlanes
 from vtr_export.passes.fold_constants import FoldConstants
 from vtr_export.passes.reduce_vision import TOWER
 from vtr_export.passes.stamp_layers import StampLayers
-from vtr_export.weights import CheckpointTensor
+from vtr_export.trained import PREFIX
+from vtr_export.weights import CheckpointTensor, source_dtype
 
 IR_DTYPES = {
     "fp32": ir.DataType.FLOAT,
@@ -56,11 +57,12 @@ IR_DTYPES = {
 
 @dataclass(frozen=True)
 class Graphs:
-    """The three parts of a VLM, each with lazy weights."""
+    """The three parts of a VLM, each with lazy weights; ``held`` are those of no part, by name."""
 
     vision_encoder: ir.Model
     embed_tokens: ir.Model
     decoder: ir.Model
+    held: Mapping[str, CheckpointTensor] = field(default_factory=dict)
 
     def parts(self) -> dict[str, ir.Model]:
         """File stem (the onnx-community layout) → graph."""
@@ -158,6 +160,7 @@ def load(checkpoint: Checkpoint, facts: ModelFacts, dtype: str, *, whole: bool =
             ),
             embed_tokens=_trace_embedding(model),
             decoder=_trace_decoder(model, facts, DTYPES[dtype]),
+            held=_held(checkpoint),
         )
     for graph, stack in ((graphs.vision_encoder, stacks.vision), (graphs.decoder, stacks.text)):
         stamp(graph, stack)
@@ -177,6 +180,15 @@ def stamp(graph: ir.Model, stack: Stack) -> None:
         ):
             step(graph)
         StampLayers(stack.layers, f"model.{stack.name}")(graph)
+
+
+def _held(checkpoint: Checkpoint) -> dict[str, CheckpointTensor]:
+    """Weights that only reductions read, as they are stored."""
+    return {
+        name: CheckpointTensor(ref, name=name, dtype=source_dtype(ref))
+        for name, ref in checkpoint.tensors.items()
+        if name.startswith(PREFIX)
+    }
 
 
 def _trace_vision(

@@ -79,7 +79,7 @@ class PruMerge(VisionReduction):
 
     def misfit(self, tower: Tower) -> tuple[str, str] | None:
         """Every token must still have its key."""
-        if _is_whole(tower):
+        if tower.is_whole:
             return None
         return f"{self.method} compares the keys of all tokens, and some are gone", "list it first"
 
@@ -166,12 +166,6 @@ def _every(ratio: Fraction, tokens: int) -> range:
     """Tokens that stand for their neighbourhood."""
     step = ratio.denominator // ratio.numerator
     return range(step // 2, tokens - 1, step)
-
-
-def _is_whole(tower: Tower) -> bool:
-    """Whether no reduction took tokens before."""
-    grid, patches = tower.grid, tower.patches
-    return (grid.rows * tower.merge, grid.columns * tower.merge) == (patches.rows, patches.columns)
 
 
 def _asked(tower: Tower) -> int:

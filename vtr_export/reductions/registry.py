@@ -14,6 +14,7 @@ from vtr_export.errors import InputError, ScheduleError
 from vtr_export.reductions.divprune import DivPrune
 from vtr_export.reductions.fastervlm import FasterVLM
 from vtr_export.reductions.ficoco_v import FiCoCoV
+from vtr_export.reductions.focusllava import FocusLLaVA
 from vtr_export.reductions.mustdrop import MustDrop
 from vtr_export.reductions.mustdrop_cache import OutputAwareCache
 from vtr_export.reductions.pool import Pool
@@ -29,6 +30,7 @@ OURS: Final[tuple[type[Reduction], ...]] = (
     DivPrune,
     FasterVLM,
     FiCoCoV,
+    FocusLLaVA,
     MustDrop,
     OutputAwareCache,
     Pool,

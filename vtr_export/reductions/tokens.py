@@ -81,6 +81,14 @@ class Images(Protocol):
         """Give whoever reads ``stream`` another one, of another length; what made it stays."""
         ...
 
+    def weight(self, name: str) -> ir.Value:
+        """A weight of the checkpoint that the reduction's own ``weights`` names, as stored."""
+        ...
+
+    def show_only(self, mask: ir.Value, layer: int) -> None:
+        """Let the attentions behind ``layer`` see only what ``mask`` ``[I,1,n,n]`` bool says."""
+        ...
+
     def call(
         self, operator: str, inputs: Sequence[ir.Value], names: Sequence[str], **attributes: float
     ) -> Sequence[ir.Value]:

@@ -1,14 +1,18 @@
 """A checkpoint's model by transformers, whatever the checkpoint's layout."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import Tensor, nn
 
 from vtr_export import models
 from vtr_export.inner_decoder import point_at_layers
 from vtr_export.reference import internvl_chat
+
+HELD: Final = "vision_sampler."  # in the names of weights that only reductions read
 
 
 def load_model(
@@ -30,11 +34,37 @@ def load_model(
         options["trust_remote_code"] = trusted
         if own.get("architectures") == ["ShieldGemma2ForImageClassification"]:
             load = _load_held
-        return _with_norm(load(weights, config=settings, **options).eval())
+        model = _with_norm(load(weights, config=settings, **options).eval())
+        return with_held(model, _held(weights, dtype))
     model = InternVLForConditionalGeneration.from_pretrained(
         None, config=settings, state_dict=internvl_chat.weights(weights, own), **options
     )
     return internvl_chat.shuffled(model, str(own.get("ps_version", "v1"))).eval()
+
+
+def _held(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights of a checkpoint that only reductions read, by name."""
+    from safetensors import safe_open
+
+    found = dict[str, Tensor]()
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(HELD)]  # noqa: SIM118 -- no dict
+            found |= {name: file.get_tensor(name).to(dtype) for name in names}
+    return found
+
+
+def with_held(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """``model`` with parameters beside its own, under their dotted names."""
+    for name, weight in weights.items():
+        *path, last = name.split(".")
+        module = model
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, nn.Parameter(weight, requires_grad=False))
+    return model
 
 
 def _load_held(weights: Path, **options: Any) -> Any:

@@ -16,6 +16,7 @@ from vtr_export.reference.reductions import (
     divprune,
     fastervlm,
     ficoco_v,
+    focusllava,
     mustdrop,
     pool,
     prumerge,
@@ -42,4 +43,5 @@ INSIDE: Final[
     "visionzip": visionzip.inside,
     "ficoco_v": ficoco_v.inside,
     "mustdrop": mustdrop.inside,
+    "focusllava": focusllava.inside,
 }
