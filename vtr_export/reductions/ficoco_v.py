@@ -60,7 +60,7 @@ class FiCoCoV(VisionReduction):
                 f"a token covers {tower.merge} by {tower.merge} patches, which must all be there",
                 "choose a reduction behind the tower, as fastervlm",
             )
-        if tower.grid != tower.patches:
+        if not tower.is_whole:
             return "it works inside the tower, on all tokens", "list it first"
         if not layers:
             return (

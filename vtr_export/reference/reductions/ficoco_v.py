@@ -98,8 +98,7 @@ class _Work:
         """``[gone,kept]``: what of each goes where (equation 2); a row's sum is 1."""
         attention = logits.softmax(1)
         if self.reduction.nearest is None:
-            goes = attention > attention.quantile(QUANTILE, dim=1, keepdim=True)
-            goes |= attention == attention.max(1, keepdim=True).values  # of a row of one
+            goes = attention >= attention.quantile(QUANTILE, dim=1, keepdim=True)
         else:
             order = torch.sort(attention, dim=1, descending=True, stable=True).indices
             goes = torch.zeros_like(attention, dtype=torch.bool)
