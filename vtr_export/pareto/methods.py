@@ -61,6 +61,11 @@ class Method:
             data["vision"] = (self.vision(wanted, facts),)
             left = _left(data["vision"][0], facts)
             share, facts = share * tokens / left, replace(facts, tokens_per_image=left)
+            if self.prefill and share > 0.99:
+                raise InputError(
+                    f"{left} of {tokens} tokens before the decoder leave nothing to do inside it",
+                    hint="ask for fewer",
+                )
         if self.prefill:
             data["prefill"] = self.prefill(share, facts)
         if self.decode:
