@@ -12,7 +12,7 @@ from vtr_export import generators
 from vtr_export.errors import ScheduleError
 from vtr_export.generators import Ratio
 from vtr_export.resolved import Cut, Keep, Resolved, Rounding
-from vtr_export.schedule_beside import check_beside
+from vtr_export.schedule_beside import check_beside, check_protected
 from vtr_export.schedule_document import (
     Document,
     Drop,
@@ -192,7 +192,6 @@ class Schedule:
         prefill = self.prefill
         tower, model = fit_vision(self.document.vision, model, self._error)
         self._check_model(model)
-        self._check_written()
         keeps = [(key, _keep(value, prefill.rounding, model)) for key, value in self._values(model)]
         firsts = [stage.before_layer for stage in prefill.stages or ()]
         if prefill.keep is not None:
@@ -204,6 +203,8 @@ class Schedule:
         if firsts[:1] == [0] and prefill.score.source == "previous":
             raise first_layer_error(self.source.at(keeps[0][0]))
         cuts = tuple(Cut(layer, keep) for layer, (_, keep) in zip(firsts, keeps, strict=True))
+        if prefill.protect == "keys":
+            check_protected(self.document, tower, dict(keeps), self._error)
         return Resolved(
             layers=model.layers,
             tokens_per_image=model.tokens_per_image,
@@ -257,17 +258,6 @@ class Schedule:
             )
         check_beside(self.document, model, self._error)
         self._check_layers(model.layers)
-
-    def _check_written(self) -> None:
-        """Words of the language that no pass knows yet."""
-        prefill = self.prefill
-        unknown = (
-            (("prefill", "threshold"), prefill.threshold is not None),
-            (("prefill", "protect"), prefill.protect != "none"),
-        )
-        for key, is_used in unknown:
-            if is_used:
-                raise self._error(key, f"{key[-1]} cannot be compiled yet", "leave it out")
 
     def _check_layers(self, layers: int) -> None:
         keep = self.prefill.keep

@@ -1,10 +1,12 @@
 """Which rules, query rows and merges a schedule may name beside each other."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from vtr_export.errors import ScheduleError
+from vtr_export.reductions import Tower, VisionReduction
+from vtr_export.resolved import Keep
 from vtr_export.schedule_document import Correlate, Document, Prefill, Recycle
 from vtr_export.schedule_yaml import Key
 
@@ -21,6 +23,38 @@ def check_beside(document: Document, model: Any, error: Error) -> None:
         _check_recycling(document, prefill.merge, model.tokens_per_image, error)
     if prefill.score.query == "raters":
         _refuse("query raters is not defined", _unfit(prefill), error)
+    if prefill.threshold is not None or prefill.protect != "none":
+        _check_filter(prefill, bool(getattr(model, "crosses", ())), error)
+
+
+def check_protected(
+    document: Document, tower: Tower | None, keeps: Mapping[Key, Keep], error: Error
+) -> None:
+    """ScheduleError unless a reduction protects tokens, and each cut keeps as many."""
+    key = ("prefill", "protect")
+    telling = [kind for kind in document.vision if kind.PROTECTS]
+    if not telling or tower is None:
+        raise error(key, "protect is keys, and no vision reduction protects any", "protect: none")
+    for kind in document.vision[1:]:
+        if kind.MERGES or kind.form != "static":
+            what = f"protect is keys, but behind {kind.method} it is not known how many are left"
+            raise error(key, what, "list it first, or protect: none")
+    for count, protected in _protected(document.vision, tower):
+        for place, keep in keeps.items():
+            if keep.of(count) < protected:
+                what = f"keep leaves {keep.of(count)} of {count} tokens, and {protected} are"
+                raise error(place, f"{what} protected", "keep more, or fewer keys")
+
+
+def _protected(reductions: Sequence[VisionReduction], tower: Tower) -> Iterator[tuple[int, int]]:
+    """Tokens that an image may have left, and how many of them are protected at most."""
+    first, *others = reductions
+    left = first.leaves(tower)
+    for other in others:
+        left = other.leaves(left)
+    for count in range(first.fewest(tower), first.count(tower) + 1):
+        most = left.grid.tokens if others else count
+        yield most, min(most, first.protected(count))
 
 
 def _check_blocks(prefill: Prefill, crosses: bool, error: Error) -> None:
@@ -57,6 +91,18 @@ def _check_recycling(document: Document, merge: Recycle, tokens: int | None, err
     if document.decode:
         why = "a cluster has no row of its own in the caches of earlier layers, to be compacted to"
         raise error(("decode",), why, "no decode part")
+
+
+def _check_filter(prefill: Prefill, crosses: bool, error: Error) -> None:
+    """Counts that follow from attention, and tokens that come before all others."""
+    said = "threshold" if prefill.threshold is not None else "protect: keys"
+    _refuse(f"{said} is not defined", ((("rank",), prefill.rank != "joint", "joint"),), error)
+    if crosses:
+        what = f"{said}: here images are keys of cross-attention"
+        raise error(("prefill", said.partition(":")[0]), what, "leave it out")
+    if prefill.threshold is not None and prefill.keep is not None:
+        what = "threshold drops where stages say, and keep names every layer"
+        raise error(("prefill", "keep"), what, "stages: [{before_layer: 3, keep: 100%}]")
 
 
 def _unfit(prefill: Prefill) -> tuple[Foreign, ...]:

@@ -67,6 +67,12 @@ class MustDrop(VisionReduction):
         """Windows that become one token; of the data-dependent form, at least."""
         return 0 if self.windows is None else tokens_of(self.windows, windows_of(tower))
 
+    def fewest(self, tower: Tower) -> int:
+        """All windows merged, where each image has a number of its own."""
+        if self.form == "static":
+            return self.count(tower)
+        return tower.patches.tokens - (SIDE**2 - 1) * windows_of(tower)
+
     def protected(self, count: int) -> int:
         """Tokens out of ``count`` that no later phase drops: a share is rounded up."""
         if isinstance(self.keys, int):

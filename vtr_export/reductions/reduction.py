@@ -53,6 +53,16 @@ class VisionReduction(Reduction):
         """Tokens of an image that are left; of a data-dependent form, at most."""
         raise NotImplementedError
 
+    def fewest(self, tower: Tower) -> int:
+        """Tokens of an image that are left; of a data-dependent form, at least."""
+        del tower
+        return 0
+
+    def protected(self, count: int) -> int:
+        """Of ``count`` tokens left of an image, those that no later phase drops."""
+        del count
+        return 0
+
     def leaves(self, tower: Tower) -> Tower:
         """The tower as a reduction behind this one sees it; tokens in no grid are a row."""
         own = tower.is_own and not self.MERGES
