@@ -23,9 +23,10 @@ SEEDS = st.integers(0, 2**32)
 
 
 def told(merge: Recycle) -> dict[str, Any]:
-    """Attributes."""
+    """Its numbers."""
     share = Fraction(merge.share)
-    return {"numerator": share.numerator, "denominator": share.denominator, "each": merge.each}
+    named = {"top": share.numerator, "bottom": share.denominator, "size": merge.each}
+    return {name: np.array(value) for name, value in named.items()}
 
 
 # --- counts ---
