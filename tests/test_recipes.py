@@ -114,6 +114,7 @@ def test_a_recipe_ranks_as_its_code_does() -> None:
         ),
         "[1, 0]": ("previous", "text", "max", "original", "inside"),
     }
+    assert read("[1, 0]").prefill.score.rule == "self_cross"
     for text, expected in ranks.items():
         prefill = read(text).prefill
         score = prefill.score
@@ -152,6 +153,7 @@ PUBLISHED: dict[str, Callable[[], Schedule]] = {
     "fastv": Schedule.fastv,
     "pyramid": lambda: Schedule.pyramid(positions="repacked"),
     "vtw": Schedule.vtw,
+    "ficoco_l": lambda: Schedule.ficoco(prefill=14),
     **{f"fitprune_{r}": lambda r=r: Schedule.fitprune(f"{r}%") for r in (50, 60, 90)},  # type: ignore[misc]  # a default binds it
     **{f"sparsevlm_{n}": lambda n=n: Schedule.sparsevlm(n) for n in AVERAGES},  # type: ignore[misc]  # likewise
     **{f"sparsevlm_plus_{n}": lambda n=n: Schedule.sparsevlm(n, plus=True) for n in AVERAGES},  # type: ignore[misc]  # likewise
@@ -160,6 +162,7 @@ PUBLISHED: dict[str, Callable[[], Schedule]] = {
 
 BY_HAND = {path.stem for path in SAMPLES.glob("*.yaml") if Schedule.load(path).document.vision}
 """What reduces before the decoder is one line of YAML: nothing writes it."""
+BY_HAND |= {"focusllava_text"}  # its layers and ratios are not public
 
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -336,15 +339,22 @@ def raters(**prefill: Any) -> Schedule:
         (Schedule.fastv(2, "1/3", tokens=9), "fastv", "no share"),
         (Schedule.fastv(), "sparsevlm", "counts tokens"),
         (Schedule.pyramid(), "pyramiddrop", "positions: repacked"),
-        (Schedule.fitprune("60%"), "sparsevlm", "score.query: raters"),
+        (Schedule.fitprune("60%"), "sparsevlm", "score.rule: attention"),
         (raters(positions="repacked"), "sparsevlm", "SparseVLM has merge: {by: recycle}"),
         (raters(merge={"by": "recycle"}), "sparsevlm", "SparseVLM+ has merge: {by: drop}"),
-        (Schedule.from_keeps([9, 9, 5], score={"query": "text"}), "fitprune", "heads: max"),
+        (Schedule.from_keeps([9, 9, 5], score={"query": "text"}), "fitprune", "rule: self_cross"),
         (
-            Schedule.from_keeps([9, 9, 5], score={"query": "text", "heads": "max"}),
+            Schedule.from_keeps([9, 9, 5], score={"rule": "self_cross", "query": "text"}),
+            *("fitprune", "heads: max"),
+        ),
+        (
+            Schedule.from_keeps(
+                [9, 9, 5], score=Schedule.fitprune().prefill.score.model_dump(by_alias=True)
+            ),
             *("fitprune", "drop_point: inside"),
         ),
         (Schedule.from_keeps([9, 5, 5], rank="per_image"), "fastv", "rank: joint"),
+        (Schedule.from_keeps([9, 5, 5], merge={"by": "correlate"}), "fastv", "merge.by: drop"),
     ],
 )
 def test_what_a_notation_has_no_word_for_is_refused(

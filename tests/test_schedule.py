@@ -294,6 +294,7 @@ def test_fitprune_deletes_inside_the_layer() -> None:
     assert resolved.keep_per_layer(576)[:4] == (576, 562, 529, 440)
     assert resolved.keep_per_layer(576)[-1] == 127
     assert (resolved.drop_point, resolved.query, resolved.heads) == ("inside", "text", "max")
+    assert resolved.rule == "self_cross"
 
 
 def test_unpruned_has_no_cut() -> None:

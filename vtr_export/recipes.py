@@ -267,10 +267,16 @@ _KEEP_LISTS: Final = (
 )
 
 
-def _form(source: str, query: str, heads: str, **others: str) -> Mapping[Key, str]:
-    score = {("score", "from"): source, ("score", "query"): query, ("score", "heads"): heads}
+DROPS: Final[Mapping[Key, str]] = {("merge", "by"): "drop"}
+
+
+def _form(
+    source: str, query: str, heads: str, rule: str = "attention", **others: str
+) -> Mapping[Key, str]:
+    said = {"from": source, "rule": rule, "query": query, "heads": heads}
+    score: dict[Key, str] = {("score", name): word for name, word in said.items()}
     form = {"rank": "joint", "drop_point": "between"} | others
-    return score | {(name,): value for name, value in form.items()}
+    return score | {(name,): value for name, value in form.items()} | DROPS
 
 
 NOTATIONS: Final[Mapping[str, Notation]] = {
@@ -297,7 +303,11 @@ NOTATIONS: Final[Mapping[str, Notation]] = {
         "SparseVLM",
         ("RETAIN_TOKN", "retained_tokens", *_KEEP_LISTS),
         ("USE_VERSION", "pruning_loc"),
-        _form("previous", "raters", "mean"),
+        {
+            key: said
+            for key, said in _form("previous", "raters", "mean").items()
+            if key not in DROPS
+        },
         _read_sparsevlm,
         _write_sparsevlm,
     ),
@@ -313,7 +323,7 @@ NOTATIONS: Final[Mapping[str, Notation]] = {
         "FitPrune",
         ("reduction_ratio", "deletions", LIST),
         (),
-        _form("previous", "text", "max", positions="original", drop_point="inside"),
+        _form("previous", "text", "max", "self_cross", positions="original", drop_point="inside"),
         _read_fitprune,
         _write_fitprune,
     ),
