@@ -3,7 +3,7 @@
 A backend may replace a body with a fused kernel; it may not change what it computes.
 """
 
-from vtr_export.ops.functions import DOMAIN, Choice, declare
+from vtr_export.ops.functions import BLOCK_SCORES, DOMAIN, Choice, declare
 from vtr_export.ops.masks import CAUSAL, CROSS, CROSS_ROWS, GROUPED, MASKS, groups_of, is_mask
 from vtr_export.ops.prune import (
     CORRELATE,
@@ -22,6 +22,7 @@ from vtr_export.ops.prune import (
 )
 
 __all__ = [
+    "BLOCK_SCORES",
     "CAUSAL",
     "CORRELATE",
     "CROSS",
