@@ -16,6 +16,7 @@ SCRIPTS = (
     "prefill",
     "baseline",
     "memory",
+    "methods",
     "sample_table",
     "gpu_onnxruntime",
     "build_cost",

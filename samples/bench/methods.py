@@ -3,8 +3,8 @@
 python samples/bench/methods.py
 
 Draws 1,200 held-out questions (those that no search has seen) and hands them to
-``vtr bench methods``, with the sample's own searched schedules beside the methods. ``--tiny`` asks
-a few and times little; other options are the command's.
+``vtr bench methods``, with the sample's own searched schedules beside the methods; then writes the
+README's table. ``--tiny`` asks a few and times little; other options are the command's.
 """
 
 import os
@@ -41,6 +41,8 @@ def main() -> None:
             *VTR,
             *(DIGITS / "model", "--questions", held, *given, *new, *out, *rest),
         )
+    if not is_tiny:
+        run(Path("samples", "support", "table.py"))  # the README's
 
 
 def run(*words: object) -> None:

@@ -71,9 +71,11 @@ def _panel(axes: "Axes", report: Report, cost: str, label: str) -> None:
     axes.set(xlabel=label, ylabel="wrong answers, %")
     if not axes.yaxis_inverted():
         axes.invert_yaxis()
+    ticker = require("matplotlib.ticker", "search", "a picture")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
-    axes.grid(alpha=0.3, which="both")
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.grid(alpha=0.3)
 
 
 def _wrong(point: Point, report: Report) -> float:
