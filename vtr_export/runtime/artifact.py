@@ -253,6 +253,7 @@ class Artifact:
             None if encoded is None else encoded.features,
             prepared.seen,
             options,
+            protected=None if encoded is None else encoded.protected,
             ends=self.manifest.model.eos_token_ids,
             limit=limit,
             on_token=None if written is None else written.push,

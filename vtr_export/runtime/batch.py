@@ -36,6 +36,13 @@ def pad_batch(rows: Sequence[Sequence[int]], pad_id: int, image_token_id: int | 
     return Batch(ids, mask, index)
 
 
+def flagged(mask: Ints, index: Ints, flags: Ints) -> Ints:
+    """``[B, V]`` like ``index``: ``flags`` of vision tokens in reading order; 0 of pads."""
+    found = np.zeros_like(index)
+    found[np.take_along_axis(mask, index, 1) != 0] = flags
+    return found
+
+
 def token_groups(
     batch: Batch, image_token_id: int | None, attends: Attends, marked: Sequence[int] = ()
 ) -> Ints:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from vtr_export.runtime.session import Array, Resident, Session, Value
 
 _CARRIED = {"present.": "past_key_values.", "present_mask.": "past_mask."}
 _KEPT, _PLANE = "kept.", "deepstack."
+PROTECTED: Final = "protected"
 _STATES, _CROSSED = "cross_states", "cross_past"
 
 
@@ -133,6 +135,7 @@ class Decoder:
         groups: Ints | None = None,
         crossed: Crossed | None = None,
         *,
+        protected: Ints | None = None,
         kept: bool = False,
     ) -> Step:
         """Feed columns ``[B, S, D]``; ``mask`` ``[B, S]`` and ``vision_index`` are of these.
@@ -141,7 +144,8 @@ class Decoder:
         ``[B, S, (1 + n) D]``; without, nothing is added.
         ``places`` are their positions, where they do not count on; ``groups`` ``[B, S]`` says
         who sees what comes behind (None: nobody). ``crossed`` is what cross-attention reads (None:
-        nothing new). ``kept`` asks what each cut kept: of a prefill, behind which the cache is
+        nothing new). ``protected`` ``[B, V]``: 1 = a vision token that no cut drops (None: none).
+        ``kept`` asks what each cut kept: of a prefill, behind which the cache is
         compacted where the schedule says so.
         """
         whole = np.concatenate((cache.attention_mask, mask), axis=1)
@@ -155,6 +159,8 @@ class Decoder:
             "token_groups": np.zeros_like(mask) if groups is None else groups,
             **cache.values,
         }
+        if PROTECTED in self.session.inputs:
+            feeds[PROTECTED] = np.zeros_like(vision_index) if protected is None else protected
         if _STATES in self.session.inputs:
             feeds |= self._crossed(crossed, mask, inputs_embeds)
         if "keep" in self.session.inputs and self._keep is not None:

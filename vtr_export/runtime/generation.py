@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vtr_export.errors import InputError
 from vtr_export.runtime.batch import Batch, Ints
@@ -54,9 +55,12 @@ def generate(
     *,
     ends: Collection[int],
     limit: int,
+    protected: NDArray[np.bool_] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Generated:
     """Answer every row with at most ``limit`` tokens; ``on_token`` sees those of row 0.
+
+    ``protected`` tells of the ``features`` which no cut drops.
 
     A row that ended is fed on until the others end; what follows is not reported.
     """
@@ -64,7 +68,7 @@ def generate(
     sampler = Sampler(options, len(rows))
     tokens, ended = [list[int]() for _ in rows], [False] * len(rows)
     batch = model.pad(rows)
-    step = model.prefill(cache, batch, features, images)
+    step = model.prefill(cache, batch, features, images, protected=protected)
     kept = tuple(
         survivors(batch, step.kept, row)
         if step.numbers is None

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vtr_export.errors import ArtifactError, InputError
 from vtr_export.families import Attends, Sight
-from vtr_export.runtime.batch import Batch, Ints, pad_batch, token_groups
+from vtr_export.runtime.batch import Batch, Ints, flagged, pad_batch, token_groups
 from vtr_export.runtime.crossing import Crossed, Keys, lay_out
-from vtr_export.runtime.decoder import Cache, Decoder, Step
+from vtr_export.runtime.decoder import PROTECTED, Cache, Decoder, Step
 from vtr_export.runtime.encoder import Encoded, encode, image_by_image
 from vtr_export.runtime.images import Seen
 from vtr_export.runtime.positions import mrope
@@ -56,9 +57,18 @@ class Model:
         return pad_batch(rows, self.pad_token_id, spread)
 
     def prefill(
-        self, cache: Cache, batch: Batch, features: Array | None, images: Sequence[Seen] = ()
+        self,
+        cache: Cache,
+        batch: Batch,
+        features: Array | None,
+        images: Sequence[Seen] = (),
+        *,
+        protected: NDArray[np.bool_] | None = None,
     ) -> Step:
-        """Feed prompts; ``features`` of the ``images`` are in reading order of the rows."""
+        """Feed prompts; ``features`` of the ``images`` are in reading order of the rows.
+
+        So is ``protected`` [tokens], where the vision encoder tells it.
+        """
         if self.sight is not None:
             return self._crossing(cache, batch, features, images)
         if self.decoder.beside:
@@ -69,7 +79,20 @@ class Model:
             places = mrope(batch, self.image_token_id, images, cache.next_positions)
         mask, index = batch.attention_mask, batch.vision_index
         groups = token_groups(batch, self.image_token_id, self.attends, self.marked)
-        return self.decoder(cache, embeds, mask, index, places, groups, kept=True)
+        flags = self._protected(batch, protected)
+        asked = cache, embeds, mask, index, places, groups
+        return self.decoder(*asked, protected=flags, kept=True)
+
+    def _protected(self, batch: Batch, protected: NDArray[np.bool_] | None) -> Ints | None:
+        """``[B, V]``, where the decoder asks which tokens are never dropped."""
+        if PROTECTED not in self.decoder.session.inputs or not batch.vision_index.size:
+            return None
+        if protected is None:
+            raise ArtifactError(
+                "the decoder asks which vision tokens are protected, and nobody says it",
+                hint="run the artifact as it was exported",
+            )
+        return flagged(batch.attention_mask, batch.vision_index, protected.astype(np.int64))
 
     def _beside(self, cache: Cache, batch: Batch, features: Array | None) -> Step:
         """A prefill whose images are given beside its tokens."""

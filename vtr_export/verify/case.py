@@ -33,6 +33,7 @@ class Question:
     crossing: Mapping[str, Array] = field(default_factory=dict)
     # [tokens, D] what the vision encoder left, where a schedule reduces: what the decoder is given
     features: Array | None = None
+    protected: Ints | None = None  # [B, V] 1 = no cut drops it, where a schedule protects some
 
     def cut_columns(self, row: int) -> tuple[int, Ints, Ints]:
         """Columns that cuts narrow: their number, those that are ranked, and those no pads."""
@@ -77,6 +78,7 @@ class Case:
     margins: tuple[Array, ...]
     ties: tuple[Ints, ...]  # kept when every score is NaN: then only the order of columns decides
     labels: tuple[Ints, ...] = ()  # where tokens are recycled
+    by_threshold: bool = False  # scores are how many times a threshold: from 1 on a token stays
     trace: Trace | None = None
 
     @property

@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from vtr_export.checkpoint import Checkpoint
 from vtr_export.families import read_facts
 from vtr_export.frontends.remote import run_config
 from vtr_export.manifest import Gate, Manifest, Reduced
+from vtr_export.runtime.batch import flagged
 from vtr_export.runtime.encoder import encode, left
 from vtr_export.runtime.images import ImageInputs
 from vtr_export.schedule import Resolved
@@ -106,6 +109,10 @@ def _encoded(parts: Parts, question: Question) -> Question:
     """With the tokens that the vision encoder chose."""
     found = encode(parts.open(parts.vision), question.images)
     rows = found.features.reshape(-1, found.features.shape[-1])
+    flags = found.protected
+    if flags is not None:
+        mask, index = question.attention_mask, question.vision_index
+        question = replace(question, protected=flagged(mask, index, flags.astype(np.int64)))
     return replace(question, features=rows)
 
 

@@ -201,7 +201,8 @@ def _reply(opened: Opened, decoder: Decoder, case: Case) -> Reply:
     mask, index = question.attention_mask, question.vision_index
     cache = decoder.empty(case.batch)
     places, groups = question.places, question.groups
-    silent = decoder(cache, nothing, mask, index, places, groups, kept=True).kept
+    asked = cache, nothing, mask, index, places, groups
+    silent = decoder(*asked, protected=question.protected, kept=True).kept
     return Reply(inputs, played, silent)
 
 

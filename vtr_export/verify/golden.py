@@ -11,6 +11,7 @@ import numpy as np
 
 from vtr_export.errors import ArtifactError
 from vtr_export.manifest import Gate, Manifest
+from vtr_export.runtime.decoder import PROTECTED
 from vtr_export.verify.case import Array, Case, Question
 from vtr_export.verify.compare import compare
 from vtr_export.verify.gates import BARS
@@ -25,6 +26,8 @@ _UNREADABLE = (
 _ASKED = ("input_ids", "attention_mask", "position_ids", "following", "vision_index", "groups")
 _IMAGES = ("images", "given", "crossing")  # several arrays each: images.pixel_values, …
 _CUTS = ("kept", "kept_vision", "scores", "margins", "ties")  # one array a cut: kept.0, …
+
+_THRESHOLD = "by_threshold"
 
 
 def write_golden(cases: Sequence[Case], folder: Path) -> tuple[str, ...]:
@@ -45,9 +48,13 @@ def write_golden(cases: Sequence[Case], folder: Path) -> tuple[str, ...]:
 
 def _pack(case: Case) -> dict[str, Array]:
     arrays: dict[str, Array] = {name: getattr(case.question, name) for name in _ASKED}
+    if case.question.protected is not None:
+        arrays[PROTECTED] = case.question.protected
     for part in _IMAGES:
         arrays |= {f"{part}.{name}": x for name, x in getattr(case.question, part).items()}
     arrays |= {name: getattr(case, name) for name in ("tokens", "logits", "logit_ids", "features")}
+    if case.by_threshold:
+        arrays[_THRESHOLD] = np.array(True)
     for name in (*_CUTS, "labels"):
         arrays |= {f"{name}.{cut}": values for cut, values in enumerate(getattr(case, name))}
     return arrays
@@ -77,6 +84,7 @@ def _unpack(name: str, arrays: dict[str, Array]) -> Case:
     )
     images, given, crossing = (_below(arrays, part) for part in _IMAGES)
     asked: dict[str, Any] = {each: arrays[each] for each in _ASKED}
+    asked[PROTECTED] = arrays.get(PROTECTED)
     return Case(
         question=Question(name, images, given, **asked, crossing=crossing),
         tokens=arrays["tokens"],
@@ -88,6 +96,7 @@ def _unpack(name: str, arrays: dict[str, Array]) -> Case:
         scores=scores,
         margins=margins,
         ties=ties,
+        by_threshold=_THRESHOLD in arrays,
         labels=tuple(arrays[f"labels.{cut}"] for cut in range(recycling)),
     )
 

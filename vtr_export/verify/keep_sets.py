@@ -25,12 +25,21 @@ class Row:
     others: tuple[Columns, Columns]  # text, and pads
     excused: Columns  # the reference scores them within rounding of its boundary
     margin: float
+    by_threshold: bool = False  # how many stay, pads among them, follows from the scores
 
     @property
     def overlap(self) -> float:
         """Intersection over union."""
         ours, theirs = self.vision
         return len(ours & theirs) / max(1, len(ours | theirs)) if ours | theirs else 1.0
+
+    @property
+    def is_of_unlike_count(self) -> bool:
+        """Whether the graph keeps another number of tokens, or lacks a column that is none."""
+        (ours, theirs), others = self.vision, self.others
+        if self.by_threshold:
+            return bool((ours ^ theirs) - self.excused) or others[0] != others[1]
+        return len(ours) != len(theirs) or others[0] != others[1]
 
     @property
     def excused_overlap(self) -> float:
@@ -56,18 +65,21 @@ def _compare_row(case: Case, kept: Sequence[Ints], b: int, near_tie: float) -> l
         scored = theirs[vision_index]
         ours, theirs = _named(ours, mine[b]), theirs[expected[b]]
         sides = frozenset(ours.tolist()), frozenset(theirs.tolist())
+        pads = set(np.flatnonzero(question.attention_mask[b] == 0)) if case.by_threshold else set()
         made = scored[case.labels[cut][b] >= 0] if case.labels else scored[:0]
         as_themselves = sides[1] - set(made.tolist())  # a cluster stands in its centre's column
-        excused |= _near_ties(scored, case.scores[cut][b], as_themselves, vision, near_tie)
+        ranked = scored, case.scores[cut][b]
+        excused |= _near_ties(*ranked, as_themselves, vision, near_tie, case.by_threshold)
         rows.append(
             Row(
                 question.name,
                 b,
                 cut,
                 (sides[0] & vision, sides[1] & vision),
-                (sides[0] - vision, sides[1] - vision),
+                (sides[0] - vision - pads, sides[1] - vision - pads),
                 excused,
                 float(case.margins[cut][b]),
+                case.by_threshold,
             )
         )
         vision_index = case.kept_vision[cut][b]
@@ -81,15 +93,22 @@ def _named(columns: Ints, kept: Ints) -> Ints:
 
 
 def _near_ties(
-    columns: Ints, scores: np.ndarray, kept: Columns, vision: set[int], near_tie: float
+    columns: Ints,
+    scores: np.ndarray,
+    kept: Columns,
+    vision: set[int],
+    near_tie: float,
+    by_threshold: bool,
 ) -> Columns:
-    """Columns whose score lies within ``near_tie`` of the worst that was kept."""
+    """Columns whose score lies within ``near_tie`` of the worst that was kept, or of 1."""
     of = {c: float(s) for c, s in zip(columns.tolist(), scores, strict=True) if c in vision}
     best = [score for column, score in of.items() if column in kept]
-    if not best:
-        return frozenset()
-    boundary = min(best)
-    return frozenset(c for c, s in of.items() if abs(s - boundary) <= near_tie * abs(boundary))
+    boundaries = [*([min(best)] if best else []), *([1.0] if by_threshold else [])]
+    return frozenset(
+        column
+        for column, score in of.items()
+        if any(abs(score - boundary) <= near_tie * abs(boundary) for boundary in boundaries)
+    )
 
 
 def keep_set_gates(rows: Sequence[Row], bars: Bars, layers: Sequence[int]) -> list[Gate]:
@@ -110,7 +129,7 @@ def keep_set_gates(rows: Sequence[Row], bars: Bars, layers: Sequence[int]) -> li
 
 
 def _count_gate(rows: Sequence[Row], layers: Sequence[int]) -> Gate:
-    wrong = [r for r in rows if len(r.vision[0]) != len(r.vision[1]) or r.others[0] != r.others[1]]
+    wrong = [row for row in rows if row.is_of_unlike_count]
     detail = ""
     if wrong:
         first = wrong[0]

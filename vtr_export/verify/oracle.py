@@ -59,6 +59,8 @@ class Oracle:
         index = index[:, :0] if self._crosses else index
         positions = positions_for(self._model, ids, mask, question.given)
         groups = groups_for(self._model, ids, mask)
+        marks = None if question.protected is None else torch.tensor(question.protected)
+        more: dict[str, Any] = {"groups": groups, "crossing": crossing, "protected": marks}
         with self._streams() as streams:
             said = self._reference.generate(
                 self._model.get_input_embeddings(),
@@ -67,13 +69,10 @@ class Oracle:
                 index,
                 max_new_tokens=steps + 1,
                 positions=positions,
-                groups=groups,
-                crossing=crossing,
+                **more,
             )
         nothing = torch.full_like(embeds, torch.nan)
-        silent = self._reference(
-            nothing, mask, positions[0], index, groups=groups, crossing=crossing
-        )
+        silent = self._reference(nothing, mask, positions[0], index, **more)
         logits, logit_ids = noted(_numpy(said.logits))
         prefill = said.prefill
         return Case(
@@ -88,6 +87,7 @@ class Oracle:
             labels=_arrays(prefill.labels),
             margins=_arrays(prefill.margins),
             ties=_arrays(silent.kept),
+            by_threshold=self._schedule.threshold is not None,
             trace=Trace(self._text_embeds(ids), np.stack(streams)),
         )
 

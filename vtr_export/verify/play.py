@@ -151,7 +151,7 @@ def _prefill(decoder: Decoder, inputs: Inputs, embeds: Array) -> Step:
         columns = question.attention_mask, question.vision_index
         cache = decoder.with_images(cache, inputs.features, *columns)
     asked = question.attention_mask, question.vision_index, question.places, question.groups
-    return decoder(cache, embeds, *asked, _crossed(inputs), kept=True)
+    return decoder(cache, embeds, *asked, _crossed(inputs), protected=question.protected, kept=True)
 
 
 def _crossed(inputs: Inputs) -> Crossed | None:
