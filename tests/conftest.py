@@ -134,7 +134,7 @@ def traced_once() -> "Loader":
         key = checkpoint.folder, checkpoint.config_sha256, dtype, whole
         graphs = known[key] = known.get(key) or load(checkpoint, facts, dtype, whole=whole)
         copies = (graphs.vision_encoder, graphs.embed_tokens, graphs.decoder)
-        return Graphs(*(graph.clone() for graph in copies))
+        return Graphs(*(graph.clone() for graph in copies), held=graphs.held)
 
     return get
 
