@@ -234,11 +234,19 @@ class Row:
         return alive
 
     def _score(self, odds: Array, vision: Sequence[int]) -> Array:
-        """Of every key: mean over the rows that ask, of the heads' mean or maximum."""
+        """Of every key: mean over the rows that ask, of the heads' mean or maximum; or by rule."""
         last = len(self.columns) - 1
         rows = [last] if self.schedule.query == "last" else list(range(max(vision) + 1, last + 1))
         by_row = odds.mean(0) if self.schedule.heads == "mean" else odds.max(0)
-        return np.asarray(by_row[rows or [last]].mean(0))
+        received = by_row[rows or [last]]
+        if self.schedule.rule == "self_cross":
+            return np.asarray(by_row[vision].sum(0) / len(vision) * received.sum(0))
+        if self.schedule.rule == "redundancy":
+            keys = [by_row.shape[1] - len(self.columns) + i for i in vision]
+            given = np.zeros(by_row.shape[1])
+            given[keys] = by_row[np.ix_(vision, keys)].sum(1) / len(vision)
+            return np.asarray(0.4 * received.mean(0) - 0.6 * given)
+        return np.asarray(received.mean(0))
 
     def _best(self, cut: Cut, score: Array, vision: Sequence[int]) -> list[int]:
         """The entries that survive: the highest scores of the row, or of each image."""

@@ -59,6 +59,9 @@ def pick(rng: np.random.Generator, *choices: Any) -> Any:
     return choices[int(rng.integers(len(choices)))]
 
 
+RULES = ("attention", "attention", "self_cross", "redundancy")
+
+
 def a_schedule(rng: np.random.Generator, decoder: Decoder) -> Resolved:
     source = pick(rng, "previous", "previous", "next")
     first = 0 if source == "next" else 1
@@ -71,6 +74,8 @@ def a_schedule(rng: np.random.Generator, decoder: Decoder) -> Resolved:
     else:
         keeps = [Keep(int(n), tokens) for n in -np.sort(-rng.integers(0, tokens + 1, few))]
     packs = decoder.rotated and not decoder.is_mrope and decoder.tables != "given"
+    has_halves = decoder.mlp != "none" and not decoder.parallel
+    points = ("between", "inside", *(["attended"] if has_halves else []))
     packs = packs and not decoder.absolute  # which is added before the first layer, once
     return Resolved(
         decoder.layers,
@@ -81,7 +86,8 @@ def a_schedule(rng: np.random.Generator, decoder: Decoder) -> Resolved:
         heads=pick(rng, "mean", "max"),
         rank="joint" if tokens is None else pick(rng, "joint", "per_image"),
         positions=pick(rng, "original", "repacked") if packs else "original",
-        drop_point="between" if source == "next" else pick(rng, "between", "inside"),
+        drop_point="between" if source == "next" else pick(rng, *points),
+        rule="attention" if source == "next" else pick(rng, *RULES),
     )
 
 

@@ -267,7 +267,7 @@ _KEEP_LISTS: Final = (
 )
 
 
-DROPS: Final[Mapping[Key, str]] = {("merge", "by"): "drop"}
+DROPS: Final[dict[Key, str]] = {("merge", "by"): "drop"}
 
 
 def _form(
@@ -276,7 +276,8 @@ def _form(
     said = {"from": source, "rule": rule, "query": query, "heads": heads}
     score: dict[Key, str] = {("score", name): word for name, word in said.items()}
     form = {"rank": "joint", "drop_point": "between"} | others
-    return score | {(name,): value for name, value in form.items()} | DROPS
+    plainly: dict[Key, str] = {(name,): word for name, word in form.items()}
+    return score | plainly | DROPS
 
 
 NOTATIONS: Final[Mapping[str, Notation]] = {
