@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from vtr_export.verify.gates import Bars, at_least, at_most, differing
 from vtr_export.verify.play import Played
 
 Columns: TypeAlias = frozenset[int]
+CLEAR: Final = 8.0  # times a threshold
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,12 @@ def score_gates(played: Sequence[Played], bars: Bars, layers: Sequence[int]) -> 
         return []
     gates = []
     for cut, layer in enumerate(layers):
-        errors = [_score_error(each.scores[cut], each.case.scores[cut]) for each in played]
+        errors = []
+        for each in played:
+            pair = each.scores[cut], each.case.scores[cut]
+            if each.case.by_threshold:  # far above it, nobody asks how far
+                pair = np.minimum(pair[0], CLEAR), np.minimum(pair[1], CLEAR)
+            errors.append(_score_error(*pair))
         gates.append(at_most(f"scores.cut.{cut}", max(errors), bars.score, f"before layer {layer}"))
     return gates
 
