@@ -61,7 +61,7 @@ class Method:
             data["vision"] = (self.vision(wanted, facts),)
             left = _left(data["vision"][0], facts)
             share, facts = share * tokens / left, replace(facts, tokens_per_image=left)
-            if self.prefill and share > 0.99:
+            if self.prefill and share > 0.99 and not self.own:
                 raise InputError(
                     f"{left} of {tokens} tokens before the decoder leave nothing to do inside it",
                     hint="ask for fewer",
@@ -249,11 +249,14 @@ def _fastv(share: float, facts: ModelFacts) -> Data:
     return {"stages": ({"before_layer": layer, "keep": _shares([keep], tokens)[0]},)}
 
 
-def _pyramid(share: float, facts: ModelFacts) -> Data:
+def _pyramid(score: Data, **options: Any) -> Prefill:
     """Four equal runs of layers where they reach the share, else a run a layer."""
-    parts = 4 if share > 1 / 4 else facts.layers
-    score = {"from": "next", "query": "last"}
-    return _list(Pyramid(parts), score, positions="repacked")(share, facts)
+
+    def prefill(share: float, facts: ModelFacts) -> Data:
+        parts = 4 if share > 1 / 4 else facts.layers
+        return _list(Pyramid(parts), score, **options)(share, facts)
+
+    return prefill
 
 
 def _vtw(share: float, facts: ModelFacts) -> Data:
@@ -330,14 +333,16 @@ _LISTED: Final = (
     Method("pool, max", _pool("max")),
     Method("pool, bilinear", _pool("bilinear")),
     Method("FastV", prefill=_fastv),
-    Method("PyramidDrop", prefill=_pyramid),
+    Method("PyramidDrop", prefill=_pyramid({"from": "next"}, positions="repacked")),
+    Method("FocusLLaVA text", prefill=_pyramid(_TEXT)),
     Method("VTW", prefill=_vtw),
     Method("P-Sigmoid list", prefill=_LIST),
     Method("SparseVLM", prefill=_RATED),
-    Method("SparseVLM+", prefill=_staged(*_SPARSE, _TEXT)),
+    Method("SparseVLM+", prefill=_staged(*_SPARSE, {"query": "raters"})),
     Method("FitPrune", prefill=_PRODUCT),
     Method("FiCoCo-L", prefill=_CORRELATED),
     Method("MustDrop", _mustdrop, _thresholds, "mustdrop"),
+    Method("MustDrop, adaptive", _same({"method": "mustdrop"}), _thresholds, "mustdrop", own=True),
     Method("FiCoCo-VL", _ficoco_v, _CORRELATED),
     Method("FasterVLM & list", _kept("fastervlm"), _LIST),
     Method("PruMerge+ & list", _PLUS, _LIST),
