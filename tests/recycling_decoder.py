@@ -57,7 +57,7 @@ class Recycling(Oracle):
         """Hidden states behind the cut; their columns, and where vision tokens stand."""
         (score, keep, budgets), call = self.decided, rows.call
         most = counts(merge, call.vision.shape[1] - keep)[1]
-        hidden, columns, places = [], [], []
+        hidden, columns, places, self.labels = [], [], [], list[list[int]]()
         for b, own in enumerate(rows.hidden):
             made = recycled(score[b], own[call.vision[b]], keep, budgets[b], merge)
             self.found.margin = min(self.found.margin, made.margin)
@@ -65,6 +65,8 @@ class Recycling(Oracle):
             columns.append(row)
             places.append(place)
             hidden.append(merged(call, b, own, made, row, most))
+            short = most - len(made.centres)
+            self.labels.append([-1 if n < 0 else n + short for n in made.label])
         vision = np.array(places, np.int64).reshape(len(columns), -1)
         return np.array(hidden), (np.array(columns), vision)
 

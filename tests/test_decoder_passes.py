@@ -147,7 +147,7 @@ def forced(case: str) -> Session:
     return Session(model)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "recycled"])
 def test_a_decoder_keeps_what_it_is_told(case: str) -> None:
     schedule, session = resolved(case), forced(case)
 

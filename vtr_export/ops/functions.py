@@ -120,10 +120,59 @@ def declare(model: ir.Model, name: str, choice: Choice | None = None) -> None:
     if (DOMAIN, name, "") in model.functions:
         return
     function = load(name, choice)
+    for node in list(function):
+        if node.domain == DOMAIN:
+            declare(model, node.op_type, choice)
+    write_out(function, choice)
     opset = model.opset_imports.get("", OLDEST)
     function.opset_imports[""] = max(OLDEST, opset)  # onnx.checker refuses a mixture
     model.functions[function.identifier()] = function
     model.graph.opset_imports[DOMAIN] = VERSION
-    for node in function:
-        if node.domain == DOMAIN:
-            declare(model, node.op_type, choice)
+
+
+def write_out(function: ir.Function, choice: Choice) -> None:
+    """Put bodies in the place of those calls that hand on an attribute of ``function``.
+
+    TensorRT's parser reads an attribute that passes through two functions as 0, silently
+    (TensorRT-RTX 1.7.1).
+    """
+    for call in list(function):
+        if call.domain == DOMAIN and any(given.is_ref() for given in call.attributes.values()):
+            body = load(call.op_type, choice)
+            if any(
+                told.type == ir.AttributeType.GRAPH for n in body for told in n.attributes.values()
+            ):
+                continue  # a loop, which TensorRT is not given
+            write_out(body, choice)
+            _replace(function, call, body)
+
+
+def _replace(function: ir.Function, call: ir.Node, body: ir.Function) -> None:
+    """Nodes of ``body`` for ``call``; their values are named after its first output, too."""
+    values: dict[ir.Value, ir.Value | None] = dict(zip(body.inputs, call.inputs, strict=True))
+    for node in body:
+        told = [_resolved(each, call, body) for each in node.attributes.values()]
+        inputs = [None if each is None else values[each] for each in node.inputs]
+        count = len(node.outputs)
+        clone = ir.Node(node.domain, node.op_type, inputs, told, num_outputs=count)
+        for old, new in zip(node.outputs, clone.outputs, strict=True):
+            values[old], new.name = new, f"{call.outputs[0].name}.{old.name}"
+        function.insert_before(call, clone)
+    for old, inner in zip(call.outputs, body.outputs, strict=True):
+        made = values[inner]
+        assert made is not None
+        name, old.name = old.name, f"{old.name}.called"
+        old.replace_all_uses_with(made, replace_graph_outputs=True)
+        made.name = name
+    function.remove(call, safe=True)
+
+
+def _resolved(attribute: ir.Attr, call: ir.Node, body: ir.Function) -> ir.Attr:
+    """An attribute of the callee's node, as the caller says it."""
+    if not attribute.is_ref():
+        return attribute
+    name = attribute.ref_attr_name or ""
+    given = call.attributes.get(name) or body.attributes[name]
+    if given.is_ref():
+        return ir.RefAttr(attribute.name, given.ref_attr_name or "", attribute.type)
+    return ir.Attr(attribute.name, given.type, given.value)
