@@ -237,6 +237,9 @@ def test_the_source_and_the_point_of_a_cut() -> None:
     inside = analysed(before("inside"), resolved("inside"), {}).sites[0]
     assert inside[1:3] == (0, "mixed_0")
     assert inside[3] == {("inputs_embeds", 1), ("cos", 1), ("sin", 1)}
+    halfway = analysed(before("attended"), resolved("attended"), {}).sites[0]
+    assert halfway[1:3] == (0, "attended_0")
+    assert halfway[3] == {("cos", 1), ("sin", 1)}
     first = analysed(before("from_next_first"), resolved("from_next_first"), {}).sites
     assert [site[1:3] for site in first] == [(0, "inputs_embeds"), (1, "hidden_1")]
     wide = analysed(before("wide_tables"), resolved("wide_tables"), {}).sites[0]

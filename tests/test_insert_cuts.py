@@ -254,6 +254,18 @@ REFUSED: dict[
         '("past_key_values.1.key", key_0)',
         "'key_0' is not computed",
     ),
+    "attention and MLP side by side": (
+        "attended",
+        "inner_0 = MatMul (attended_0, wm_0)",
+        "inner_0 = MatMul (inputs_embeds, wm_0)",
+        "layer 0: no single stream of tokens leads from its attention to its MLP",
+    ),
+    "no MLP between attention and the next": (
+        "attended",
+        "hidden_1 = Add (attended_0, active_0)",
+        "hidden_1 = Add (attended_0, out_0)",
+        "layer 0: no single stream",
+    ),
     "a fixed number of tokens": (
         "from_previous",
         "float[batch,sequence,4] inputs",

@@ -122,6 +122,12 @@ def test_an_artifact_says_what_it_lacks_and_how_to_get_it(
     export(out, checkpoint, tmp_path / "all", tunable=True, verify="none")
     opened = OnnxEvaluator(tmp_path / "all", ((),), metric)
     assert [str(score) for score in opened.space.scores] == ["from next, query last, heads mean"]
+    prefill = Schedule.load(out).prefill.model_dump(by_alias=True, exclude={"keep"})
+    whole_layer = prefill | {"score": {"rule": "self_cross", "query": "text"}}
+    other = Schedule.from_data({"version": 1, "prefill": whole_layer})
+    export(other, checkpoint, tmp_path / "other", tunable=True, verify="none")
+    with pytest.raises(ArtifactError, match="'rule': 'self_cross'"):
+        OnnxEvaluator(tmp_path / "other", ((),), metric)
 
 
 def test_another_score_than_the_artifacts_is_refused(artifact: Path, blocks: Blocks) -> None:

@@ -15,6 +15,7 @@ from vtr_export.backends.tensorrt.library import environment
 from vtr_export.builder import build as engines
 from vtr_export.exporter import export
 from vtr_export.schedule import Schedule
+from vtr_export.schedule_document import Correlate
 
 REFUSED = {"TRT_decomposable", "softmax_precision"}  # by ONNX Runtime; by TensorRT
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,13 @@ CASES: dict[str, tuple[dict[int, int], dict[str, Any]]] = {
     "repacked": ({1: 8, 2: 3}, {"positions": "repacked"}),
     "repacked_next": ({0: 8, 1: 3}, {"positions": "repacked", "source": "next"}),
     "per_image": ({1: 8, 2: 3}, {"rank": "per_image"}),
+    "self_cross": ({1: 8, 2: 3}, {"rule": "self_cross", "query": "text", "drop_point": "inside"}),
+    "correlate": (
+        {1: 8, 2: 3},
+        {"rule": "redundancy", "drop_point": "attended", "merge": Correlate()},
+    ),
 }
+TOPS = {"correlate": 2}  # TopK of a cut: of its tokens, and of those that each dropped one goes to
 
 
 def build(path: Path, *options: str) -> dict[str, Any]:
@@ -74,7 +81,8 @@ def test_a_decoder_with_cuts_builds_with_fused_attention(
     found = build(saved(model, tmp_path))
     layers, types = found["layers"], found["types"]
     assert layers["ATTENTION_INPUT"] == tiny.facts.layers
-    assert layers.get("SOFTMAX", 0) == layers.get("TOPK", 0) == len(cuts)
+    assert layers.get("SOFTMAX", 0) == len(cuts)
+    assert layers.get("TOPK", 0) == TOPS.get(case, 1) * len(cuts)
     assert types["ATTENTION_INPUT"] == {"HALF": tiny.facts.layers}
     assert set(found["matrices"]) == {"HALF"}
     assert set(types["REDUCE"]) <= {"FLOAT", "INT64"}  # norms

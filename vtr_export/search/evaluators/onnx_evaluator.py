@@ -19,6 +19,7 @@ from vtr_export.runtime.batch import Ints
 from vtr_export.runtime.model import Model
 from vtr_export.runtime.processor import Processor
 from vtr_export.runtime.session import Array
+from vtr_export.schedule import Schedule
 from vtr_export.search.candidate import Candidate, Score, Space
 from vtr_export.search.evaluator import Floats, Outcome, Shard, Unpruned
 from vtr_export.search.evaluators.prompts import (
@@ -33,6 +34,12 @@ from vtr_export.search.questions.calibration import Question
 from vtr_export.search.questions.metrics import Metric
 
 _AS_SEARCHED: Final = {"rank": "joint", "positions": "original", "drop_point": "between"}
+_RANKED_AND_DROPPED: Final = {
+    "rule": "attention",
+    "threshold": None,
+    "protect": "none",
+    "by": "drop",
+}
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,9 @@ def space_of(folder: Path) -> Space:
     score = Score(schedule.score_from, schedule.query, schedule.heads)
     space = Space(facts, (score,))
     given = {name: getattr(schedule, name) for name in _AS_SEARCHED}
+    prefill = Schedule.parse(schedule.text).prefill
+    parts = prefill.model_dump(include={"threshold", "protect"})
+    more = parts | {"rule": prefill.score.rule, "by": prefill.merge.by}
     missing = sorted(set(range(1, space.layers)) - {stage.first_layer for stage in stages})
     if manifest.model.reduced is not None:
         problem = "its vision encoder reduces tokens, and a search counts those of whole images"
@@ -226,6 +236,8 @@ def space_of(folder: Path) -> Space:
         problem = "it has a cut before layer 0, which a search leaves alone"
     elif given != _AS_SEARCHED:
         problem = f"it has {given}, a search finds schedules with {_AS_SEARCHED}"
+    elif more != _RANKED_AND_DROPPED:
+        problem = f"its cuts have {more}, those of a search {_RANKED_AND_DROPPED}"
     else:
         return space
     tokens = f" --tokens {space.parts}" if facts.tokens_per_image else ""
