@@ -129,8 +129,8 @@ class _Layer:
         """``[I,N]``: low is redundant."""
         of_class = self.images.tower.has_cls
         operator = "VtrClassRedundancy" if of_class else "VtrKeyRedundancy"
-        asked = [self.query, self.key]
-        (score,) = self._call(operator, asked, ["score"], beta=self.reduction.beta)
+        measured = self._call(operator, [self.query, self.key], ["important", "redundant"])
+        (score,) = self._call("VtrWeighUnits", measured, ["score"], beta=self.reduction.beta)
         return score
 
     def _compressed(self, kept: ir.Value, dropped: ir.Value) -> ir.Value:
