@@ -144,6 +144,34 @@ def sparsevlm_list(
     return _document(prefill, origin | ({} if tokens is None else {"tokens": tokens}))
 
 
+def mustdrop(tokens: int, windows: int | None) -> Data:
+    """MustDrop's published thresholds, named after the ``tokens`` they leave on average.
+
+    ``windows`` of an image are merged in its tower, of 9 tokens each; None: those that are alike.
+    Its code's own defaults, (1.0, 0), drop nothing.
+    """
+    if tokens not in MUSTDROP:
+        raise ScheduleError(
+            f"tokens is {tokens!r}",
+            where="Schedule.mustdrop",
+            hint=f"published: {', '.join(map(str, MUSTDROP))}",
+        )
+    vision: Data = {"method": "mustdrop"}
+    if windows is not None:
+        _check_count(windows, "windows", 0, "Schedule.mustdrop")
+        vision["windows"] = windows
+    whole, single = MUSTDROP[tokens]
+    prefill = {
+        "score": {"query": "text"},
+        "positions": "repacked",
+        "threshold": {"whole": whole, "single": single},
+        "protect": "keys",
+        "stages": _stages([layer + 1 for layer in MUSTDROP_LAYERS], ["100%"] * 4),
+    }
+    data = _document(prefill, {"method": "mustdrop", "tokens": tokens})
+    return data | {"vision": (vision,), "decode": ({"method": "mustdrop"},)}
+
+
 def vtw(k: int) -> Data:
     """VTW: no vision tokens from layer ``k`` on."""
     _check_count(k, "k", 1, "Schedule.vtw")
@@ -265,6 +293,13 @@ SPARSEVLM_PLUS: Final[Mapping[int, tuple[int, ...]]] = {
     128: (238, 108, 60),
     96: (246, 54, 28),
     64: (66, 34, 20),
+}
+# Thresholds (whole, single): behind these layers a token goes that is below both.
+MUSTDROP_LAYERS: Final = (2, 6, 10, 14)
+MUSTDROP: Final[Mapping[int, tuple[float, float]]] = {
+    192: (0.001, 0.001),
+    128: (0.0012, 0.001),
+    64: (0.011, 0.01),
 }
 # Eight layers a line:
 # fmt: off

@@ -103,6 +103,14 @@ class Schedule:
         return cls.from_data(generators.sparsevlm(tokens, plus), Source("Schedule.sparsevlm"))
 
     @classmethod
+    def mustdrop(cls, tokens: int = 192, *, windows: int | None = None) -> "Schedule":
+        """MustDrop's published thresholds for 192, 128 or 64 tokens, in all three phases.
+
+        ``windows`` is how many of an image are merged in its tower; None: as many as are alike.
+        """
+        return cls.from_data(generators.mustdrop(tokens, windows), Source("Schedule.mustdrop"))
+
+    @classmethod
     def fitprune(cls, reduction: Ratio = "60%") -> "Schedule":
         """FitPrune's published recipe for LLaVA-1.5-7B: 50%, 60% or 90% fewer FLOPs."""
         return cls.from_data(generators.fitprune(reduction), Source("Schedule.fitprune"))

@@ -118,6 +118,20 @@ def sparsevlm(
 
 
 @app.command()
+def mustdrop(
+    tokens: Annotated[int, typer.Option(help="The published thresholds: 192, 128 or 64.")] = 192,
+    windows: Annotated[
+        int | None, typer.Option(help="Merged in the tower; else as many as are alike.")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """MustDrop: like patches merged, thresholds after layers 2, 6, 10 and 14, one cache."""
+    from vtr_export.schedule import Schedule
+
+    _write(Schedule.mustdrop(tokens, windows=windows), out)
+
+
+@app.command()
 def fitprune(
     reduction: Annotated[str, typer.Option(help="FLOPs it saves: 50%, 60% or 90%.")] = "60%",
     out: Out = None,

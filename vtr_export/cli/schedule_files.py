@@ -76,6 +76,8 @@ def show(
     values = [_values(*each) for each in zip(loaded, facts, steps, strict=True)]
     if len(loaded) == 1:
         lines = [*loaded[0].dump().splitlines(), "", *_numbers(steps[0]), *_chart(curves)]
+        if loaded[0].prefill.threshold is not None:
+            lines.append("all of these at most: how many a threshold drops depends on the prompt")
         report(values[0], lines, as_json)
         return
     report({"schedules": values}, _chart(curves), as_json)
