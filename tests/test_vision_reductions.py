@@ -33,6 +33,7 @@ CASES: tuple[tuple[str, tuple[str, ...]], ...] = (  # vision part, and the encod
     ("[{method: mustdrop, similarity: 0.6}]", ("digits",)),
     ("[{method: divprune, keep: 25%}]", ALL),
     ("[{method: fastervlm, keep: 50%}, {method: divprune, keep: 25%}]", ("clip", "internvl")),
+    ("[{method: pixel_shuffle}]", ALL),
     ("[{method: pool}]", ALL),
     ("[{method: pool, kind: average, of: features}]", ALL),
     ("[{method: pool, kind: max, factor: 4}]", ("clip", "digits")),
@@ -76,3 +77,15 @@ def test_an_image_is_reduced_alone(text: str, name: str) -> None:
     together = vision_cases.rows_of(traced.reduced(text, pixels), 3)
     alone = traced.reduced(text, pixels[1:2])["image_features"]
     assert np.allclose(together[1], alone.reshape(together[1].shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("text", [text for text, names in CASES if "clip" in names])
+def test_a_typed_encoder_is_reduced_in_its_own_dtype(text: str) -> None:
+    """Rounding may swap near ties: most tokens are those of fp32."""
+    pixels = vision_cases.pictures("clip", 1)
+    wanted = vision_cases.traced("clip").reduced(text, pixels)["image_features"]
+    said = vision_cases.traced("clip", "fp16").reduced(text, pixels)["image_features"]
+    assert said.dtype == np.float16
+    both = (found.reshape(-1, found.shape[-1]).astype(np.float32) for found in (said, wanted))
+    rows, tokens = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in both)
+    assert ((tokens @ rows.T).max(1) > 0.9999).mean() > 0.7

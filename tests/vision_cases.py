@@ -58,10 +58,12 @@ class Traced:
     tower: Tower
     graph: ir.Model
     held: Mapping[str, Tensor]  # weights of trained reductions
+    dtype: str
 
     def reduced(self, text: str, pixels: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """The graph's outputs by name, with the ``vision`` entries that ``text`` lists."""
-        session = _session(self.key, text)
+        session = _session(self.key, text, self.dtype)
+        pixels = pixels.astype(np.float16 if self.dtype == "fp16" else np.float32)
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(None, {"pixel_values": pixels}), strict=True))
 
@@ -143,8 +145,8 @@ def traced(name: str, dtype: str = "fp32") -> Traced:
     graph = run(canonical(), load(opened, facts, dtype, whole=True).vision_encoder)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
     model.name_or_path = name
-    held = sampler(model.eval(), facts, tower)
-    return Traced(with_held(model, held), facts, tower, graph, held)
+    held = {**sampler(model.eval(), facts, tower), **wide_projector(tower)}
+    return Traced(with_held(model, held), facts, tower, graph, held, dtype)
 
 
 @torch.no_grad()
@@ -162,6 +164,16 @@ def sampler(model: Any, facts: ModelFacts, tower: Tower) -> dict[str, Tensor]:
     inner, bias, *_ = found
     found[bias] = -found[inner] @ seen[0].flatten(0, 1).mean(0)
     return found
+
+
+def wide_projector(tower: Tower) -> dict[str, Tensor]:
+    """Pixel shuffle's own, random."""
+    (reduction,) = entries("[{method: pixel_shuffle}]")
+    generator = torch.Generator().manual_seed(0)
+    shapes = reduction.weights(tower).items()
+    return {
+        name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes
+    }
 
 
 def graph_of(name: str, text: str, dtype: str = "fp32") -> ir.Model:
@@ -188,10 +200,10 @@ def file_of(name: str, text: str, dtype: str = "fp32") -> Path:
 
 
 @cache
-def _session(name: str, text: str) -> onnxruntime.InferenceSession:
+def _session(name: str, text: str, dtype: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(file_of(name, text), options)
+    return onnxruntime.InferenceSession(file_of(name, text, dtype), options)
 
 
 def pictures(name: str, count: int = 2, seed: int = 0) -> np.ndarray[Any, Any]:
