@@ -57,7 +57,7 @@ def _reducing(
 
         def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             left.append(_reduce(args[0][0], heard, reductions, tower, notes))
-            return (left[-1].features[None], *args[1:])
+            return (left[-1].features[None].to(args[0].dtype), *args[1:])
 
         handle = projector.register_forward_pre_hook(narrow)
         stack.callback(handle.remove)
