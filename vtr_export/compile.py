@@ -25,6 +25,7 @@ from vtr_export.passes.open_cuts import OpenCuts
 from vtr_export.passes.reduce_vision import ReduceVision
 from vtr_export.passes.scale_queries import ScaleQueries
 from vtr_export.passes.store_transposed import StoreTransposed
+from vtr_export.passes.unroll_loops import UnrollLoops
 from vtr_export.schedule import Resolved
 from vtr_export.tensorrt_10 import OPSET
 from vtr_export.weights import CheckpointTensor
@@ -89,6 +90,7 @@ def engine(opened: Collection[int] = ()) -> Passes:
     """The passes between an artifact's graph and TensorRT; ``opened`` cuts can drop nothing."""
     return (
         OpenCuts(opened),
+        UnrollLoops(),
         ScaleQueries(),
         AllowUnfused(),
         common.RemoveUnusedNodesPass(),
@@ -100,6 +102,7 @@ def tensorrt_10() -> Passes:
     """The passes between an artifact's graph and TensorRT 10: no function, no newer operator."""
     return (
         common.InlinePass(),
+        UnrollLoops(),
         Decompose(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
