@@ -16,7 +16,7 @@ from vtr_export.passes.fold_constants import SMALL, FoldConstants
 from vtr_export.passes.fuse_norms import FuseNorms
 from vtr_export.passes.fuse_rotary import FuseRotary
 
-HELPERS = {"__init__", "build"}  # no passes
+HELPERS = {"__init__", "build", "compact_cache", "open_lengths"}  # no passes
 FILES = sorted(Path(vtr_export.passes.__path__[0]).glob("*.py"))
 FP32 = ir.DataType.FLOAT
 
