@@ -88,12 +88,25 @@ def describe(network: Any) -> dict[str, Any]:
         "types": types,
         "matrices": weights,
         "shape_inputs": [tensor.name for tensor in inputs if tensor.is_shape_tensor],
+        "factors": [  # of a score's logits
+            float(layer.weights.flat[0])
+            for layer in map(as_constant, layers)
+            if layer is not None and ".factor" in layer.name
+        ],
         "plugins": [
             [list(layer.get_output(i).shape) for i in range(layer.num_outputs)]
             for layer in layers
             if kind[layer.name] == "PLUGIN_V3"
         ],
     }
+
+
+def as_constant(layer: Any) -> Any:
+    """A layer that holds numbers, or None."""
+    if layer.type != trt.LayerType.CONSTANT:
+        return None
+    layer.__class__ = trt.IConstantLayer
+    return layer
 
 
 def register(plugin: str) -> None:

@@ -17,7 +17,9 @@ from recycle_oracle import CLEAR, clustered
 from recycling_decoder import Recycling
 from test_insert_cuts import GATE, before, cut, resolved
 
+from vtr_export.cost import cut_flops
 from vtr_export.errors import ScheduleError
+from vtr_export.families import read_facts
 from vtr_export.passes.force_keep_sets import ForceKeepSets
 from vtr_export.reference.recycling import peaks, raters_of
 from vtr_export.schedule import Schedule
@@ -151,3 +153,23 @@ def test_a_decoder_recycles_what_it_is_told(call: Call, seed: int) -> None:
     assert {name for name in expected if not name.startswith("kept")} == actual.keys()
     for name, array in actual.items():
         np.testing.assert_allclose(array, expected[name], rtol=GATE, atol=GATE)
+
+
+# --- costs ---
+
+
+def test_what_recycling_costs_beside_the_score() -> None:
+    """One cut of 576 tokens to 288 with 64 of text: 87 recycled tokens, 9 clusters."""
+    facts = read_facts({"model_type": "llava"}, "config.json")
+    one = {"stages": ({"before_layer": 2, "keep": "50%"},)}
+    costs = {
+        name: cut_flops(facts, schedule(**one, **said).resolve(facts), 576, 64)[0]
+        for name, said in {
+            "last": {},
+            "text": {"score": {"query": "text"}},
+            "raters": {"score": {"query": "raters"}},
+            "recycle": {"merge": RECYCLE},
+        }.items()
+    }
+    assert costs["raters"] - costs["text"] == 2 * 576 * 64 * 4096
+    assert costs["recycle"] - costs["last"] == 2 * 4096 * (87 * 87 + 9 * 576)

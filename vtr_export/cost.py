@@ -9,7 +9,7 @@ from vtr_export.errors import InputError
 from vtr_export.families import ModelFacts
 from vtr_export.reductions import Tower, VisionReduction
 from vtr_export.schedule import Resolved
-from vtr_export.schedule_document import Correlate
+from vtr_export.schedule_document import Correlate, Recycle
 
 
 @dataclass(frozen=True)
@@ -192,21 +192,30 @@ def cut_flops(
     Its query rows meet all keys; with ``from: next`` they are projected, and so are the keys of
     the tokens then dropped. ``query: text`` counts all ``text_tokens`` as rows, an upper bound.
     Other rules, and a merge by correlation, ask all vision rows too; the merge multiplies what
-    text gives to each two tokens, and what each gives to each with their hidden states.
+    text gives to each two tokens, and what each gives to each with their hidden states. Raters
+    are found by all vision and all text tokens, once; recycled tokens are measured by each other,
+    and their means are a product with all vision tokens.
     """
     vision_tokens = resolved.entering(vision_tokens)
-    keeps = (vision_tokens, *(cut.keep.of(vision_tokens) for cut in resolved.cuts))
-    rows = text_tokens if resolved.query == "text" else 1
+    keeps = (vision_tokens, *resolved.behind_cuts(vision_tokens))
+    rows = text_tokens if resolved.query != "last" else 1
     merges = isinstance(resolved.merge, Correlate)
     asks_all = resolved.rule != "attention" or merges
     q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     costs = []
-    for before, after in pairwise(keeps):
+    for cut, (before, after) in zip(resolved.cuts, pairwise(keeps), strict=True):
         asking = rows + before * asks_all
         cost = 2 * asking * (before + text_tokens * (not resolved.crosses)) * q
         cost += 2 * before**2 * (rows + facts.hidden) * merges
+        anew = before - after
+        if isinstance(resolved.merge, Recycle):
+            recycled, clusters = resolved.merge.of(before - cut.keep.of(vision_tokens))
+            cost += 2 * facts.hidden * (recycled**2 + clusters * before)
+            anew = before + text_tokens
         if resolved.source == "next":
-            cost += 2 * facts.hidden * (rows * q + (before - after) * kv)
+            cost += 2 * facts.hidden * (rows * q + anew * kv)
+        if resolved.query == "raters" and not costs:
+            cost += 2 * facts.hidden * vision_tokens * text_tokens
         costs.append(cost if vision_tokens else 0)
     return tuple(costs)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from vtr_export.errors import InputError, ScheduleError
 from vtr_export.schedule import Resolved, Schedule
+from vtr_export.schedule_document import Recycle
 from vtr_export.targets import PLUGINS, SANDWICHED, TOP_K, TURING, check_name
 
 
@@ -90,11 +91,14 @@ def _too_many(
     resolved: Resolved, vision_tokens: int, target: str
 ) -> Iterator[tuple[int, str, str]]:
     """Cuts beyond TopK: (layer, limit, way out). Engines leave out a cut that keeps everything."""
-    for cut in resolved.cuts:
+    entering = (vision_tokens, *resolved.behind_cuts(vision_tokens))
+    for cut, before in zip(resolved.cuts, entering, strict=False):
         kept = cut.keep.of(vision_tokens)
         if kept == vision_tokens and target != "tensorrt-10":
             continue
         selected = cut.keep.numerator if resolved.rank == "per_image" else kept
+        if isinstance(resolved.merge, Recycle):
+            selected = max(selected, resolved.merge.of(before - kept)[0])
         if selected > TOP_K:
             limit = f"{selected} tokens kept before layer {cut.before_layer}"
             limit += f", but TensorRT selects at most {TOP_K}"

@@ -66,9 +66,10 @@ def _compare_cut(
 ) -> list[Gate]:
     """The published decoder beside one that hides what it drops, and drops nothing.
 
-    Not for positions that are numbered anew, nor for budgets that are an input.
+    Not for positions that are numbered anew, budgets that are an input, and dropped tokens of which
+    something is made.
     """
-    if request.tunable or schedule.positions == "repacked":
+    if request.tunable or schedule.positions == "repacked" or schedule.merge is not None:
         return []
     player = _player(staging / GRAPH)
     found = last_rows(player.play(asked))
