@@ -43,7 +43,6 @@ OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type o
     "VtrClusterCount": [(INT64, 1), (INT64, 1)],
     "VtrClusters": [(INT64, 2), (INT64, 2)],
     "VtrColumns": [(INT64, 2)],
-    "VtrCorrelateKept": [(None, 3)],
     "VtrCorrelatePrune": [(None, 3), (INT64, 2), (INT64, 2)],
     "VtrCorrelation": [(FLOAT, 3)],
     "VtrCosine": [(FLOAT, 3)],

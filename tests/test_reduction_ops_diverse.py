@@ -157,3 +157,11 @@ def test_a_tokens_key_is_the_mean_of_heads_and_patches(
     mean = key.astype(float).mean(1)[:, int(class_token) :]
     lattice = mean.reshape(images, side, merge, side, merge, 4)
     np.testing.assert_allclose(keys, lattice.mean((2, 4)).reshape(images, -1, 4), atol=1e-6)
+
+
+@given(st.integers(0, 3), st.integers(0, 12), SEED)
+def test_tokens_are_put_in_order(images: int, tokens: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    source = np.array([rng.permutation(20)[:tokens] for _ in range(images)]).reshape(images, tokens)
+    (ordered,) = run("VtrAscending", source=source.astype(np.int64))
+    assert ordered.tolist() == np.sort(source).tolist()

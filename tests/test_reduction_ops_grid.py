@@ -95,3 +95,19 @@ def test_a_grid_is_resized_as_torch_interpolates_it(
     np.testing.assert_allclose(actual, flat, atol=1e-5)
     assert actual.min() >= whole.min() - 1e-6
     assert actual.max() <= whole.max() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_wide_tokens_are_normed_and_projected_twice(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"stream": (2, 3, 8), "norm": (8,), "norm_bias": (8,), "inner": (5, 8)}
+    shapes |= {"inner_bias": (5,), "outer": (5, 5), "outer_bias": (5,)}
+    feeds = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+    (projected,) = run("VtrProjectWide", **feeds)
+    given = {name: torch.from_numpy(value).double() for name, value in feeds.items()}
+    functional = torch.nn.functional
+    normed = functional.layer_norm(given["stream"], (8,), given["norm"], given["norm_bias"])
+    active = functional.gelu(functional.linear(normed, given["inner"], given["inner_bias"]))
+    expected = functional.linear(active, given["outer"], given["outer_bias"]).numpy()
+    assert projected.dtype == np.dtype(dtype)
+    np.testing.assert_allclose(projected, expected, atol=1e-5 if dtype == "f4" else 2e-2)

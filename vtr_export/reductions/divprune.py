@@ -22,8 +22,9 @@ class DivPrune(VisionReduction):
     where all that are left equal one of them); of equally far ones the first.
 
     Cost: the projector for all N tokens, N x N cosines once, which the first choice needs anyhow,
-    then one row a step. ``keep`` steps follow one another in an ONNX Loop with a constant trip
-    count: on a GPU a launch or more each, however little they compute.
+    then one row of them a step. Steps follow one another, in an ONNX Loop with a constant trip
+    count; TensorRT is given them written out, about ten layers a step. On a GPU a step takes a few
+    launches, however little it computes: many tokens kept may cost more than they save.
     """
 
     PAPER: ClassVar[str] = "2503.02175"

@@ -17,6 +17,7 @@ from vtr_export.reductions.ficoco_v import FiCoCoV
 from vtr_export.reductions.focusllava import FocusLLaVA
 from vtr_export.reductions.mustdrop import MustDrop
 from vtr_export.reductions.mustdrop_cache import OutputAwareCache
+from vtr_export.reductions.pixel_shuffle import PixelShuffle
 from vtr_export.reductions.pool import Pool
 from vtr_export.reductions.prumerge import PruMerge, PruMergePlus
 from vtr_export.reductions.reduction import Reduction, VisionReduction
@@ -33,6 +34,7 @@ OURS: Final[tuple[type[Reduction], ...]] = (
     FocusLLaVA,
     MustDrop,
     OutputAwareCache,
+    PixelShuffle,
     Pool,
     PruMerge,
     PruMergePlus,

@@ -29,7 +29,8 @@ class VisPruner(VisionReduction):
 
     Of equal ones the better ranked leaves (in the code, any). Static: how many rounds follows from
     the counts. One matrix of cosines serves all rounds (the code multiplies anew in each); a round
-    reads it once, tokens x tokens. The rounds are an ONNX Loop with a constant trip count.
+    reads it once, tokens x tokens. The rounds are an ONNX Loop with a constant trip count, which
+    is written out for TensorRT.
     """
 
     PAPER: ClassVar[str] = "2412.01818"

@@ -18,6 +18,7 @@ from vtr_export.reference.reductions import (
     ficoco_v,
     focusllava,
     mustdrop,
+    pixel_shuffle,
     pool,
     prumerge,
     visionzip,
@@ -39,6 +40,7 @@ INSIDE: Final[
     Mapping[str, Callable[[Any, Any, Tower], AbstractContextManager[Callable[[Seen], Reduced]]]]
 ] = {
     "divprune": divprune.inside,
+    "pixel_shuffle": pixel_shuffle.inside,
     "pool": pool.inside,
     "visionzip": visionzip.inside,
     "ficoco_v": ficoco_v.inside,
