@@ -27,7 +27,7 @@ from vtr_export.graph_facts import (
     Tensor,
 )
 from vtr_export.manifest import Manifest
-from vtr_export.ops import is_cut
+from vtr_export.ops import THRESHOLD, is_cut
 from vtr_export.passes.infer_shapes import InferShapes
 from vtr_export.schedule import Cut, Keep, Resolved
 
@@ -46,7 +46,7 @@ def inspect_path(path: Path, layer: int | None = None) -> tuple[Manifest | None,
     if not path.is_dir():
         return None, [inspect_file(path, layer)]
     manifest = Manifest.load(path)
-    files = [path / name for name in manifest.graphs.model_dump().values()]
+    files = [path / name for name in manifest.graphs.model_dump().values() if name is not None]
     decoder = path / manifest.graphs.decoder
     return manifest, [inspect_file(file, layer if file == decoder else None) for file in files]
 
@@ -229,7 +229,8 @@ def _keep(node: ir.Node) -> str:
     if budget is None or budget.op_type != "VtrBudget" or len(budget.inputs) < 3:
         return "unknown"
     numerator, per = (_integer(value) for value in budget.inputs[1:3])
-    return f"{'as the input keep says' if numerator is None else numerator} of {per}"
+    most = "at most " if node.op_type == THRESHOLD else ""
+    return f"{most}{'as the input keep says' if numerator is None else numerator} of {per}"
 
 
 def _integer(value: ir.Value | None) -> int | None:
