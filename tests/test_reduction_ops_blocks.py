@@ -165,9 +165,10 @@ def test_a_cut_that_merges_ranks_selects_and_divides(
     assert vision.tolist() == places.tolist()
     wanted = np.stack([row[at] for row, at in zip(expected, columns, strict=True)])
     np.testing.assert_allclose(kept_hidden, wanted, atol=1e-4)
-    (forced,) = run(
-        "VtrCorrelateKept", choice, **{**said, "hidden": hidden, "indices": indices, **merge}
-    )
+    blocks = run("VtrVisionBlocks", choice, **said)
+    known = dict(zip(("by_vision", "by_text", "real", "asks"), blocks, strict=True))
+    known |= {"vision_index": call.vision, "indices": indices, "hidden": hidden}
+    (forced,) = run("VtrMergeCorrelated", choice, **known, **merge)
     assert (forced == kept_hidden).all()
     dropped = {name: told[name] for name in told if name not in merge}
     plain, again, _ = run("VtrScoredPrune", choice, **dropped)

@@ -59,15 +59,19 @@ def scoring(cut: ir.Node) -> list[ir.Node]:
     return [score]
 
 
-def _block_scoring(cut: ir.Node) -> list[ir.Node]:
+def _blocks(cut: ir.Node) -> ir.Node:
     told = [*cut.inputs[:4], cut.inputs[-1]]
-    blocks = ir.Node(DOMAIN, BLOCKS, told, [cut.attributes["scale"]], num_outputs=4)
+    return ir.Node(DOMAIN, BLOCKS, told, [cut.attributes["scale"]], num_outputs=4)
+
+
+def _block_scoring(cut: ir.Node) -> list[ir.Node]:
+    blocks = _blocks(cut)
     ranks = BLOCK_SCORES[cut.attributes["rule"].as_string()]
     return [blocks, ir.Node(DOMAIN, ranks, blocks.outputs)]
 
 
-def narrowing(cut: ir.Node, kept: ir.Value, *chosen: ir.Value) -> ir.Node:
-    """A new node that makes what ``cut`` makes of its hidden states, with its outputs given.
+def narrowing(cut: ir.Node, kept: ir.Value, *chosen: ir.Value) -> list[ir.Node]:
+    """New nodes whose last makes what ``cut`` makes of its hidden states, with its outputs given.
 
     ``kept`` and ``chosen``: those but the first.
     """
@@ -75,11 +79,13 @@ def narrowing(cut: ir.Node, kept: ir.Value, *chosen: ir.Value) -> ir.Node:
     if cut.op_type in (RECYCLE, RATER_RECYCLE):
         vision, label = chosen
         asked = [cut.inputs[3], label, kept, vision, cut.inputs[4], hidden]
-        return ir.Node(DOMAIN, "VtrMerge", asked)
+        return [ir.Node(DOMAIN, "VtrMerge", asked)]
     if cut.op_type != CORRELATE:
-        return ir.Node(DOMAIN, "VtrNarrow", [hidden, kept])
-    said = [cut.attributes[name] for name in ("scale", "direct", "nearest")]
-    return ir.Node(DOMAIN, "VtrCorrelateKept", [*cut.inputs[:4], kept, hidden], said)
+        return [ir.Node(DOMAIN, "VtrNarrow", [hidden, kept])]
+    blocks = _blocks(cut)  # a function that the cut was resolved with, as is what merges
+    said = [cut.attributes[name] for name in ("direct", "nearest")]
+    asked = [*blocks.outputs, cut.inputs[3], kept, hidden]
+    return [blocks, ir.Node(DOMAIN, "VtrMergeCorrelated", asked, said)]
 
 
 def prune_attributes(scale: float, choice: Choice) -> list[ir.Attr]:

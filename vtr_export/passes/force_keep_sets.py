@@ -31,9 +31,8 @@ class ForceKeepSets(ir.passes.InPlacePass):
             _force(graph, node)
         if cuts:
             ops.declare(model, "VtrNarrow")
-        merging = ("VtrCorrelateKept", "VtrMerge")
-        for name in {node.op_type for node in graph if node.op_type in merging}:
-            ops.declare(model, name)  # what it calls was resolved with the cut
+        if any(node.op_type == "VtrMerge" for node in graph):
+            ops.declare(model, "VtrMerge")
         return ir.passes.PassResult(model, modified=bool(cuts))
 
 
@@ -61,7 +60,7 @@ def _force(graph: ir.Graph, node: ir.Node) -> None:
         old.replace_all_uses_with(new)
     graph.inputs.extend(inputs)
     narrow = ops.narrowing(node, *inputs)
-    narrow.name, result = node.name, narrow.outputs[0]
+    narrow[-1].name, result = node.name, narrow[-1].outputs[0]
     result.name, result.type, result.shape = hidden.name, hidden.type, hidden.shape
     hidden.replace_all_uses_with(result)
     graph.insert_before(node, narrow)
