@@ -202,7 +202,7 @@ def cut_flops(
     merges = isinstance(resolved.merge, Correlate)
     asks_all = resolved.rule != "attention" or merges
     q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-    costs = []
+    costs: list[int] = []
     for cut, (before, after) in zip(resolved.cuts, pairwise(keeps), strict=True):
         asking = rows + before * asks_all
         cost = 2 * asking * (before + text_tokens * (not resolved.crosses)) * q
