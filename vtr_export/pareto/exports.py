@@ -79,17 +79,17 @@ def _wanted(
     schedules: Sequence[Path],
     shares: Sequence[float],
 ) -> Iterator[tuple[Method, float | None, Callable[[], Schedule]]]:
-    """The unpruned model, then share by share; what has a share of its own comes last."""
+    """The unpruned model, what has a share of its own, then share by share."""
     yield Method("unpruned"), None, Schedule.unpruned
+    for path in schedules:
+        yield Method(path.name, own=True), None, partial(Schedule.load, path)
+    for method in methods:
+        if method.own:
+            yield method, None, partial(method.schedule, 1.0, facts)
     for share in shares:
         for method in methods:
             if not method.own:
                 yield method, share, partial(method.schedule, share, facts)
-    for method in methods:
-        if method.own:
-            yield method, None, partial(method.schedule, 1.0, facts)
-    for path in schedules:
-        yield Method(path.name, own=True), None, partial(Schedule.load, path)
 
 
 class TracedOnce:

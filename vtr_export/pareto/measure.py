@@ -1,10 +1,12 @@
 """Ask every method all questions, and time it in turns with the unpruned model."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -94,9 +96,9 @@ def compare(
 ) -> Report:
     """Measure ``methods`` (all) at ``shares``, and ``schedules`` as they are, on a checkpoint.
 
-    Artifacts are left in ``work``. What a method refuses is in the report; a question that fails
-    raises. Raises InputError, CalibrationError for questions, and what an export raises when even
-    the unpruned model is refused.
+    Artifacts are left in ``work``. What a method refuses is in the report, and so is what an
+    interruption left out. Raises InputError, CalibrationError for questions, and what an export
+    raises when even the unpruned model is refused.
     """
     say = progress or (lambda _: None)
     known = get_metric(metric)
@@ -147,6 +149,12 @@ def _measure_all(
                 raise
             refusals.append(Refusal(entry.method.name, entry.asked, error.message))
             continue
+        except KeyboardInterrupt:
+            if whole is None:
+                raise
+            left = entries[number:]
+            refusals += [Refusal(one.method.name, one.asked, "interrupted") for one in left]
+            break
         resolved = entry.schedule.resolve(facts)
         counted = count(resolved, facts, scored.answers)
         if whole is None:
@@ -193,12 +201,16 @@ class Scored:
 
 
 def score(folder: Path, asked: Asked) -> Scored:
-    """Ask all questions, ``BATCH`` at once."""
-    artifact, answers = Artifact.load(folder, threads=asked.threads), list[Answer]()
-    options, total = Options(max_new_tokens=asked.max_new_tokens), len(asked.questions)
-    for start in range(0, total, BATCH):
-        requests = [asked.request(row) for row in range(start, min(start + BATCH, total))]
-        answers += artifact.generate_batch(requests, options)
+    """Ask all questions, ``BATCH`` at once and as many batches at once as there are cores."""
+    artifact, total = Artifact.load(folder, threads=asked.threads), len(asked.questions)
+    options = Options(max_new_tokens=asked.max_new_tokens)
+
+    def ask(start: int) -> list[Answer]:
+        rows = range(start, min(start + BATCH, total))
+        return artifact.generate_batch([asked.request(row) for row in rows], options)
+
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // asked.threads)) as pool:
+        answers = [answer for batch in pool.map(ask, range(0, total, BATCH)) for answer in batch]
     text = asked.metric.text
     assert text is not None, "checked before"
     pairs = zip(answers, asked.questions, strict=True)

@@ -329,6 +329,7 @@ _LISTED: Final = (
     Method("FiCoCo-V", _ficoco_v),
     Method("FocusLLaVA sampler", _same({"method": "focusllava"}), own=True),
     Method("MustDrop windows", _mustdrop),
+    Method("pixel shuffle", _same({"method": "pixel_shuffle"}), own=True),
     Method("pool, average", _pool("average")),
     Method("pool, max", _pool("max")),
     Method("pool, bilinear", _pool("bilinear")),
