@@ -224,6 +224,9 @@ def drawn(inputs: Mapping[str, Any], call: Call, seed: int) -> dict[str, Array]:
     }
     if "token_groups" in inputs:
         feeds["token_groups"] = rng.integers(0, 3, (batch, length)) * call.current
+    if "protected" in inputs:
+        real = np.take_along_axis(call.current, call.vision, 1)
+        feeds["protected"] = (rng.random(real.shape) < 0.2) * real
     for name, value in inputs.items():
         if name in feeds or name == "keep":
             continue

@@ -10,6 +10,7 @@ import pytest
 from conftest import Golden
 from cut_oracle import Call, calls
 from decoder_oracle import Oracle, drawn
+from filtering_decoder import Filtering
 from graph_texts import Array, Session, load, read
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ CASES = sorted(folder.name for folder in GRAPHS.iterdir())
 TOKENS = {"shares": None, "ragged": None, "per_image": 2}  # an image
 USUAL_TOKENS = 4
 TUNABLE = {"tunable"}
+PROTECTED = {"thresholds"}  # by a vision encoder, which these decoders have none of
 SOFTCAP = {"softcap": 1.5}
 GATE = 1e-4  # of values up to about 10, in fp32
 CLEAR = 1e-5  # a margin that fp32 does not turn round
@@ -45,7 +47,8 @@ def resolved(case: str) -> Resolved:
     text = (GRAPHS / case / "before.onnxtxt").read_text(encoding="utf-8")
     layers = text.count("= Attention")
     model = Model(layers, TOKENS.get(case, USUAL_TOKENS))
-    return Schedule.load(GRAPHS / case / "schedule.yaml").resolve(model)
+    schedule = Schedule.load(GRAPHS / case / "schedule.yaml").resolve(model)
+    return replace(schedule, protect=True) if case in PROTECTED else schedule
 
 
 def before(case: str) -> ir.Model:
@@ -55,6 +58,7 @@ def before(case: str) -> ir.Model:
 def choice(case: str) -> ops.Choice:
     schedule = resolved(case)
     is_ragged = schedule.tokens_per_image is None and len(schedule.cuts) > 1
+    is_ragged = is_ragged or schedule.threshold is not None
     said = schedule.query, schedule.heads, schedule.rank
     return ops.Choice(*said, is_ragged, SOFTCAP.get(case), schedule.rule)
 
@@ -113,6 +117,7 @@ def test_what_is_written_computes_what_a_cut_is(case: str, data: st.DataObject, 
         run = session(case, file)
         feeds = drawn(run.inputs, call, seed) | {"keep": keeps(schedule)}
         kind = Recycling if says_so(known) and known.cuts else Oracle
+        kind = Filtering if known.threshold is not None and known.cuts else kind
         expected = kind(known, feeds, call, SOFTCAP.get(case)).decode()
         assume(expected.margin > CLEAR)
         actual = run(feeds)
@@ -142,7 +147,8 @@ def test_cuts_that_keep_everything_change_no_bit(case: str, data: st.DataObject,
     call = replace(call, past=np.ones_like(call.past))
     feeds = drawn(plain.inputs, call, seed)
     pasts = {name: call.past for name in whole.inputs if name.startswith("past_mask")}
-    expected, actual = plain(feeds), whole(feeds | pasts)
+    every = {"protected": np.ones_like(call.vision)} if "protected" in whole.inputs else {}
+    expected, actual = plain(feeds), whole(feeds | pasts | every)
     for name, wanted in expected.items():
         assert (actual[name] == wanted).all(), name
     kept = [actual[name] for name in actual if name.startswith("kept")]
