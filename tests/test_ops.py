@@ -74,6 +74,7 @@ OUTPUTS: dict[str, list[tuple[ir.DataType | None, int]]] = {  # None: the type o
     "VtrOutliers": [(INT64, 1)],
     "VtrPack": [(INT64, 2)],
     "VtrPackChosen": [(INT64, 2), (INT64, 1)],
+    "VtrPackRows": [(FLOAT, 2)],
     "VtrPixelShuffle": [(None, 3)],
     "VtrPlace": [(INT64, 2), (INT64, 2)],
     "VtrPoolMax": [(None, 3)],
