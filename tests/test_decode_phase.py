@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import in_this_process
 from cut_graphs import Traced, Tracer, serialized
+from onnx_ir.passes.common import ShapeInferencePass
 from PIL import Image
 from simulated_tensorrt import Simulation
 from test_families import LLAVA_7B
@@ -17,6 +18,8 @@ from test_parity import GATE, Turn, assert_close, turn, words
 from tiny_models import save_checkpoint, tiny_llava
 from torch import Tensor
 
+from vtr_export import compile as compiler
+from vtr_export.backends.tensorrt.operators import refused
 from vtr_export.cost import decode_cost
 from vtr_export.errors import ScheduleError
 from vtr_export.exporter import Report, export
@@ -168,6 +171,15 @@ def test_an_engine_hands_its_cache_from_one_plan_to_the_other(
         assert np.array_equal(graphs(*call).logits, logits)
         caches = graphs.cache.values.items()
         assert all(isinstance(v, Resident) for name, v in caches if name.startswith("past"))
+
+
+def test_the_compaction_parses_in_tensorrt_10(traced: Tracer) -> None:
+    tiny = traced("llama")
+    model = compact_cache(tiny.cut(tiny.schedule({1: 12, 2: 6, 3: 3})))
+    assert model is not None
+    lowered = compiler.run(compiler.tensorrt_10(), model)
+    ShapeInferencePass(data_prop=False)(lowered)
+    assert refused(lowered) == ()
 
 
 @pytest.mark.parametrize("case", ["original", "repacked"])

@@ -181,3 +181,14 @@ def test_what_an_older_opset_has_goes_back() -> None:
 )  # fmt: skip
 def test_what_is_newer_is_refused(signature: str, body: str, word: str) -> None:
     refused(LowerOpset(20), graph(signature, body), word)
+
+
+def test_a_cast_to_the_type_of_another_value_names_it() -> None:
+    signature = "(float[N] x, float16[M] like) => (float16[N] y)"
+    model = graph(signature, "y = CastLike (x, like)")
+    feeds: dict[str, Array] = {
+        "x": np.array([1.0, 2.5], np.float32),
+        "like": np.zeros(1, np.float16),
+    }
+    (node,) = applied(Decompose(), model, feeds).graph
+    assert node.op_type == "Cast"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vtr_export.schedule import Resolved
+from vtr_export.schedule_document import Correlate, Recycle
 
 VERSION: Final = "10.3"  # of JetPack 6.1 and 6.2; 6.0 still has TensorRT 8.6
 OPSET: Final = 20  # 10.0 to 10.5 take 9 to 20; onnx 1.17 came with 10.6, opset 24 by 10.15
@@ -42,7 +43,7 @@ def _rows(names: str, operator: Operator) -> dict[str, Operator]:
 
 # All that exported graphs of our families hold, or could; not all that TensorRT 10 takes.
 OPERATORS: Final[Mapping[str, Operator]] = {
-    **_rows("Conv Cos Erf Exp Gelu Gemm MatMul Pow Reciprocal", Operator(FLOATS)),
+    **_rows("ArgMin Conv Cos Erf Exp Gelu Gemm Log MatMul Pow Reciprocal", Operator(FLOATS)),
     **_rows("Sigmoid Sin Softmax Sqrt Tanh LayerNormalization", Operator(FLOATS)),
     **_rows("Add Div Max Min Mul Neg Sub", Operator(NUMBERS)),
     **_rows("Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Range", Operator(NUMBERS)),
@@ -51,7 +52,7 @@ OPERATORS: Final[Mapping[str, Operator]] = {
     **_rows("Identity Reshape Shape Transpose Where", Operator(ALL)),
     "ConstantOfShape": Operator(ALL),  # fp32 alone in 10.0
     "CumSum": Operator(FLOATS, constant=(1,)),  # a loop with a step for each token
-    **_rows("ReduceMax ReduceMean ReduceSum", Operator(NUMBERS, constant=(1,))),
+    **_rows("ReduceMax ReduceMean ReduceMin ReduceSum", Operator(NUMBERS, constant=(1,))),
     "ScatterElements": Operator(NUMBERS, only={"reduction": "none"}),
     "Slice": Operator(ALL, constant=(3,)),  # any axes from 10.3 on
     "Split": Operator(ALL, outputs=1 << 10),
@@ -75,10 +76,17 @@ _CUT: Final = _set(
 )
 _CHOSEN: Final[Mapping[tuple[str, str], frozenset[str]]] = {
     ("query", "text"): _set("GreaterOrEqual Max ReduceMax"),
+    ("query", "raters"): _set("GreaterOrEqual Max ReduceMax"),
     ("heads", "max"): _set("ReduceMax"),
     ("source", "next"): _set("Max"),
     ("rank", "per_image"): _set("Max"),
     ("positions", "repacked"): _set("Max"),
+}
+
+
+_MERGED: Final[Mapping[type[object], frozenset[str]]] = {
+    Recycle: _set("ArgMin GreaterOrEqual Log Max Neg ReduceMax ReduceMin"),
+    Correlate: _set("Max Not"),
 }
 
 
@@ -87,7 +95,7 @@ def needed(schedule: Resolved) -> frozenset[str]:
     if not schedule.cuts:
         return _DECODER
     chosen = (ops for (name, value), ops in _CHOSEN.items() if getattr(schedule, name) == value)
-    return _DECODER.union(_CUT, *chosen)
+    return _DECODER.union(_CUT, _MERGED.get(type(schedule.merge), frozenset()), *chosen)
 
 
 def verdict(schedule: Resolved) -> str:

@@ -15,7 +15,7 @@ LOWEST: Final = -3.4028234663852886e38  # of fp32: exp(LOWEST - x) is 0, and a r
 
 
 class Decompose(ir.passes.InPlacePass):
-    """Write out attention, norms, rotations and running counts of a graph without functions.
+    """Write out attention, norms, rotations, counts, and casts, of a graph without functions.
 
     Before::
 
@@ -131,6 +131,12 @@ def _squeeze(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
     return tape.op("Squeeze", [node.inputs[0], _vector(tape, 0)])
 
 
+def _cast_like(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
+    value, like = node.inputs
+    assert like is not None
+    return tape.op("Cast", [value], {"to": like.dtype})
+
+
 def _vector(tape: ir.tape.Tape, number: int) -> ir.Value:
     return tape.op("Constant", [], {"value_ints": [number]})
 
@@ -205,6 +211,13 @@ def _check_count(node: ir.Node) -> bool:
     return _check(node, 2, ("exclusive", "reverse"), {})
 
 
+def _check_cast(node: ir.Node) -> bool:
+    like = node.inputs[1]
+    if like is None or like.dtype is None:
+        raise _refusal(node, "an unknown dtype")
+    return True
+
+
 def _is_vector(node: ir.Node) -> bool:
     """Whether a Squeeze that names no axis has but one."""
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
@@ -216,6 +229,7 @@ _REWRITES: Final[Mapping[str, Callable[[ir.tape.Tape, ir.Node], ir.Value]]] = {
     "RMSNormalization": _norm,
     "RotaryEmbedding": _rotary,
     "CumSum": _count,
+    "CastLike": _cast_like,
     "Squeeze": _squeeze,
 }
 _CHECKS: Final[Mapping[str, Callable[[ir.Node], bool]]] = {
@@ -223,5 +237,6 @@ _CHECKS: Final[Mapping[str, Callable[[ir.Node], bool]]] = {
     "RMSNormalization": _check_norm,
     "RotaryEmbedding": _check_rotary,
     "CumSum": _check_count,
+    "CastLike": _check_cast,
     "Squeeze": _is_vector,
 }
