@@ -11,6 +11,7 @@ from vtr_export.cost import cut_flops, layer_rows
 from vtr_export.errors import ScheduleError
 from vtr_export.exporter import export
 from vtr_export.manifest import Manifest
+from vtr_export.memory import Workload, get_weight_type, peak_bytes
 from vtr_export.schedule import Schedule
 
 MERGED: dict[str, Any] = {
@@ -61,6 +62,17 @@ def test_what_all_vision_rows_ask_and_what_a_merge_multiplies_is_counted() -> No
     assert (first.entering, first.mixed, first.leaving) == (10, 10, 8)
     first = layer_rows(all_rows, 4, 6)[0]
     assert (first.entering, first.mixed, first.leaving) == (10, 8, 8)
+
+
+def test_a_plan_counts_what_all_vision_rows_hold_at_once() -> None:
+    work, kind = Workload(4, 6), get_weight_type("fp16")
+    few, all_rows = (
+        peak_bytes(
+            TINY, Schedule.from_keeps([4, 2, 2], **options).resolve(TINY), work, kind, fused=True
+        )
+        for options in ({"drop_point": "inside"}, FITPRUNE)
+    )
+    assert all_rows.prefill - few.prefill == 2 * 4 * TINY.heads * 10 * 10  # fp32, twice
 
 
 @pytest.mark.parametrize(

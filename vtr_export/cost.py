@@ -200,11 +200,10 @@ def cut_flops(
     keeps = (vision_tokens, *resolved.behind_cuts(vision_tokens))
     rows = text_tokens if resolved.query != "last" else 1
     merges = isinstance(resolved.merge, Correlate)
-    asks_all = resolved.rule != "attention" or merges
     q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     costs: list[int] = []
     for cut, (before, after) in zip(resolved.cuts, pairwise(keeps), strict=True):
-        asking = rows + before * asks_all
+        asking = rows + before * resolved.asks_all
         cost = 2 * asking * (before + text_tokens * (not resolved.crosses)) * q
         cost += 2 * before**2 * (rows + facts.hidden) * merges
         anew = before - after

@@ -173,7 +173,12 @@ def peak_bytes(
         kv_bytes(facts, r, work, kind, 0) for r in (replace(resolved, decode=()), resolved)
     )
     rows = layer_rows(resolved, work.vision_tokens, work.text_tokens)
-    widest = max(_layer_activations(facts, row, kind, fused) for row in rows)
+    cuts = {cut.before_layer - 1 for cut in resolved.cuts if resolved.asks_all}
+    widest = max(
+        _layer_activations(facts, row, kind, fused)
+        + _block_bytes(facts, row, work.text_tokens) * (layer in cuts)
+        for layer, row in enumerate(rows)
+    )
     embeddings = rows[0].entering * facts.hidden * kind.other
     return Peak(
         weights=weight_bytes(facts, kind),
@@ -181,6 +186,12 @@ def peak_bytes(
         prefill=work.batch * (widest + embeddings + 4 * facts.vocab) + whole,
         decode=max(whole + left, 2 * kv_bytes(facts, resolved, work, kind, work.new_tokens)),
     )
+
+
+def _block_bytes(facts: ModelFacts, rows: Rows, text_tokens: int) -> int:
+    """What all vision rows and text give all keys, in fp32: logits, and what softmax makes."""
+    vision = max(0, rows.entering - text_tokens)
+    return 2 * 4 * facts.heads * (vision + text_tokens) * rows.entering * bool(vision)
 
 
 def _layer_activations(facts: ModelFacts, rows: Rows, kind: WeightType, fused: bool) -> int:

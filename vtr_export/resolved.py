@@ -61,6 +61,11 @@ class Resolved:
     tower: Tower | None = None
 
     @property
+    def asks_all(self) -> bool:
+        """Whether a cut looks at the attention of all vision rows, not only at text's."""
+        return self.rule != "attention" or isinstance(self.merge, Correlate)
+
+    @property
     def is_static(self) -> bool:
         """Whether every image gives as many tokens as the schedule says."""
         return all(reduction.form == "static" for reduction in self.vision)
