@@ -60,6 +60,7 @@ def test_it_is_verified_where_rows_keep_unlike_numbers(exported: Path) -> None:
     manifest = Manifest.load(exported)
     gates: dict[str, Gate] = {gate.name: gate for gate in manifest.gates}
     assert manifest.verified
+    assert gates["vision_encoder.protected"].measured == 1
     assert gates.keys() >= {"keep_sets.counts", "scores.cut.1", "forced.decode.cosine"}
     case = load_golden(exported / "golden" / "batch.npz")
     assert case.question.protected is not None

@@ -19,7 +19,7 @@ from vtr_export.schedule import Resolved
 from vtr_export.verify.case import Case, Question
 from vtr_export.verify.compare import compare
 from vtr_export.verify.first_layers import build_decoder, first_layers
-from vtr_export.verify.gates import BARS, at_most
+from vtr_export.verify.gates import BARS, Bars, at_least, at_most
 from vtr_export.verify.golden import FOLDER, write_golden
 from vtr_export.verify.oracle import Oracle
 from vtr_export.verify.pictures import draw_picture
@@ -82,6 +82,7 @@ def check(job: Job) -> Findings:
         inputs = _inputs_gate(oracle, asked, questions, pad, facts.image_token_id)
         gates = [*asked.gates, inputs]
         cases = _answers(oracle, questions)
+        gates += _protected_gates(oracle, questions, BARS[job.dtype])
         del oracle
         gates += compare(parts, cases, BARS[job.dtype])
     if not job.golden or count is not None or not all(gate.passed for gate in gates):
@@ -114,6 +115,22 @@ def _encoded(parts: Parts, question: Question) -> Question:
         mask, index = question.attention_mask, question.vision_index
         question = replace(question, protected=flagged(mask, index, flags.astype(np.int64)))
     return replace(question, features=rows)
+
+
+def _protected_gates(oracle: Oracle, questions: Sequence[Question], bars: Bars) -> list[Gate]:
+    """Tokens that the graph protects beside those of the checkpoint, where it tells any."""
+    shared = []
+    for each in questions:
+        if each.protected is None or each.name not in oracle.protected:
+            continue
+        ours, theirs = each.protected[each.real_vision] != 0, oracle.protected[each.name]
+        if ours.shape == theirs.shape:
+            shared.append((ours & theirs).sum() / max((ours | theirs).sum(), 1))
+        elif bars.difference is not None:  # rounding may merge another number of windows
+            shared.append(0.0)
+    if not shared:
+        return []
+    return [at_least("vision_encoder.protected", float(min(shared)), bars.overlap)]
 
 
 def _inputs_gate(

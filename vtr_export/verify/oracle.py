@@ -42,6 +42,7 @@ class Oracle:
         self._dtype, self._schedule = DTYPES[dtype], schedule
         self._decoder, self._crosses = self._model.get_decoder(), bool(schedule.crosses)
         self._reference = Reference(self._decoder, Head(self._model), schedule)
+        self.protected: dict[str, Array] = {}  # [tokens] bool by question: what the tower protects
 
     @torch.no_grad()
     def answer(self, question: Question, steps: int) -> Case:
@@ -99,6 +100,9 @@ class Oracle:
         given = {name: torch.as_tensor(values) for name, values in question.given.items()}
         encode = partial(image_features, self._model)
         left = reduced_features(self._model, given, schedule.vision, schedule.tower, encode)
+        flags = [each.protected for each in left if each.protected is not None]
+        if flags:
+            self.protected[question.name] = torch.cat(flags).numpy()
         return torch.cat([each.features for each in left])
 
     def differing_inputs(
