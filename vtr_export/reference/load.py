@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from vtr_export import models
 from vtr_export.inner_decoder import point_at_layers
 from vtr_export.reference import internvl_chat
-
-HELD: Final = "vision_sampler."  # in the names of weights that only reductions read
+from vtr_export.trained import PREFIX
 
 
 def load_model(
@@ -49,7 +48,7 @@ def _held(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     found = dict[str, Tensor]()
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(HELD)]  # noqa: SIM118 -- no dict
+            names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118 -- no dict
             found |= {name: file.get_tensor(name).to(dtype) for name in names}
     return found
 
