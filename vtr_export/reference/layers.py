@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from vtr_export.errors import AnalysisError
 from vtr_export.reference import layered
 
 NAME = "vtr_reference"  # of our attention among transformers'
@@ -233,18 +234,16 @@ class Layers:
         if change is None:
             yield
             return
-        layer = self.decoder.layers[index]
-        norms = (getattr(layer, name, None) for name in BEFORE_MLP)
-        norm = next((each for each in norms if each is not None), None)
 
         def rewrite(_: nn.Module, given: tuple[Any, ...]) -> None:
             (rows,) = given
             if listening.attention is None or rows is entering:
-                raise ValueError(f"layer {index}: its MLP does not follow its attention")
+                raise _unlike(index)
             rows.copy_(change(rows.clone(), listening.attention))
 
+        norm = _before_mlp(self.decoder.layers[index])
         if norm is None:
-            raise ValueError(f"layer {index} has no norm before its MLP")
+            raise _unlike(index)
         handle = norm.register_forward_pre_hook(rewrite)
         try:
             yield
@@ -284,6 +283,22 @@ class Layers:
             return self.decoder.layers[index](hidden, **own)
         finally:
             _LISTENING.reset(token)
+
+
+def _before_mlp(layer: nn.Module) -> nn.Module | None:
+    """The norm whose input the sum behind the MLP reads, too; None where no such is known."""
+    norms = [getattr(layer, name, None) for name in BEFORE_MLP]
+    if norms[0] is None and hasattr(layer, "post_feedforward_layernorm"):
+        return None  # the other one stands before the sum
+    return next((norm for norm in norms if norm is not None), None)
+
+
+def _unlike(index: int) -> AnalysisError:
+    return AnalysisError(
+        f"the reference cannot change what is between attention and MLP of layer {index}",
+        where="decoder",
+        hint="use drop_point: between",
+    )
 
 
 def _mix(attention: Attention) -> Tensor:
