@@ -27,7 +27,7 @@ from vtr_export.graph_facts import (
     Tensor,
 )
 from vtr_export.manifest import Manifest
-from vtr_export.ops import THRESHOLD, is_cut
+from vtr_export.ops import RATER_RECYCLE, RECYCLE, THRESHOLD, is_cut
 from vtr_export.passes.infer_shapes import InferShapes
 from vtr_export.schedule import Cut, Keep, Resolved
 
@@ -230,7 +230,8 @@ def _keep(node: ir.Node) -> str:
         return "unknown"
     numerator, per = (_integer(value) for value in budget.inputs[1:3])
     most = "at most " if node.op_type == THRESHOLD else ""
-    return f"{most}{'as the input keep says' if numerator is None else numerator} of {per}"
+    rest = " and clusters of the rest" if node.op_type in (RECYCLE, RATER_RECYCLE) else ""
+    return f"{most}{'as the input keep says' if numerator is None else numerator} of {per}{rest}"
 
 
 def _integer(value: ir.Value | None) -> int | None:

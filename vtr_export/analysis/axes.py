@@ -6,6 +6,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from vtr_export.ops import CUTS, is_cut
+
 FAR = 2**31 - 1  # exporters write "to the end" as a bound at least this large
 CROSS_STATES = "cross_states"  # the input [B,V,D] with features that cross-attention reads
 LENGTH = "length"  # a number derived from the token count
@@ -143,7 +145,7 @@ def rank(value: ir.Value | None) -> int | None:
 
 def _like(node: ir.Node, output: ir.Value) -> ir.Value | None:
     """The input of ``node`` that has as many axes as its ``output``."""
-    if (node.domain, node.op_type) == ("vtr", "VtrTopKPrune"):
+    if is_cut(node):
         return node.inputs[-1] if output is node.outputs[0] else None
     by_matrix = node.op_type == "MatMul" and rank(node.inputs[1]) == 2
     same = by_matrix or node.op_type in SAME or node.op_type in ("Transpose", "VtrNarrow")
@@ -384,17 +386,14 @@ RULES: dict[str, Callable[[ir.Node, list[Axes]], Axes]] = {
 # Our operators, in graphs that were cut before: survivors are the tokens of the next stage.
 OURS: dict[str, Callable[[list[Axes]], list[Axes]]] = {
     "VtrAlive": lambda inputs: [inputs[0]],
-    "VtrBudget": lambda inputs: [NONE],
     "VtrCausalMask": lambda inputs: [Axes(token=2, key=3)],
     "VtrColumns": lambda inputs: [inputs[0]],
     "VtrCrossMask": lambda inputs: [Axes(token=2, vision_key=3)],
     "VtrCrossRows": lambda inputs: [Axes(token=1)],
     "VtrGroupMask": lambda inputs: [Axes(token=2, key=3)],
     "VtrNarrow": lambda inputs: [inputs[0]],
-    "VtrPack": lambda inputs: [Axes(token=1)],
-    "VtrRowsLast": lambda inputs: [NONE],
-    "VtrRowsText": lambda inputs: [NONE],
-    "VtrTail": lambda inputs: [NONE],
-    "VtrTopKPrune": lambda inputs: [inputs[-1], NONE, NONE],
-    "VtrVisionCount": lambda inputs: [NONE],
+    **dict.fromkeys(("VtrMark", "VtrPack", "VtrRaters"), lambda inputs: [Axes(token=1)]),
+    **dict.fromkeys(CUTS, lambda inputs: [inputs[-1], NONE, NONE, NONE]),
+    **dict.fromkeys(("VtrBudget", "VtrMarked", "VtrVisionCount"), lambda inputs: [NONE]),
+    **dict.fromkeys(("VtrRowsLast", "VtrRowsText", "VtrTail"), lambda inputs: [NONE]),
 }

@@ -7,6 +7,7 @@ from vtr_export.ops.functions import BLOCK_SCORES, DOMAIN, Choice, declare
 from vtr_export.ops.masks import CAUSAL, CROSS, CROSS_ROWS, GROUPED, MASKS, groups_of, is_mask
 from vtr_export.ops.prune import (
     CORRELATE,
+    CUTS,
     PROTECT,
     PRUNE,
     RATER_RECYCLE,
@@ -27,6 +28,7 @@ __all__ = [
     "CORRELATE",
     "CROSS",
     "CROSS_ROWS",
+    "CUTS",
     "DOMAIN",
     "GROUPED",
     "MASKS",
