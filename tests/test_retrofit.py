@@ -46,6 +46,7 @@ SCHEDULES = {
     "all text asks, the sharpest head counts": "score: {query: text, heads: max}",
     "inside a layer": "drop_point: inside",
     "positions anew": "positions: repacked",
+    "as many as thresholds say": "threshold: {whole: 0.15, single: 0.15}",
 }
 
 

@@ -115,6 +115,15 @@ def _more(count: int) -> str:
     return f"and {count - 1} more" if count > 1 else ""
 
 
+def _runs(manifest: "Manifest") -> str:
+    """Keeps of all layers, which a threshold makes upper bounds."""
+    from vtr_export.schedule import Schedule
+
+    keeps = runs(manifest.schedule.keep_per_layer or ())
+    is_bound = Schedule.parse(manifest.schedule.text).prefill.threshold is not None
+    return f"at most {keeps}" if is_bound else keeps
+
+
 def _manifest_rows(manifest: "Manifest") -> list[tuple[str, str]]:
     keeps = manifest.schedule.keep_per_layer
     stages = [stage.first_layer for stage in manifest.model.stages]
@@ -123,7 +132,7 @@ def _manifest_rows(manifest: "Manifest") -> list[tuple[str, str]]:
         ("dtype", manifest.dtype),
         ("weights", manifest.weights.mode),
         ("verified", manifest.scope if manifest.verified else "no"),
-        ("vision tokens per layer", "vary with the image" if keeps is None else runs(keeps)),
+        ("vision tokens per layer", "vary with the image" if keeps is None else _runs(manifest)),
         ("stages begin at layers", ", ".join(map(str, stages))),
         ("tunable", "yes" if manifest.tunable else "no"),
         (

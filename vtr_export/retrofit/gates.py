@@ -17,6 +17,7 @@ from vtr_export.retrofit.cut import GRAPH, Request, with_cuts
 from vtr_export.retrofit.player import BARS, Player, compare, conversations, hidden, last_rows
 from vtr_export.retrofit.probe import Array
 from vtr_export.schedule import Cut, Keep, Resolved
+from vtr_export.schedule_document import Threshold
 
 VOCABULARY: Final = 32  # ids of random prompts; every vocabulary has as many
 
@@ -24,9 +25,9 @@ VOCABULARY: Final = 32  # ids of random prompts; every vocabulary has as many
 def gates_of(request: Request, decoder: Decoder, schedule: Resolved, staging: Path) -> list[Gate]:
     """The given decoder, ours without cuts, ours with cuts that keep all, the cut one."""
     plainly = replace(request, image_token_id=None, vision_mask=False, tunable=False)
-    every = replace(
-        schedule, cuts=tuple(Cut(cut.before_layer, Keep(1, 1)) for cut in schedule.cuts)
-    )
+    cuts = tuple(Cut(cut.before_layer, Keep(1, 1)) for cut in schedule.cuts)
+    nothing = None if schedule.threshold is None else Threshold(whole=0, single=0)
+    every = replace(schedule, cuts=cuts, threshold=nothing)
     given = Player(request.onnx, decoder.original_inputs, decoder.carried)
     token = None if request.vision_mask else request.image_token_id
     image = request.image_tokens, token
