@@ -65,7 +65,8 @@ class Options:
 class Report:
     """What an export did: seconds by step, this process's peak memory, files with their sizes.
 
-    A dry run knows no size before the file is written: it says None.
+    A dry run knows no size before the file is written: it says None. With a threshold in the
+    prefill, ``vision_tokens_per_layer`` are upper bounds.
     """
 
     artifact: str

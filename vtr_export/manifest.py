@@ -73,7 +73,8 @@ class ScheduleFacts(Part):
     """The schedule as written and as resolved for this model."""
 
     text: str
-    keep_per_layer: tuple[NonNegativeInt, ...] | None  # None where an image's tokens vary
+    # at most, with a threshold; None where an image's tokens vary
+    keep_per_layer: tuple[NonNegativeInt, ...] | None
     score_from: Literal["previous", "next"] = "previous"
     query: Literal["last", "text", "raters"] = "last"
     heads: Literal["mean", "max"] = "mean"

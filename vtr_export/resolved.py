@@ -97,7 +97,10 @@ class Resolved:
         return bool(self.decode) and len(self.cuts) > 1
 
     def keep_per_layer(self, v: int) -> tuple[int, ...]:
-        """Vision tokens entering each decoder layer when the call brings ``v``."""
+        """Vision tokens entering each decoder layer when the call brings ``v``.
+
+        At most, with a threshold.
+        """
         tokens, behind = [v] * self.layers, self.behind_cuts(v)
         for cut, left in zip(self.cuts, behind, strict=True):
             tokens[cut.before_layer :] = [left] * (self.layers - cut.before_layer)
