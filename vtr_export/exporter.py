@@ -65,8 +65,7 @@ class Options:
 class Report:
     """What an export did: seconds by step, this process's peak memory, files with their sizes.
 
-    A dry run knows no size before the file is written: it says None. With a threshold in the
-    prefill, ``vision_tokens_per_layer`` are upper bounds.
+    A dry run knows no size yet: None. Tokens are upper bounds where a threshold drops some.
     """
 
     artifact: str
