@@ -16,6 +16,7 @@ _FLAGS: Final = (
     ("pixel_values", 0, IMAGES),
     ("qformer_", 1, TEXT),
     ("vision_index", 1, VISION),
+    ("protected", 1, VISION),
     ("inputs_embeds", 1, TEXT),
     ("position_ids", 1, TEXT),
     ("attention_mask", 1, NEW),
