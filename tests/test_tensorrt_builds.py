@@ -85,6 +85,8 @@ def test_a_decoder_with_cuts_builds_with_fused_attention(
     assert layers.get("TOPK", 0) == TOPS.get(case, 1) * len(cuts)
     assert types["ATTENTION_INPUT"] == {"HALF": tiny.facts.layers}
     assert set(found["matrices"]) == {"HALF"}
+    assert bool(found["factors"]) == bool(cuts)
+    assert all(found["factors"])  # an attribute that is lost on the way is 0
     assert set(types["REDUCE"]) <= {"FLOAT", "INT64"}  # norms
     for kind in ("SOFTMAX", "TOPK"):
         assert set(types.get(kind, {})) <= {"FLOAT"}

@@ -4,7 +4,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import pytest
 from cut_graphs import Tracer
 from test_tensorrt_builds import build, needs_tensorrt, saved
 
@@ -13,18 +12,13 @@ from vtr_export.schedule_document import Recycle
 
 pytestmark = needs_tensorrt
 RECYCLE = Recycle(share=Fraction(4, 5), each=3)
-CASES: dict[str, dict[str, Any]] = {
-    "last": {},  # an attribute that its parser loses on the way would be 0
-    "sparsevlm": {"query": "raters", "merge": RECYCLE, "positions": "repacked"},
-}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_cut_builds_with_the_factor_of_its_layer(
-    case: str, traced: Tracer, tmp_path: Path
-) -> None:
+def test_the_cut_builds_with_the_factor_of_its_layer(traced: Tracer, tmp_path: Path) -> None:
+    """An attribute that is lost on the way to TensorRT would be 0."""
     tiny = traced("fp16")
-    model = tiny.cut(tiny.schedule({1: 8}, **CASES[case]))
+    said: dict[str, Any] = {"query": "raters", "merge": RECYCLE, "positions": "repacked"}
+    model = tiny.cut(tiny.schedule({1: 8}, **said))
     (scale,) = (node.attributes["scale"].as_float() for node in model.graph if ops.is_cut(node))
     found = build(saved(model, tmp_path))
     assert found["factors"] == [scale]
