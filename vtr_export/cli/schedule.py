@@ -33,6 +33,14 @@ class Query(StrEnum):
     TEXT = "text"
 
 
+class Rule(StrEnum):
+    """What attention makes of a token's rank."""
+
+    ATTENTION = "attention"
+    SELF_CROSS = "self_cross"
+    REDUNDANCY = "redundancy"
+
+
 class Heads(StrEnum):
     """How heads are combined."""
 
@@ -59,6 +67,7 @@ class DropPoint(StrEnum):
 
     BETWEEN = "between"
     INSIDE = "inside"
+    ATTENDED = "attended"
 
 
 class Rounding(StrEnum):
@@ -182,6 +191,10 @@ def keeps(
     ] = Source.PREVIOUS,
     query: Annotated[Query, typer.Option(help="The last row scores, or all text.")] = Query.LAST,
     heads: Annotated[Heads, typer.Option(help="How heads are combined.")] = Heads.MEAN,
+    rule: Annotated[
+        Rule,
+        typer.Option(help="What rows give a token, FitPrune's product, FiCoCo-L's difference."),
+    ] = Rule.ATTENTION,
     rank: Annotated[
         Rank, typer.Option(help="One budget for all images, or each its own.")
     ] = Rank.JOINT,
@@ -189,7 +202,8 @@ def keeps(
         Positions, typer.Option(help="Survivors keep their positions, or are numbered anew.")
     ] = Positions.ORIGINAL,
     drop_point: Annotated[
-        DropPoint, typer.Option(help="Between two layers, or inside the first.")
+        DropPoint,
+        typer.Option(help="Between two layers, or inside the first: before its o_proj or its MLP."),
     ] = DropPoint.BETWEEN,
     rounding: Annotated[Rounding, typer.Option(help="Of shares.")] = Rounding.FLOOR,
     out: Out = None,
@@ -200,7 +214,10 @@ def keeps(
     words = [word for value in values for word in value.replace(",", " ").split()]
     numbers = [int(word) if word.isdecimal() else word for word in words]
     options: dict[str, Any] = {
-        "score": {"from": score_from.value, "query": query.value, "heads": heads.value},
+        "score": {
+            **{"from": score_from.value, "rule": rule.value},
+            **{"query": query.value, "heads": heads.value},
+        },
         "rank": rank.value,
         "positions": positions.value,
         "drop_point": drop_point.value,
