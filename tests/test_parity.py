@@ -16,8 +16,7 @@ from torch import Tensor
 from vtr_export.passes.widen import Widen
 from vtr_export.reference import Reference, Step, embed, pad_batch, positions_of, vision_index_of
 from vtr_export.schedule import Cut, Keep, Resolved
-from vtr_export.schedule_document import Correlate
-from vtr_export.schedule_document import Recycle
+from vtr_export.schedule_document import Correlate, Recycle
 
 GATE = 1e-4  # largest difference of fp32 logits, keys and values
 CLEAR = 1e-5  # a margin above this survives another order of summation
