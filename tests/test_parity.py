@@ -88,6 +88,7 @@ def compare(step: Step, outputs: dict[str, Array]) -> None:
     assert_close(outputs["logits"], step.logits)
     for part, states in (("key", step.cache.keys), ("value", step.cache.values)):
         for layer, state in enumerate(states):
+            assert state is not None
             assert_close(outputs[f"present.{layer}.{part}"], state)
 
 
@@ -251,6 +252,7 @@ def check_row(
         assert int(last.sum()) == cache.padding[-1].shape[1]
         assert_close(outputs["logits"][row], step.logits[0])
         keys = outputs[f"present.{len(cache.keys) - 1}.key"][row][:, last == 1]
+        assert cache.keys[-1] is not None
         assert_close(keys, cache.keys[-1][0])
     return True
 
