@@ -13,21 +13,23 @@ from vtr_export.reference.reductions.seen import Reduced, Seen
 
 
 @contextmanager
-def inside(
-    reduction: PixelShuffle, model: Any, tower: Tower
-) -> Iterator[Callable[[Seen], Reduced]]:
+def inside(reduction: PixelShuffle, model: Any, _: Tower) -> Iterator[Callable[[Seen], Reduced]]:
     """While it lasts, another projector is in the place of the model's."""
-    own = model.get_submodule("vision_sampler.pixel_shuffle")
+    own, towers = model.get_submodule("vision_sampler.pixel_shuffle"), list[Tower]()
 
     def project(_: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Tensor:
-        wide = _shuffled(given[0], tower, reduction.factor)
+        wide = _shuffled(given[0], towers[-1], reduction.factor)
         normed = layer_norm(wide, wide.shape[-1:], own.layer_norm.weight, own.layer_norm.bias)
         active = gelu(linear(normed, own.linear_1.weight, own.linear_1.bias))
         return linear(active, own.linear_2.weight, own.linear_2.bias)
 
+    def left(seen: Seen) -> Reduced:
+        towers.append(seen.tower)
+        return Reduced(seen.features)
+
     handle = model.model.multi_modal_projector.register_forward_hook(project)
     try:
-        yield lambda seen: Reduced(seen.features)
+        yield left
     finally:
         handle.remove()
 

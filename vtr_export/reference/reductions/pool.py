@@ -13,13 +13,15 @@ from vtr_export.reference.reductions.seen import Reduced, Seen
 
 
 @contextmanager
-def inside(reduction: Pool, model: Any, tower: Tower) -> Iterator[Callable[[Seen], Reduced]]:
+def inside(reduction: Pool, model: Any, _: Tower) -> Iterator[Callable[[Seen], Reduced]]:
     """While it lasts, what the projector gives is pooled; or what it is given."""
+    towers = list[Tower]()
 
     def pool(_: nn.Module, __: Any, given: Tensor) -> Tensor:
-        return _pooled(reduction, given[0], tower)[None] if reduction.projects else given
+        return _pooled(reduction, given[0], towers[-1])[None] if reduction.projects else given
 
     def left(seen: Seen) -> Reduced:
+        towers.append(seen.tower)
         if reduction.projects:
             return Reduced(seen.features)
         return Reduced(_pooled(reduction, seen.features, seen.tower))
