@@ -78,7 +78,8 @@ def build_decoder(
     facts = read_facts(short.config, str(folder / "config.json"))
     graphs = load(short, facts, manifest.dtype)
     mode = manifest.weights.mode
-    models = lower(graphs, schedule, weights=mode, tunable=manifest.tunable)
+    alone = replace(schedule, vision=(), tower=None)  # images were encoded by the whole artifact
+    models = lower(graphs, alone, weights=mode, tunable=manifest.tunable)
     models = {name: models[name] for name in (DECODER, COMPACTION) if name in models}
     if mode == "link":
         link_weights(models, checkpoint.folder)
