@@ -9,10 +9,8 @@
 //
 // The answer's ids go to stdout; numpy's `tofile` writes both files. One row, one image, keeps that
 // are frozen. It knows nothing of cuts: every present* output becomes the next past* input.
-//
 //   g++ -std=c++17 -O2 -I$TENSORRT/include -I$CUDA/include deploy_tensorrt.cpp
 //       -L$TENSORRT/lib -lnvinfer -L$CUDA/lib64 -lcudart -o deploy_tensorrt
-//
 // For engines of TensorRT-RTX link -ltensorrt_rtx in place of -lnvinfer. Compiled against the
 // public headers of TensorRT 11.1 and CUDA 13.0, run on a stand-in for both; on no GPU yet.
 #include <NvInfer.h>
@@ -267,6 +265,8 @@ Ids answer(Engine& decoder, const Table& table, Bytes embeds, Ids where, int64_t
 
 void run(const std::vector<std::string>& given) {
     require(given.size() >= 5, "ENGINE pixels.bin ids.bin IMAGE_TOKEN EOS [MAX_TOKENS] [PLUGIN]");
+    const bool compacts = std::ifstream(given[0] + "/compact_cache.plan").good();
+    require(!compacts, "this schedule narrows the cache: deploy_tensorrt.py does that");
     const Bytes pixels = read(given[1]), raw = read(given[2]);
     Ids ids(raw.size() / sizeof(int64_t)), where;
     std::memcpy(ids.data(), raw.data(), ids.size() * sizeof(int64_t));

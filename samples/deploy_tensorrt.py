@@ -152,7 +152,8 @@ def answer(folder: Path, image: Path, prompt: str, limit: int, plugin: Path | No
     if plugin is not None:
         trt.get_plugin_registry().load_library(str(plugin))
     stream = int(cuda("cudaStreamCreate"))
-    vision, decoder = (Engine(folder / each["file"], trt, stream) for each in manifest["engines"])
+    plans = [folder / each["file"] for each in manifest["engines"]]
+    vision, decoder, *compaction = (Engine(file, trt, stream) for file in plans)
     table = np.load(folder / manifest["embeddings"], mmap_mode="r")  # [vocab, D]
 
     facts = read(folder / "processor_config.json").get("image_processor")
@@ -187,6 +188,8 @@ def answer(folder: Path, image: Path, prompt: str, limit: int, plugin: Path | No
             for name, value in made.items()
             if name.startswith("present")
         }
+        if compaction and profile == CONTEXT:  # once, where the schedule narrows the cache
+            cache |= compaction[0].run(0, {}, made, compaction[0].outputs[0])[1]
         if (token := int(logits.argmax())) in model["eos_token_ids"]:
             break
         said.append(token)

@@ -500,7 +500,7 @@ def test_what_does_not_belong_here_is_not_opened(copy: Path, reached: list[str])
         ({"sms": (89, 120)}, "built for SM 89, 120, but this GPU is SM 86"),
         ({"format": 2}, "newer"),
         ({"kind": "artifact"}, "artifact"),
-        ({"engines": manifest.engines[::-1]}, "vision encoder and a decoder"),
+        ({"engines": manifest.engines[::-1]}, "vision_encoder, decoder"),
     ):
         changed(copy, **update)
         assert said in stopped(copy, reached).message
