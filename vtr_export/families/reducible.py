@@ -23,7 +23,7 @@ def tower_of(facts: ModelFacts) -> Tower | None:
         grid=Grid(side // vision.merge, side // vision.merge),
         patches=Grid(side, side),
         merge=vision.merge,
-        width=vision.hidden * vision.merge**2,
+        width=facts.projector_macs // facts.hidden - facts.hidden,  # of its first of two layers
         hidden=vision.hidden,
         heads=vision.heads,
         intermediate=vision.intermediate,
