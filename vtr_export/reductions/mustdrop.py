@@ -84,7 +84,7 @@ class MustDrop(VisionReduction):
         return tower.patches.tokens - (SIDE**2 - 1) * self.merged(tower)
 
     def flops(self, tower: Tower) -> int:
-        """Cosines and a row of attention, less what fewer rows save behind ``layer``."""
+        """Cosines, the last layer's look, less what fewer rows save behind ``layer``."""
         whole, width, left = tower.sequence, tower.hidden, self.count(tower) + tower.has_cls
         asking = 1 if tower.has_cls else left
         macs = 3 * whole * width + asking * left * width
@@ -92,7 +92,7 @@ class MustDrop(VisionReduction):
         macs -= behind * 4 * (whole - left) * width**2
         macs -= behind * 2 * (whole**2 - left**2) * width
         macs -= behind * 2 * (whole - left) * width * tower.intermediate
-        return 2 * macs
+        return 2 * macs + tower.last_layer_flops
 
     def reduce(self, images: Images) -> Tokens:
         """Merge behind ``layer``; ask the last layer what is key."""

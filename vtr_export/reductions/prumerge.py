@@ -94,7 +94,7 @@ class PruMerge(VisionReduction):
         score = 2 * rows * tower.sequence * tower.hidden
         compared = 2 * kept * tokens * tower.hidden
         summed = 2 * (kept + 1) * tokens * tower.width
-        return _asked(tower) + score + compared + summed
+        return tower.last_layer_flops + score + compared + summed
 
     def reduce(self, images: Images) -> Tokens:
         """Score, choose, merge."""
@@ -166,15 +166,6 @@ def _every(ratio: Fraction, tokens: int) -> range:
     """Tokens that stand for their neighbourhood."""
     step = ratio.denominator // ratio.numerator
     return range(step // 2, tokens - 1, step)
-
-
-def _asked(tower: Tower) -> int:
-    """What runs for the last layer's queries and keys alone: layers before it, its projections."""
-    if tower.layers == tower.layers_run:
-        return 0
-    rows, hidden = tower.sequence, tower.hidden
-    layer = 8 * rows * hidden**2 + 4 * rows**2 * hidden + 4 * rows * hidden * tower.intermediate
-    return (tower.layers - tower.layers_run - 1) * layer + 4 * rows * hidden**2
 
 
 def _outliers(images: Images, score: ir.Value) -> ir.Value:

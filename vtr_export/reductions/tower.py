@@ -51,3 +51,12 @@ class Tower:
     def sequence(self) -> int:
         """Rows of the tower's residual stream."""
         return self.patches.tokens + self.has_cls
+
+    @property
+    def last_layer_flops(self) -> int:
+        """Of all that runs only for the last layer's queries and keys, where it feeds nothing."""
+        if self.layers == self.layers_run:
+            return 0
+        rows, width = self.sequence, self.hidden
+        layer = 8 * rows * width**2 + 4 * rows**2 * width + 4 * rows * width * self.intermediate
+        return (self.layers - self.layers_run - 1) * layer + 4 * rows * width**2
