@@ -19,6 +19,11 @@ README = HERE.parents[1] / "README.md"
 BEGIN, END = "<!-- python samples/support/table.py -->\n", "<!-- end -->"
 BEGIN_FAMILIES = "<!-- python samples/bench/families.py -->\n"
 RECORDED = HERE.parent / "bench" / "families.json"
+BEGIN_METHODS = "<!-- python samples/bench/methods.py -->\n"
+METHODS = HERE.parent / "bench" / "methods.json"
+METHOD_HEAD = ("tokens", "where they go", "most accurate", "accuracy", "FLOPs", "first token",
+               "next token")  # fmt: skip
+PHASES = {"vision": "before the decoder", "prefill": "inside it", "both": "both"}
 FAMILY_HEAD = ("family", "checkpoint class", "gates passed", "seconds", "peak MiB")
 HEAD = (
     "family",
@@ -59,6 +64,28 @@ def families(recorded: Record) -> str:
         for name, one in sorted(recorded["families"].items())
     ]
     return _markdown([FAMILY_HEAD, *rows])
+
+
+def methods(report: Record) -> str:
+    """Markdown: at each share, the most accurate method of each kind, beside the unpruned model.
+
+    Of equally accurate ones that of fewer FLOPs.
+    """
+    whole, *points = report["points"]
+    shares = sorted({one["asked"] for one in points if one["asked"]}, reverse=True)
+    rows = [("all", "", "unpruned", f"{whole['accuracy']:.1%}", "1", "1", "1")]
+    for share in shares:
+        for phase, where in PHASES.items():
+            own = [one for one in points if (one["asked"], one["phase"]) == (share, phase)]
+            if own:
+                best = max(own, key=lambda one: (one["accuracy"], -one["flops"]))
+                rows.append(_method(best, where))
+    return _markdown([METHOD_HEAD, *rows])
+
+
+def _method(one: Record, where: str) -> tuple[str, ...]:
+    ratios = (f"{one[name]:.2f}" for name in ("flops_ratio", "first_ratio", "step_ratio"))
+    return (f"{100 * one['asked']:g} %", where, one["method"], f"{one['accuracy']:.1%}", *ratios)
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -133,4 +160,6 @@ if __name__ == "__main__":
     page = Path(sys.argv[1]) if sys.argv[1:] else README
     text = put(table(records()), BEGIN, page.read_text(encoding="utf-8"))
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    page.write_text(put(families(recorded), BEGIN_FAMILIES, text), encoding="utf-8")
+    text = put(families(recorded), BEGIN_FAMILIES, text)
+    compared = json.loads(METHODS.read_text(encoding="utf-8"))
+    page.write_text(put(methods(compared), BEGIN_METHODS, text), encoding="utf-8")

@@ -38,7 +38,7 @@ def draw(report: Report, file: Path) -> None:
         for axes, (cost, label) in zip(figure.subplots(1, 2, sharey=True), PANELS, strict=True):
             _panel(axes, report, cost, label)
         handles = _legend(report)
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // 2))
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
