@@ -574,3 +574,15 @@ def test_without_vision_tokens_nothing_is_dropped(rank: Any) -> None:
         assert indices.tolist() == [[0, 1, 2, 3]] * 2
         assert vision.shape == (2, 0)
         assert (hidden == call.hidden()).all()
+
+
+def test_no_body_hands_an_attribute_on() -> None:
+    """TensorRT reads what passes through two functions as 0."""
+    for name in ("VtrTopKPrune", "VtrScoredPrune", "VtrThresholdPrune", "VtrRaterRecyclePrune"):
+        model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 24}), ir_version=11)
+        ops.declare(model, name)
+        assert not ops.handed_on(model)
+        call = next(iter(model.functions.values()))
+        told = ir.Attr("scale", ir.AttributeType.FLOAT, None, ref_attr_name="scale")
+        call.append(ir.Node(ops.DOMAIN, "VtrScore", [], [told]))
+        assert ops.handed_on(model) == [call.name]

@@ -32,7 +32,8 @@ from vtr_export.engine_manifest import (
     PluginFacts,
     Profile,
 )
-from vtr_export.errors import EngineError, GateError, VtrError
+from vtr_export.errors import ArtifactError, EngineError, GateError, VtrError
+from vtr_export.ops import handed_on
 from vtr_export.passes.allow_unfused import AllowUnfused, count_unfused
 from vtr_export.process import Announce, Clock
 from vtr_export.publish import check_target as check_place
@@ -163,6 +164,8 @@ class _Build:
         decoder = apply(lowering(self.given.opened), ir.load(self.folder / graphs.decoder))
         profiles = decoder_profiles(_ports(decoder), ranges, self.given.keeps)
         serving = self.given.plugin if plugins.serves(decoder) is None else None
+        if serving is None:
+            _check_bodies(decoder, self.folder)
         return (
             self._plan("vision_encoder", graphs.vision_encoder, vision, (images,), scratch, None),
             self._plan("decoder", graphs.decoder, decoder, profiles, scratch, serving),
@@ -345,3 +348,13 @@ def _warnings(made: EngineManifest) -> Iterator[str]:
                 f"{engine.component}: no fused kernel takes heads as wide as those of "
                 f"{engine.unfused_attentions} attentions; they hold the n x n scores"
             )
+
+
+def _check_bodies(decoder: ir.Model, folder: Path) -> None:
+    """ArtifactError for cuts that TensorRT would read wrong, without a word."""
+    if handed_on(decoder):
+        raise ArtifactError(
+            "its cuts hand their scale on from function to function, which TensorRT reads as 0",
+            where=str(folder),
+            hint="export it again: this release writes such bodies out",
+        )

@@ -3,7 +3,7 @@
 A backend may replace a body with a fused kernel; it may not change what it computes.
 """
 
-from vtr_export.ops.functions import BLOCK_SCORES, DOMAIN, Choice, declare
+from vtr_export.ops.functions import BLOCK_SCORES, DOMAIN, Choice, declare, handed_on
 from vtr_export.ops.masks import CAUSAL, CROSS, CROSS_ROWS, GROUPED, MASKS, groups_of, is_mask
 from vtr_export.ops.prune import (
     CORRELATE,
@@ -42,6 +42,7 @@ __all__ = [
     "Choice",
     "declare",
     "groups_of",
+    "handed_on",
     "is_cut",
     "is_mask",
     "is_prune",

@@ -147,6 +147,16 @@ def write_out(function: ir.Function, choice: Choice) -> None:
             _replace(function, call, body)
 
 
+def handed_on(model: ir.Model) -> list[str]:
+    """Functions of ``model`` whose bodies hand an attribute on, as ``write_out`` leaves none."""
+    return [
+        function.name
+        for function in model.functions.values()
+        for node in function
+        if node.domain == DOMAIN and any(given.is_ref() for given in node.attributes.values())
+    ]
+
+
 def _replace(function: ir.Function, call: ir.Node, body: ir.Function) -> None:
     """Nodes of ``body`` for ``call``; their values are named after its first output, too."""
     values: dict[ir.Value, ir.Value | None] = dict(zip(body.inputs, call.inputs, strict=True))
