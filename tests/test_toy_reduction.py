@@ -93,19 +93,19 @@ def test_a_package_beside_ours_adds_a_method(
     assert np.allclose(found["image_features"], wanted, atol=1e-5)
 
 
-def test_without_a_definition_it_is_not_verified(tmp_path: Path) -> None:
-    site = install(tmp_path / "site", references={})
-    program = (
-        "from toy_reduction import Longest; from vtr_export.errors import InputError\n"
-        "from vtr_export.reductions.registry import check_references\n"
-        "try: check_references([Longest(keep=3)])\n"
-        "except InputError as error: print(error.message, error.where, error.hint)\n"
-    )
-    done = run(site, "-c", program)
-    assert "brings no definition" in done.stdout, done.stderr
-    assert "--no-verify" in done.stdout
-    whole = install(tmp_path / "whole")
-    assert run(whole, "-c", program).stdout == ""
+def test_without_a_definition_it_is_not_verified(
+    checkpoint: Path, schedule: Path, tmp_path: Path
+) -> None:
+    """Said before torch is imported, let alone a graph traced; --no-verify goes on."""
+    site, out = install(tmp_path / "site", references={}), tmp_path / "out"
+    words = ("export", "--schedule", schedule, "--model", checkpoint, "--out", out)
+    done = run(site, *VTR, *words)
+    assert done.returncode == 2
+    assert "brings no definition" in done.stderr
+    assert "--no-verify" in done.stderr
+    assert "import torch" not in done.stderr
+    assert not out.exists()
+    assert run(site, *VTR, *words, "--no-verify", "--dry-run").returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from vtr_export.manifest import (
 )
 from vtr_export.passes.compact_cache import GRAPH as COMPACTION
 from vtr_export.published import File, hash_files
+from vtr_export.reductions.registry import check_references
 from vtr_export.runtime.reader import FOLDER as READER
 from vtr_export.runtime.text import SPECIAL_TOKENS_MAP, TOKENIZER, TOKENIZER_CONFIG
 from vtr_export.schedule import Resolved, Schedule
@@ -61,12 +62,15 @@ CAPS_BEFORE_MASKS: Final = ">=1.27"  # before, a softcap made masked keys visibl
 PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors")
 
 
-def check_assets(checkpoint: Checkpoint, schedule: Resolved) -> None:
+def check_assets(checkpoint: Checkpoint, schedule: Resolved, *, verified: bool = False) -> None:
     """CheckpointError for a small file that no run could read, before any weight is read.
 
-    And for weights that ``schedule`` asks for and that are not there.
+    And for weights that ``schedule`` asks for and that are not there. To be ``verified``, its
+    reductions need definitions: InputError.
     """
     check_trained(checkpoint, schedule)
+    if verified:
+        check_references(schedule.vision)
     for name in ASSETS:
         if name.endswith(".json") and (checkpoint.folder / name).is_file():
             read_json(checkpoint.folder / name)

@@ -129,7 +129,7 @@ def export(
         check_place(Path(out), force, _needed_bytes(facts, options))
     with clock.step("read the headers"):
         checkpoint = Checkpoint.open(folder, ran)
-        assemble.check_assets(checkpoint, resolved)
+        assemble.check_assets(checkpoint, resolved, verified=options.verify != "none")
     if dry_run:
         return _dry_report(Path(out), checkpoint, facts, resolved, options, clock)
     done = _export(schedule, checkpoint, facts, resolved, Path(out), options, clock)
