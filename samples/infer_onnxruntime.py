@@ -56,21 +56,19 @@ def prompt_text(folder: Path, question: str) -> str:
 
 def answer(folder: Path, image: Path, question: str, limit: int) -> str:
     manifest, processor = read(folder / "manifest.json"), read(folder / "processor_config.json")
-    names = ("vision_encoder", "embed_tokens", "decoder")
-    files = [folder / manifest["graphs"][name] for name in names]
-    vision, embed, decoder = (open_graph(file, manifest) for file in files)
+    files = [manifest["graphs"][name] for name in ("vision_encoder", "embed_tokens", "decoder")]
+    vision, embed, decoder = (open_graph(folder / file, manifest) for file in files)
     model, tokenizer = manifest["model"], Tokenizer.from_file(str(folder / "tokenizer.json"))
     takes = {port.name: DTYPES[port.type] for port in (*vision.get_inputs(), *decoder.get_inputs())}
     facts = processor.get("image_processor") or read(folder / "preprocessor_config.json")
     pixels = pixel_values(image, facts).astype(takes["pixel_values"])
     (features,) = vision.run(["image_features"], {"pixel_values": pixels})
-    features = features.reshape(-1, features.shape[-1])  # as many tokens as the schedule leaves
     place = tokenizer.id_to_token(model["image_token_id"])
-    text = prompt_text(folder, question).replace(place, place * len(features))
+    text = prompt_text(folder, question).replace(place, place * (features.size // model["hidden"]))
     ids = np.array([tokenizer.encode(text, add_special_tokens=not text.startswith("<s>")).ids])
     where, length, said = np.flatnonzero(ids[0] == model["image_token_id"]), ids.shape[1], []
     (embeds,) = embed.run(None, {"input_ids": np.where(ids == model["image_token_id"], 0, ids)})
-    embeds[0, where] = features
+    embeds[0, where] = features.reshape(-1, model["hidden"])
     feeds = {"inputs_embeds": embeds, "vision_index": where[None]}
     feeds["keep"] = np.array([s["keep"]["numerator"] for s in model["stages"][1:]], np.int64)
     for port in decoder.get_inputs():  # an empty cache: each dimension that grows is zero

@@ -55,7 +55,8 @@ def test_the_schedule_compiles_and_says_where_it_comes_from(found: tuple[Path, A
     folder, said = found
     data = yaml.safe_load((folder / "s.yaml").read_text())
     assert data["prefill"]["keep"] == said["keep"]
-    assert data["prefill"]["score"] == {"from": "previous", "query": "text", "heads": "mean"}
+    score = {"from": "previous", "rule": "attention", "query": "text", "heads": "mean"}
+    assert data["prefill"]["score"] == score
     origin = data["origin"]
     assert origin["method"] == "g-search"
     assert origin["complete"] is True

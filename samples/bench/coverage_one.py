@@ -98,9 +98,9 @@ def _trace_once() -> None:
     """Both exports are of one checkpoint; the second takes copies of the graphs of the first."""
     load, made = frontend.load, list[frontend.Graphs]()
 
-    def once(*args: Any) -> frontend.Graphs:
+    def once(*args: Any, **asked: Any) -> frontend.Graphs:
         if not made:
-            made.append(load(*args))
+            made.append(load(*args, **asked))
         parts = made[0].vision_encoder, made[0].embed_tokens, made[0].decoder
         return frontend.Graphs(*(part.clone() for part in parts))
 

@@ -63,7 +63,7 @@ def _ours(loaded: Artifact, asked: Asked, tokens: int) -> Said:
     answer = loaded.generate(asked.image, asked.question, max_new_tokens=tokens)
     prepared = loaded.prepare([Request(asked.question, [asked.image])])
     assert prepared.images is not None, "each question has an image"
-    features = loaded.model.encode(prepared.images.feeds)
+    features = loaded.model.encode(prepared.images.feeds).features
     batch = loaded.model.pad([prepared.rows[0].ids])
     step = loaded.model.prefill(loaded.model.decoder.empty(1), batch, features, prepared.seen)
     kept = _survivors(batch.vision_index[0], step.kept, batch.input_ids.shape[1])

@@ -45,7 +45,7 @@ def bench_methods(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare reductions at the same share of the tokens: accuracy, FLOPs, time, memory.
+    """Compare every reduction on your questions.
 
     Written ``vtr bench methods``. Every method is exported once, asked every question in ONNX
     Runtime, and timed in turns with the unpruned model.

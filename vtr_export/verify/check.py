@@ -67,10 +67,11 @@ def check(job: Job) -> Findings:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         image = job.image or draw_picture(folder / "picture.png")
-        reduce = partial(_left, parts, manifest.model.reduced)
+        reduced = manifest.model.reduced
+        reduce = None if reduced is None else partial(_left, parts, reduced)
         asked = ask(job.artifact, source, facts, image, job.prompt, reduce)
         questions = [question(name, asked, rows, facts, pad) for name, (rows, _) in CASES.items()]
-        if manifest.model.reduced is not None:
+        if reduced is not None:
             questions = [_encoded(parts, each) for each in questions]
         count = layers_of(job.scope, facts.layers)
         if count is not None:
@@ -99,9 +100,9 @@ def _answers(oracle: Oracle, questions: Sequence[Question]) -> list[Case]:
     ]
 
 
-def _left(parts: Parts, reduced: Reduced | None, images: ImageInputs) -> ImageInputs:
+def _left(parts: Parts, reduced: Reduced, images: ImageInputs) -> ImageInputs:
     """Images with the tokens that reductions leave; the graph says how many, where they decide."""
-    if reduced is None or reduced.is_static:
+    if reduced.is_static:
         return left(images, reduced)
     return left(images, reduced, encode(parts.open(parts.vision), images.feeds).counts)
 

@@ -46,19 +46,21 @@ def ask(
     facts: ModelFacts,
     image: Path,
     prompt: str | None,
-    reduce: Callable[[ImageInputs], ImageInputs] = lambda images: images,
+    reduce: Callable[[ImageInputs], ImageInputs] | None = None,
 ) -> Asked:
     """Prepare ``image`` and two prompts from the files in ``folder``, and compare.
 
-    ``reduce`` gives images the tokens that reductions leave.
+    ``reduce`` gives images the tokens that reductions leave; None: all of them.
 
     Where the checkpoint has no processor or tokenizer, random values take their place.
     """
     processor, warnings = Processor(folder), list[str]()
     images, image_gates = _images(processor, checkpoint, facts, image, warnings)
-    images = {count: reduce(each) for count, each in images.items()}
+    if reduce is not None:
+        images = {count: reduce(each) for count, each in images.items()}
     prompts = (prompt, PROMPTS[1]) if prompt is not None else PROMPTS
-    rows, id_gates = _rows(processor, checkpoint, facts, images[1], image, prompts, warnings)
+    asked = facts, images[1], image, prompts, warnings
+    rows, id_gates = _rows(processor, checkpoint, *asked, is_reduced=reduce is not None)
 
     def read(images: ImageInputs, rows: Sequence[int]) -> ImageInputs:
         if processor.reader is None:
@@ -163,6 +165,8 @@ def _rows(
     image: Path,
     prompts: Sequence[str],
     warnings: list[str],
+    *,
+    is_reduced: bool,
 ) -> tuple[tuple[tuple[int, ...], ...], list[Gate]]:
     try:
         ours = [_our_ids(processor, prompt, images.seen) for prompt in prompts]
@@ -178,7 +182,8 @@ def _rows(
     except (ImportError, OSError, ValueError, TypeError) as error:
         warnings.append(f"token ids were not checked: transformers: {error}")
         return rows, []
-    theirs = [_with_lengths(ids, facts.image_token_id, images.seen) for ids in theirs]
+    if is_reduced:
+        theirs = [_with_lengths(ids, facts.image_token_id, images.seen) for ids in theirs]
     wrong = [p for p, mine, other in zip(prompts, ours, theirs, strict=True) if mine != other]
     detail = f"the ids of {wrong[0]!r} are not those of transformers" if wrong else ""
     return rows, [at_most("token_ids", len(wrong), 0, detail)]
