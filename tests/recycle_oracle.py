@@ -17,6 +17,7 @@ class Clusters:
     centres: list[int]
     label: list[int]
     margin: float
+    is_tied: bool = False  # two are equally dense, to the bit: their order decides
 
 
 def counts(merge: Recycle, dropped: int) -> tuple[int, int]:
@@ -58,7 +59,7 @@ def clustered(rows: Array, clusters: int) -> Clusters:
     ]
     ties = np.diff(np.sort(spread))
     margins += [float(tie) for tie in ties if tie]  # two that are each other's nearest do tie
-    return Clusters(centres, label, min(margins))
+    return Clusters(centres, label, min(margins), bool((ties == 0).any()))
 
 
 @dataclass(frozen=True)
