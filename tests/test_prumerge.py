@@ -4,26 +4,14 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from test_reduction_numbers import FACTS, llava, vision
 
 from vtr_export.errors import ScheduleError
-from vtr_export.families import read_facts, tower_of
-from vtr_export.reductions import Tower
 from vtr_export.reductions.focusllava import FocusLLaVA
 from vtr_export.reductions.prumerge import PruMerge, PruMergePlus
 from vtr_export.schedule import Schedule
 
-FACTS = read_facts({"model_type": "llava"}, "config.json")
 N, ROWS, WIDTH = 576, 577, 1024  # of LLaVA-1.5's tower; 23 of its 24 layers feed the projector
-
-
-def llava() -> Tower:
-    tower = tower_of(FACTS)
-    assert tower is not None
-    return tower
-
-
-def vision(text: str) -> Schedule:
-    return Schedule.parse(f"version: 1\nvision: {text}\n")
 
 
 def test_as_many_tokens_as_published() -> None:
